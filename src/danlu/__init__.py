@@ -1,0 +1,20 @@
+"""danlu: from conversations to an aligned chat model on your own hardware."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+if TYPE_CHECKING:
+    from danlu.assistant import load
+
+
+def __getattr__(name: str) -> Any:
+    """`danlu.load` imports torch and transformers only when it is first used."""
+    if name == "load":
+        from danlu.assistant import load
+
+        return load
+    raise AttributeError(f"module 'danlu' has no attribute '{name}'")

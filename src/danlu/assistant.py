@@ -1,0 +1,202 @@
+"""`danlu.load`: model, tokenizer, chat template and engine in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from danlu.exceptions import ModelError
+from danlu.generation.engine import LocalEngine
+from danlu.generation.protocol import FinishReason, Request, SamplingParams
+from danlu.models.load import load_model, resolve
+from danlu.models.quantize import is_quantized, load_quantized, quantize_model
+from danlu.text.chat_template import ChatTemplate
+from danlu.text.tokenizer import load_tokenizer
+from danlu.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+History = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One finished answer: its text, its ids with the stop token, and how it ended."""
+
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    prompt_ids: tuple[int, ...]
+
+
+class Assistant:
+    """A loaded model that can chat.
+
+    Attributes:
+        model: the transformers model. The engine generates with these very weights.
+        tokenizer: None when the folder has no tokenizer files.
+        template: the chat seam; None without a tokenizer.
+        engine: see `generation.protocol.Engine`.
+        defaults: sampling parameters of `chat` and `generate` where none are given.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any | None, *, name: str = "", defaults: SamplingParams | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template = ChatTemplate(tokenizer) if tokenizer is not None else None
+        self.engine = LocalEngine(model, tokenizer)
+        self.defaults = defaults or SamplingParams(max_new_tokens=512, temperature=0.7, top_p=0.9)
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.engine.context
+
+    def _template(self) -> ChatTemplate:
+        if self.template is None:
+            raise ModelError(
+                "this model folder has no tokenizer files, so it can neither read nor write text",
+                file=self.name or None,
+                hint="copy tokenizer.json and tokenizer_config.json of the model beside config.json",
+            )
+        return self.template
+
+    def request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Request:
+        """An engine request for a conversation; the template's stop tokens are added to the parameters."""
+        template = self._template()
+        used = params or self.defaults
+        used = replace(used, stop_ids=used.stop_ids | template.stop_ids)
+        return Request(template.encode_prompt(messages), used)
+
+    def generate(
+        self, conversations: Sequence[Sequence[Message]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Reply]:
+        """Answers to several conversations, together.
+
+        Args:
+            conversations: each a list of messages that ends with a user turn.
+            params: for all, or one for each.
+        """
+        template = self._template()
+        each = list(params) if isinstance(params, Sequence) else [params] * len(conversations)
+        requests = [self.request(m, p) for m, p in zip(conversations, each, strict=True)]
+        ids = [self.engine.submit(r) for r in requests]
+        replies = []
+        for request, request_id in zip(requests, ids, strict=True):
+            done = self.engine.result(request_id)
+            text = _cut(template.decode(done.ids), request.params.stop)
+            replies.append(Reply(text, done.ids, done.logprobs, done.finish_reason, tuple(request.prompt_ids)))
+        return replies
+
+    def stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+        """Pieces of text of one answer as they are sampled. Closing the iterator frees the engine's slot at once."""
+        request = self.request(messages, params)
+        yield from self.stream_request(self.engine.submit(request), request.params.stop)
+
+    def stream_request(self, request_id: str, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Text pieces of a submitted request: whole characters only, nothing of a stop text."""
+        template = self._template()
+        ids: list[int] = []
+        shown = ""
+        tokens = self.engine.stream(request_id)
+        try:
+            for token in tokens:
+                ids.append(token.id)
+                text = template.decode(ids)
+                # A character may be cut between tokens, and the tail may become a stop text: wait for the rest.
+                safe = _hold_back(_cut(text.rstrip("\ufffd"), stop), stop)
+                if len(safe) > len(shown) and safe.startswith(shown):
+                    yield safe[len(shown) :]
+                    shown = safe
+            final = _cut(template.decode(ids), stop)
+            if len(final) > len(shown):
+                yield final[len(shown) :]
+        finally:
+            tokens.close()  # type: ignore[attr-defined]
+
+    def chat(
+        self, query: str, history: History | None = None, *, system: str | None = None, params: SamplingParams | None = None
+    ) -> tuple[str, History]:
+        """One turn: `(response, history)` with the new turn appended; the history given is not changed."""
+        before = list(history or [])
+        reply = self.generate([to_messages(query, before, system)], params)[0]
+        return reply.text, [*before, (query, reply.text)]
+
+    def stream_chat(
+        self, query: str, history: History | None = None, *, system: str | None = None, params: SamplingParams | None = None
+    ) -> Iterator[tuple[str, History]]:
+        """Like `chat`, yielding the growing response and the history with it."""
+        before = list(history or [])
+        response = ""
+        for piece in self.stream(to_messages(query, before, system), params):
+            response += piece
+            yield response, [*before, (query, response)]
+
+
+def to_messages(query: str, history: History, system: str | None = None) -> list[Message]:
+    """Messages of a conversation given as question-answer pairs."""
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for question, answer in history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": query}]
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    places = [at for at in (text.find(s) for s in stop) if at >= 0]
+    return text[: min(places)] if places else text
+
+
+def _hold_back(text: str, stop: Sequence[str]) -> str:
+    longest = max(
+        (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])),
+        default=0,
+    )
+    return text[: len(text) - longest] if longest else text
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(path: str | Path, dtype: str | torch.dtype | None = None, bits: int | None = None, device: str | None = None) -> Assistant:
+    """Loads a model folder, a hub id or a run and makes it ready to chat.
+
+    Args:
+        path: a folder, `hf:owner/name`, `runs/NAME` (its last policy) or `runs/NAME:STAGE`.
+        dtype: "float32", "bfloat16" or a torch dtype. Default: bfloat16 on CUDA, float32 on a CPU.
+        bits: 8 quantises the weights while loading; None keeps what the folder holds.
+        device: "cpu", "cuda", ... Default: CUDA if there is one.
+
+    Returns:
+        An `Assistant`. Without tokenizer files `.tokenizer` is None, and `chat` says what is missing.
+
+    Raises:
+        ModelError: no such model, an incomplete one, or a setting that cannot be honoured.
+    """
+    from danlu.training.runs import resolve_model
+
+    folder = resolve_model(str(path))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ModelError(f"dtype '{dtype}' is not known", hint=f"one of {', '.join(DTYPES)}")
+    chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    chosen = chosen or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    if bits not in (None, 8, 16):
+        raise ModelError(f"bits={bits} is not available", hint="use 8, or 16 for unquantised weights")
+    name, local = resolve(folder)
+    tokenizer = load_tokenizer(name, local=local)
+    if is_quantized(name):
+        if bits == 16:
+            raise ModelError("this folder holds 8-bit weights only", file=name, hint="load the model it was made from")
+        model = load_quantized(name, dtype=chosen)
+    else:
+        model = load_model(folder, dtype=chosen)
+        if bits == 8:
+            model = quantize_model(model)
+    return Assistant(model.to(place), tokenizer, name=str(path))

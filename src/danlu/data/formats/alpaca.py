@@ -1,0 +1,45 @@
+"""Stanford Alpaca and what follows its keys (BELLE, InstructionWild, HuaTuo, ChatDoctor, GPTeacher, LLaMA-Factory).
+
+The user's turn is the instruction, a line break and the input. GPTeacher calls the answer `response`. Prompt-only rows
+(InstructionWild's seeds) have no answer at all. A noise rule of the set itself: an input that only says "no input", in
+any of its spellings (`<noinput>`, `No input.`, ...), is no input.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from danlu.data.formats.base import Format, Row
+from danlu.data.formats.fields import optional_text, text
+from danlu.data.formats.turns import assistant, history_turns, published_question, published_records, user
+from danlu.types import Message, Origin, Prompt, Record, RecordKind
+
+_NO_INPUT: Final = re.compile(r"\W{0,8}no ?input\W{0,8}", re.IGNORECASE)
+# Other formats build on "instruction"; to read them here would lose these fields silently.
+_OTHERS: Final = frozenset({"context", "instances", "chosen", "rejected", "output_1", "output_2", "kto_tag", "label"})
+
+
+def _matches(row: Row) -> bool:
+    return "instruction" in row and _OTHERS.isdisjoint(row) and not isinstance(row.get("output"), list)
+
+
+def _question(row: Row, origin: Origin) -> list[Message]:
+    instruction, extra = text(row, "instruction", origin), optional_text(row, "input", origin)
+    if not extra.strip() or _NO_INPUT.fullmatch(extra):
+        extra = ""
+    content = "\n".join(part for part in (instruction, extra) if part.strip())
+    system = optional_text(row, "system", origin)
+    head: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
+    return [*head, *history_turns(row, origin), user(content)]
+
+
+def _parse(row: Row, kind: RecordKind, origin: Origin) -> list[Record]:
+    question = _question(row, origin)
+    if kind == "prompt":
+        return [Prompt(published_question(question), origin=origin)]
+    answer = text(row, "response" if "response" in row and "output" not in row else "output", origin)
+    return published_records([*question, assistant(answer)], kind, origin)
+
+
+FORMAT = Format("alpaca", '{"instruction", "input", "output"}', "conversation", _matches, _parse)
