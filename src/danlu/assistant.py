@@ -91,14 +91,19 @@ class Assistant:
         replies = []
         for request, request_id in zip(requests, ids, strict=True):
             done = self.engine.result(request_id)
-            text = _cut(template.decode(done.ids), request.params.stop)
+            text = cut_at_stop(template.decode(done.ids), request.params.stop)
             replies.append(Reply(text, done.ids, done.logprobs, done.finish_reason, tuple(request.prompt_ids)))
         return replies
 
     def stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of text of one answer as they are sampled. Closing the iterator frees the engine's slot at once."""
         request = self.request(messages, params)
-        yield from self.stream_request(self.engine.submit(request), request.params.stop)
+        request_id = self.engine.submit(request)
+        try:
+            yield from self.stream_request(request_id, request.params.stop)
+        finally:
+            self.engine.cancel(request_id)
+            self.engine.result(request_id)  # the engine forgets a request when its result is taken
 
     def stream_request(self, request_id: str, stop: Sequence[str] = ()) -> Iterator[str]:
         """Text pieces of a submitted request: whole characters only, nothing of a stop text."""
@@ -111,11 +116,11 @@ class Assistant:
                 ids.append(token.id)
                 text = template.decode(ids)
                 # A character may be cut between tokens, and the tail may become a stop text: wait for the rest.
-                safe = _hold_back(_cut(text.rstrip("\ufffd"), stop), stop)
+                safe = _hold_back(cut_at_stop(text.rstrip("\ufffd"), stop), stop)
                 if len(safe) > len(shown) and safe.startswith(shown):
                     yield safe[len(shown) :]
                     shown = safe
-            final = _cut(template.decode(ids), stop)
+            final = cut_at_stop(template.decode(ids), stop)
             if len(final) > len(shown):
                 yield final[len(shown) :]
         finally:
@@ -148,7 +153,8 @@ def to_messages(query: str, history: History, system: str | None = None) -> list
     return [*messages, {"role": "user", "content": query}]
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first stop text."""
     places = [at for at in (text.find(s) for s in stop) if at >= 0]
     return text[: min(places)] if places else text
 

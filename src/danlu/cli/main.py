@@ -18,7 +18,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipes": ("run", "List the recipes that come with danlu"),
     "runs": ("runs", "List runs, or show one: stages, metrics, gates"),
     "report": ("runs", "Write a run's report and print its path"),
-    "data": ("data", "Look at data files: format, counts, problems"),
     "tokenizer": ("stages", "Train a tokenizer"),
     "pretrain": ("stages", "Pre-train on plain text, from nothing or from a model"),
     "sft": ("stages", "Supervised fine-tuning on conversations"),

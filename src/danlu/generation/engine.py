@@ -113,6 +113,7 @@ class LocalEngine:
             self._rows.pop(request_id, None)
         return Completion(row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version)
 
+    @torch.inference_mode()
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
         with self._lock:
@@ -244,8 +245,8 @@ class LocalEngine:
         history = [r.history() if penalised else [] for r in rows]
         tokens, logprobs = sample(logits.cpu(), params, [len(r.ids) for r in rows], history)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            row.ids.append(token)
             row.logprobs.append(logprob)
+            row.ids.append(token)  # last: readers without the lock go by its length
             if token in row.request.params.stop_ids or self._hits_stop_text(row):
                 row.finished = "stop"
             elif len(row.ids) >= row.limit:

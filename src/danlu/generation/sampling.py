@@ -11,6 +11,7 @@ from torch import Tensor
 from danlu.generation.protocol import SamplingParams
 
 _MASK = (1 << 64) - 1
+COLDEST = 1e-3  # below, logits divided by the temperature overflow: the most likely token is taken
 
 
 def uniform(seed: int, index: int) -> float:
@@ -41,8 +42,8 @@ def sample(
     logits = logits_SV.float()
     if any(p.repetition_penalty != 1.0 for p in params):
         logits = _penalise(logits, params, history)
-    greedy = torch.tensor([p.temperature == 0.0 for p in params])
-    heat = torch.tensor([p.temperature or 1.0 for p in params])
+    greedy = torch.tensor([p.temperature < COLDEST for p in params])
+    heat = torch.tensor([p.temperature if p.temperature >= COLDEST else 1.0 for p in params])
     logprobs = torch.log_softmax(logits / heat[:, None], dim=-1)
     if any(p.top_k or p.top_p < 1.0 for p in params):
         logprobs = _truncate(logprobs, params)

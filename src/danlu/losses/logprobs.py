@@ -23,19 +23,27 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        entropies: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
         logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        entropy = torch.zeros_like(logprobs)
         norm = torch.empty_like(logprobs)
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
             logits = _logits(hidden[part], weight, bias, temperature)
             norm[part] = torch.logsumexp(logits, dim=-1)
             logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - norm[part]
-            probs = torch.exp(logits - norm[part, None])
-            entropy[part] = norm[part] - (probs * logits).sum(-1)
+            if entropies:
+                probs = torch.exp(logits - norm[part, None])
+                entropy[part] = norm[part] - (probs * logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, norm)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -51,9 +59,9 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
             logits = _logits(hidden[part], weight, bias, ctx.temperature)
-            delta = torch.exp(logits - norm[part, None]).neg_()
-            delta.scatter_add_(1, targets[part, None], torch.ones_like(delta[:, :1]))
-            delta *= (grad[part] / ctx.temperature)[:, None]
+            scale = grad[part] / ctx.temperature
+            delta = logits.sub_(norm[part, None]).exp_().mul_(-scale[:, None])
+            delta.scatter_add_(1, targets[part, None], scale[:, None])
             small = delta.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = small @ weight
@@ -68,6 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -79,8 +88,9 @@ def token_logprobs(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int = CHUNK_ROWS,
+    entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and the entropy of each row's distribution, both fp32 `[T]`.
+    """Log-probability of each target and, if asked for, the entropy of each row's distribution (else zeros); fp32 `[T]`.
 
     Args:
         hidden_TD: the hidden states that predict the targets; fp32 or bf16.
@@ -88,10 +98,9 @@ def token_logprobs(
         targets_T: int64 token ids.
         temperature: > 0; logits are divided by it, as the sampler does.
         chunk: rows whose logits are held at once.
-
-    The entropy carries no gradient; `losses/policy.py` says why a bonus uses its own estimator.
+        entropy: whether to compute it (a third of the forward pass); it carries no gradient.
     """
     weight = weight_VD.to(hidden_TD.dtype)
     bias = bias_V.to(hidden_TD.dtype) if bias_V is not None else None
-    logprobs, entropy = _TokenLogprobs.apply(hidden_TD, weight, bias, targets_T, temperature, chunk)
-    return logprobs, entropy
+    logprobs, entropies = _TokenLogprobs.apply(hidden_TD, weight, bias, targets_T, temperature, chunk, entropy)
+    return logprobs, entropies

@@ -52,6 +52,14 @@ def _from_modelscope(name: str) -> str:
     return str(snapshot_download(name))
 
 
+def quiet() -> None:
+    """Turns transformers' progress bars and load reports off: what matters in them is checked and said by danlu."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model, or (scalar) the same trunk with a one-number head for rewards and values.
 
@@ -62,6 +70,7 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
     """
     import transformers
 
+    quiet()
     name, local = resolve(model)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"num_labels": 1} if scalar else {}
@@ -131,6 +140,7 @@ def save_model(model: Any, tokenizer: Any | None, folder: Path, state: dict[str,
     Args:
         state: weights to write in place of the model's own (a merged adapter).
     """
+    quiet()
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=state)

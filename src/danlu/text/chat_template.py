@@ -7,6 +7,7 @@ training and serving cannot differ. Text of users that looks like a control toke
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -70,6 +71,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self._lock = threading.Lock()
         own = tokenizer.chat_template
         if name is None and own:
             self.source, self.name = (own if isinstance(own, str) else next(iter(own.values()))), "tokenizer"
@@ -200,7 +202,9 @@ class ChatTemplate:
     def _ids(self, text: str, *, plain: bool) -> list[int]:
         if not text:
             return []
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        # split_special_tokens is a switch on the shared tokenizer: two threads must not turn it at once.
+        with self._lock:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         return ids
 
     def _protected(self, messages: Sequence[Message], text: str, *, generation: bool) -> list[tuple[int, int]]:

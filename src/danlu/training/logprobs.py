@@ -9,7 +9,9 @@ from danlu.losses.logprobs import token_logprobs
 from danlu.models.root import TrunkOutput
 
 
-def logprobs(out: TrunkOutput, index_M: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def logprobs(
+    out: TrunkOutput, index_M: Tensor, temperature: float = 1.0, *, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of the tokens at `index_M` given what stands before them, and the entropy there; both fp32 `[M]`.
 
     Under autocast the head runs in the autocast dtype, forward and backward.
@@ -19,4 +21,6 @@ def logprobs(out: TrunkOutput, index_M: Tensor, temperature: float = 1.0) -> tup
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     targets = out.tree.input_ids_T[index_M]
-    return token_logprobs(hidden, out.linear.weight, targets, bias_V=out.linear.bias, temperature=temperature)
+    return token_logprobs(
+        hidden, out.linear.weight, targets, bias_V=out.linear.bias, temperature=temperature, entropy=entropy
+    )

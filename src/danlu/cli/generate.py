@@ -1,0 +1,132 @@
+"""`danlu generate` and `danlu eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from danlu.cli.console import people, print_json
+from danlu.exceptions import UsageError
+
+
+def command(verb: str) -> click.Command:
+    """The command behind a verb."""
+    return {"generate": generate, "eval": evaluate}[verb]
+
+
+@click.command("generate")
+@click.argument("model")
+@click.option("--data", required=True, help="Prompts, comparisons or conversations (their last answer becomes the label).")
+@click.option("--out", required=True, help="JSON Lines file to write: prompt, label, prediction.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--limit", default=None, type=int, help="Only the first so many prompts.")
+@click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--force", is_flag=True, help="Overwrite the output file.")
+def generate(
+    model: str, data: str, out: str, temperature: float, max_new_tokens: int, seed: int, limit: int | None, bits: int | None, force: bool
+) -> None:
+    """Answers for a file of prompts."""
+    target = Path(out)
+    if target.exists() and not force:
+        raise UsageError(f"{out} exists", hint="--force overwrites it")
+    import danlu
+    from danlu import atomic
+    from danlu.data.read import read
+    from danlu.evals.generation import answer
+    from danlu.training.progress import Bar
+    from danlu.types import Conversation, Prompt
+
+    try:
+        records = read(data, "conversation").records[:limit]
+    except danlu_errors():
+        records = read(data, "prompt").records[:limit]
+    prompts, labels = [], []
+    for record in records:
+        if isinstance(record, Conversation):
+            last = max(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
+            prompts.append(Prompt(record.messages[:last]))
+            labels.append(record.messages[last]["content"])
+        elif isinstance(record, Prompt):
+            prompts.append(record)
+            labels.append(record.reference.get("answers"))
+    with Bar("generate", len(prompts)) as bar:
+
+        def done(count: int) -> None:
+            while bar.done < count:
+                bar.advance(0, "answers")
+
+        replies = answer(
+            danlu.load(model, bits=bits), prompts, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, on_done=done
+        )
+    rows: list[dict[str, Any]] = [
+        {"prompt": p.prompt, "label": label, "prediction": r.text, "finish_reason": r.finish_reason}
+        for p, label, r in zip(prompts, labels, replies, strict=True)
+    ]
+    atomic.write_jsonl(target, rows)
+    people.print(f"{len(rows)} answers written to {out}")
+
+
+def danlu_errors() -> type[Exception]:
+    """The exception that reading raises for a file of another kind."""
+    from danlu.exceptions import DataError
+
+    return DataError
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--data", required=True, help="Questions with references (rubric, exact), conversations or documents (perplexity).")
+@click.option("--task", type=click.Choice(["perplexity", "exact", "rubric"]), default="perplexity", show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--max-new-tokens", default=128, show_default=True)
+@click.option("--max-length", default=512, show_default=True, help="Tokens of one text (perplexity).")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--limit", default=None, type=int, help="Only the first so many records.")
+@click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def evaluate(
+    model: str,
+    data: str,
+    task: str,
+    temperature: float,
+    max_new_tokens: int,
+    max_length: int,
+    seed: int,
+    limit: int | None,
+    bits: int | None,
+    as_json: bool,
+) -> None:
+    """Perplexity, exact match or rubric score of a model on a file; means with 95% bootstrap intervals."""
+    import danlu
+    from danlu.data.read import read
+    from danlu.types import Prompt
+
+    result: dict[str, Any] = {"model": model, "data": data, "task": task}
+    if task == "perplexity":
+        from danlu.evals import perplexity
+        from danlu.training.setup import tokenizer_of
+
+        trees = perplexity.encode(data, tokenizer_of(model, stage="eval"), max_length, limit)
+        assistant = danlu.load(model, bits=bits)
+        result["perplexity"] = perplexity.perplexity(assistant.model, trees)
+        result["tokens"] = int(sum(sum(n.loss_weights) for item in trees.items for n in item))
+    else:
+        from danlu.evals.generation import evaluate as score
+
+        prompts = [r for r in read(data, "prompt").records if isinstance(r, Prompt)][:limit]
+        found = score(
+            danlu.load(model, bits=bits), prompts, task=task, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+        )
+        result |= found.summary
+    if as_json:
+        print_json(result)
+        return
+    for key, value in result.items():
+        if isinstance(value, dict):
+            people.print(f"{key:12} {value['mean']:.4f}  ({value['low']:.4f} to {value['high']:.4f})")
+        else:
+            people.print(f"{key:12} {value:.4f}" if isinstance(value, float) else f"{key:12} {value}")

@@ -1,0 +1,108 @@
+"""`danlu run`, `danlu plan`, `danlu recipes`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from danlu.cli.console import people, print_json
+from danlu.exceptions import UsageError
+
+
+def command(verb: str) -> click.Command:
+    """The command behind a verb."""
+    return {"run": run, "plan": plan, "recipes": recipes}[verb]
+
+
+def runs_root() -> Path:
+    """Where runs are kept: $DANLU_RUNS or ./runs."""
+    return Path(os.environ.get("DANLU_RUNS", "runs"))
+
+
+@click.command("run")
+@click.argument("recipe_file", metavar="RECIPE")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: seed=1, sft.max_steps=10, model=PATH.")
+@click.option("--name", default=None, help="Name of the run (default: the recipe's file name).")
+@click.option("--until", default=None, metavar="STAGE", help="Stop after this stage.")
+@click.option("--force", is_flag=True, help="Go on although a gate does not hold.")
+def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: str | None, force: bool) -> None:
+    """Run a recipe: the whole chain. Finished stages are not run again; an interrupted one goes on."""
+    from danlu.pipeline.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file, overrides)
+    used = name or Path(recipe_file).stem
+    if Path(used).name != used or used.startswith("."):
+        raise UsageError(f"'{used}' is no name for a run", hint="letters, digits, - and _")
+    folder = runs_root() / used
+
+    from danlu.pipeline.listing import describe
+    from danlu.pipeline.report import write_report
+    from danlu.pipeline.run import execute
+
+    people.print(f"[bold]{used}[/bold]: {recipe.description}")
+    try:
+        execute(recipe, folder, until=until, force=force, say=lambda line: people.print(line, markup=False))
+    finally:
+        # Also after a failed gate or Ctrl-C: the report says what there is and what is missing.
+        report = write_report(folder) if folder.is_dir() else None
+    from danlu.cli.runs import results_table
+
+    found = describe(folder)
+    if found["table"]:
+        people.print(results_table(found))
+    people.print(f"\n{found['seconds']:.0f} s in all stages. Report: [bold]{report}[/bold]")
+    people.print("Try next:")
+    people.print(f"  danlu chat {folder}")
+    people.print(f"  danlu serve {folder}")
+
+
+@click.command("plan")
+@click.argument("recipe_file", metavar="RECIPE")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As for run.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """A rough estimate of memory and time per stage, before anything runs."""
+    from danlu.pipeline.plan import estimate
+    from danlu.pipeline.recipe import load_recipe
+
+    rows = estimate(load_recipe(recipe_file, overrides))
+    if as_json:
+        print_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table("stage", "parameters", "tokens", "memory", "time", title="A rough plan for this machine")
+    for row in rows:
+        table.add_row(
+            row["stage"],
+            f"{row['parameters'] / 1e6:,.1f} M" if row["parameters"] else "",
+            f"{row['tokens'] / 1e6:,.2f} M" if row["tokens"] else "",
+            f"{row['memory_mb']:,.0f} MB",
+            f"{row['seconds'] / 60:,.1f} min",
+        )
+    people.print(table)
+    people.print("Estimates: matrix rate measured now, text sizes from the files, lengths from averages; expect a factor of two.")
+
+
+@click.command("recipes")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--folder", default="recipes", help="Where the recipes are.")
+def recipes(as_json: bool, folder: str) -> None:
+    """List the recipes of a folder with one line each."""
+    import yaml
+
+    found = []
+    for path in sorted(Path(folder).glob("*.yaml")):
+        raw = yaml.safe_load(path.read_text("utf-8")) or {}
+        stages = [s.get("name", s.get("kind")) for s in raw.get("stages", [])]
+        found.append({"recipe": str(path), "description": raw.get("description", ""), "stages": stages})
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        raise UsageError(f"no recipes in '{folder}'", hint="run from danlu's folder or give --folder")
+    for row in found:
+        people.print(f"[bold]{row['recipe']}[/bold]  {row['description']}")
+        people.print(f"    {' -> '.join(row['stages'])}", style="dim")

@@ -1,0 +1,56 @@
+"""`danlu serve`: the API and the chat page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from danlu.cli.console import people
+
+
+def command(verb: str) -> click.Command:
+    """The click command."""
+    return serve
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than loopback need --api-key."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="DANLU_API_KEY", show_envvar=True, help="Wanted from clients as a bearer token.")
+@click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
+@click.option(
+    "--database",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where votes go. Default: feedback.sqlite3 in the run's folder, else here.",
+)
+def serve(model: str, host: str, port: int, api_key: str | None, bits: str | None, database: Path | None) -> None:
+    """Serve MODEL (a folder, a run or a hub id): an OpenAI-compatible API and a chat page."""
+    from rich.markup import escape
+
+    from danlu.data.feedback import FeedbackDatabase, default_database
+    from danlu.serve.app import create_app, listen, make_server
+    from danlu.serve.guard import check_exposure, is_loopback
+
+    check_exposure(host, api_key)
+    listener = listen(host, port)
+    with listener:
+        from danlu import assistant
+
+        feedback = FeedbackDatabase(database or default_database(model), create=True)
+        people.print(f"[dim]loading {escape(model)} ...[/dim]")
+        loaded = assistant.load(model, bits=int(bits) if bits else None)
+        app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host))
+        name = f"[{host.strip('[]')}]" if ":" in host else host
+        url = f"http://{name}:{listener.getsockname()[1]}"
+        people.print(
+            f"[bold]{escape(model)}[/bold]\n  chat   {escape(url)}/\n  API    {escape(url)}/v1", soft_wrap=True
+        )
+        people.print(f"  votes  {escape(str(feedback.path))}\n[dim]Ctrl-C stops[/dim]", soft_wrap=True)
+        try:
+            make_server(app).run(sockets=[listener])
+        except KeyboardInterrupt:
+            people.print("[dim]stopped[/dim]")

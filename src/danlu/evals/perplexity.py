@@ -1,0 +1,37 @@
+"""Perplexity on documents or conversations: exp of the mean loss per token (answers and stop tokens only for conversations)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from danlu.data.collate import Trees, encode_conversations, encode_documents
+from danlu.data.read import read
+from danlu.exceptions import DataError
+from danlu.models.roles import SeparateModels
+from danlu.models.root import RootModel
+from danlu.text.chat_template import ChatTemplate
+from danlu.training.compute import Compute
+from danlu.training.step import heldout_loss
+
+MICRO_TOKENS = 4096
+
+
+def encode(data: str | list[str], tokenizer: Any, max_length: int, limit: int | None = None) -> Trees:
+    """A file of documents or conversations as trees; what it holds is found out by its content."""
+    try:
+        records = read(data, "conversation").records[:limit]
+        return encode_conversations(records, ChatTemplate(tokenizer), max_length)  # type: ignore[arg-type]
+    except DataError as conversation_error:
+        try:
+            documents = read(data, "document").records[:limit]
+        except DataError:
+            raise conversation_error from None
+        return encode_documents(documents, tokenizer, max_length)  # type: ignore[arg-type]
+
+
+def perplexity(model: Any, trees: Trees) -> float:
+    """Perplexity in fp32 on this model's device."""
+    roles = SeparateModels({"policy": model}, [])
+    compute = Compute(str(model.device), "float32", 0)
+    return math.exp(heldout_loss(RootModel(roles).eval(), trees, MICRO_TOKENS, compute))

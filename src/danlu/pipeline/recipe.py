@@ -1,0 +1,214 @@
+"""Recipes: one YAML file, every field typed, checked before anything runs.
+
+    description: one line
+    seed: 0                      # of every stage that does not set its own
+    model: null                  # a folder or hub id: then nothing is trained from nothing
+    data_root: data              # any extra top-level text can be used as ${data_root} in the stages
+    stages:
+      - kind: sft                # tokenizer, pretrain, sft, reward, ppo, eval, quantize
+        name: sft                # default: the kind; unique
+        data: ${data_root}/my.jsonl
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from danlu.config import KINDS, POLICY_KINDS, StageSettings, parse
+from danlu.exceptions import SettingsError, UsageError
+
+TOP = ("description", "seed", "model", "stages")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a resolved recipe. `settings` still names other stages where a model is wanted; `pipeline/run.py` places them."""
+
+    index: int
+    name: str
+    kind: str
+    settings: StageSettings
+
+    @property
+    def folder(self) -> str:
+        return f"{self.index:02d}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; `resolved` is what is saved in the run folder."""
+
+    file: str
+    description: str
+    stages: list[Stage]
+    resolved: dict[str, Any]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        overrides: `key=value` texts as given to `--set`: a top-level key, or `stage.field` (also `stage.group.field`).
+
+    Raises:
+        SettingsError: not a recipe, an unknown key, a value out of range, stages out of order.
+        UsageError: an override that names no key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
+        hint = f"did you mean {file.parent / near[0]}?" if near else "list the recipes with `danlu recipes`"
+        raise SettingsError("no such recipe", file=file, hint=hint)
+    try:
+        raw = yaml.safe_load(file.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark is not None else None
+        problem = getattr(error, "problem", None) or str(error)
+        raise SettingsError(f"not valid YAML: {problem}", file=file, line=line) from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list) or not raw["stages"]:
+        raise SettingsError("a recipe is a mapping with a list 'stages'", file=file, hint="see recipes/quickstart.yaml")
+    top = {k: v for k, v in raw.items() if k != "stages"}
+    stages = [_plain_stage(s, file) for s in raw["stages"]]
+    names = [s["name"] for s in stages]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise SettingsError(f"two stages are named '{twice[0]}'", file=file, hint="give one of them a 'name' of its own")
+    for text in overrides:
+        _override(text, top, {s["name"]: s for s in stages})
+    _check_top(top, file)
+    variables = {k: str(v) for k, v in top.items() if k not in TOP}
+    if top.get("model"):
+        stages = [s for s in stages if s["kind"] != "tokenizer"]
+    stages = [_substitute(s, variables, file) for s in stages]
+    checked = [
+        Stage(i, s["name"], s["kind"], _settings(s, top, str(file))) for i, s in enumerate(_wire(stages, top, file), start=1)
+    ]
+    resolved = {**top, "stages": [{"kind": s.kind, "name": s.name, **_changed(s.settings)} for s in checked]}
+    return Recipe(str(file), str(top.get("description", "")), checked, resolved)
+
+
+def _changed(settings: StageSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude={"out"})
+
+
+def _plain_stage(stage: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(stage, dict) or "kind" not in stage:
+        raise SettingsError(f"a stage is a mapping with a 'kind' (found: {stage!r})", file=file)
+    if stage["kind"] not in KINDS:
+        near = difflib.get_close_matches(str(stage["kind"]), KINDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"kinds: {', '.join(KINDS)}"
+        raise SettingsError(f"there is no stage kind '{stage['kind']}'", file=file, hint=hint)
+    return {"name": stage["kind"], **stage}
+
+
+def _check_top(top: Mapping[str, Any], file: Path) -> None:
+    for key, value in top.items():
+        if key not in TOP and not isinstance(value, str | int | float):
+            near = difflib.get_close_matches(key, TOP, n=1)
+            raise SettingsError(
+                "there is no such top-level key", file=file, field=key, hint=f"did you mean '{near[0]}'?" if near else ""
+            )
+
+
+def _override(text: str, top: dict[str, Any], stages: Mapping[str, dict[str, Any]]) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set wants key=value (found: {text!r})")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    path = key.split(".")
+    if len(path) == 1:
+        known = [*top, "model", "seed"]
+        if key not in known:
+            near = difflib.get_close_matches(key, [*known, *stages], n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"top-level keys: {', '.join(sorted(set(known)))}"
+            raise UsageError(f"--set {key}: the recipe has no such key", hint=hint)
+        top[key] = parsed
+        return
+    if path[0] not in stages:
+        near = difflib.get_close_matches(path[0], list(stages), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"stages: {', '.join(stages)}"
+        raise UsageError(f"--set {key}: the recipe has no stage '{path[0]}'", hint=hint)
+    target = stages[path[0]]
+    for part in path[1:-1]:
+        target[part] = dict(target.get(part) or {})
+        target = target[part]
+    target[path[-1]] = parsed
+
+
+def _substitute(stage: dict[str, Any], variables: Mapping[str, str], file: Path) -> dict[str, Any]:
+    def fill(value: Any) -> Any:
+        if isinstance(value, str) and "$" in value:
+            try:
+                return string.Template(value).substitute(variables)
+            except (KeyError, ValueError) as error:
+                raise SettingsError(f"'{value}' names an unknown variable ({error})", file=file, field=stage["name"]) from None
+        if isinstance(value, list):
+            return [fill(v) for v in value]
+        return {k: fill(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return {k: fill(v) for k, v in stage.items()}
+
+
+def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
+    """Fills in which stage's model a stage starts from, and refuses stages out of order."""
+    policy = str(top.get("model") or "")
+    last: dict[str, str] = {}
+    for stage in stages:
+        kind, name = stage["kind"], stage["name"]
+
+        def need(what: str, kind: str = kind, name: str = name) -> None:
+            raise SettingsError(
+                f"stage '{name}' ({kind}) needs {what} before it", file=file, hint="reorder the stages, or set a model"
+            )
+
+        if kind == "pretrain" and not stage.get("model"):
+            stage["model"] = str(top.get("model") or "")
+            if not stage["model"] and not stage.get("tokenizer"):
+                if "tokenizer" not in last:
+                    need("a tokenizer stage (or a model)")
+                stage["tokenizer"] = f"stage:{last['tokenizer']}"
+        if kind in ("sft", "reward", "ppo", "quantize") and not stage.get("model"):
+            if not policy:
+                need("a stage that trains a policy (pretrain or sft)")
+            stage["model"] = policy
+        if kind == "ppo" and not stage.get("reward_model"):
+            if "reward" not in last:
+                need("a reward stage")
+            stage["reward_model"] = f"stage:{last['reward']}"
+        if kind == "eval" and not stage.get("models"):
+            stage["models"] = [f"stage:{n}" for n in _policies(stages, name)]
+            if not stage["models"] and policy:
+                stage["models"] = [policy]
+            if not stage["models"]:
+                need("a stage that trains a policy")
+        last[kind] = name
+        if kind in POLICY_KINDS:
+            policy = f"stage:{name}"
+    return stages
+
+
+def _policies(stages: Sequence[Mapping[str, Any]], before: str) -> list[str]:
+    found = []
+    for stage in stages:
+        if stage["name"] == before:
+            break
+        if stage["kind"] in POLICY_KINDS:
+            found.append(stage["name"])
+    return found
+
+
+def _settings(stage: Mapping[str, Any], top: Mapping[str, Any], file: str) -> StageSettings:
+    values = {k: v for k, v in stage.items() if k not in ("kind", "name")}
+    values.setdefault("seed", top.get("seed", 0))
+    return parse(KINDS[stage["kind"]], values, file=file, prefix=f"{stage['name']}.")

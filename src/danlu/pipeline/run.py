@@ -1,0 +1,364 @@
+"""Runs: one folder per run, one per stage; a finished stage with the same key is not run again, an interrupted one goes on.
+
+A stage's key is a hash of the settings that affect its result, of its inputs' content and of the stage's algorithm version.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import danlu
+from danlu import atomic
+from danlu.config import StageSettings
+from danlu.data.read import find_files
+from danlu.exceptions import DanluError, GateError, Interrupted, RunError
+from danlu.pipeline.recipe import Recipe, Stage
+from danlu.pipeline.stages import STAGES, Outcome
+from danlu.synth.town.write import write_town
+from danlu.training.runs import MANIFEST, RECIPE
+
+MANIFEST_SCHEMA = 1
+TOWN = "town:"
+STAGE = "stage:"
+# How often something is looked at, shown or kept does not change what comes out of it.
+NO_EFFECT = ("out", "log_every", "save_every", "keep_checkpoints", "report_to")
+
+
+def execute(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    until: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Runs the stages of a recipe in a run folder; finished ones are kept.
+
+    Args:
+        until: the last stage to run, by name.
+        force: go on past failed gates.
+        say: takes one line per stage for people.
+
+    Raises:
+        RunError: the folder holds results of other settings or inputs, or another process is at work in it.
+        GateError: a gate does not hold.
+    """
+    names = [s.name for s in recipe.stages]
+    if until is not None and until not in names:
+        raise RunError(f"the recipe has no stage '{until}'", file=recipe.file, hint=f"stages: {', '.join(names)}")
+    _refuse_other_settings(recipe, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        atomic.write_text(folder / RECIPE, yaml.safe_dump(recipe.resolved, allow_unicode=True, sort_keys=False))
+        for stage in recipe.stages:
+            settings = placed(stage, recipe, folder)
+            run_stage(stage.name, stage.kind, settings, cache=folder, force=force, say=say)
+            if stage.name == until:
+                return
+
+
+def placed(stage: Stage, recipe: Recipe, folder: Path) -> StageSettings:
+    """A stage's settings with `stage:` and `town:` names turned into paths of this run."""
+    folders = {s.name: folder / s.folder for s in recipe.stages}
+
+    def place(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(STAGE):
+            return str(folders[value.removeprefix(STAGE)] / "model")
+        if isinstance(value, str) and value.startswith(TOWN):
+            return str(_town_file(folder, value.removeprefix(TOWN), int(recipe.resolved.get("seed", 0))))
+        if isinstance(value, list):
+            return [place(v) for v in value]
+        return {k: place(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    values = place(stage.settings.model_dump()) | {"out": str(folder / stage.folder)}
+    return type(stage.settings).model_validate(values)
+
+
+def _town_file(folder: Path, name: str, seed: int) -> Path:
+    """A file of the invented town, written on first use. The same seed always gives the same bytes."""
+    path = folder / "town" / f"{name}.jsonl"
+    if not path.is_file():
+        files = write_town(folder / "town", seed)
+        if name not in files:
+            raise RunError(f"the town has no file '{name}'", hint=f"files: {', '.join(sorted(files))}")
+    return path
+
+
+def run_stage(
+    name: str,
+    kind: str,
+    settings: StageSettings,
+    *,
+    cache: Path | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """One stage into `settings.out`: skipped if finished with the same key, resumed if interrupted. Returns its manifest.
+
+    Raises:
+        RunError: `out` holds the result of other settings or inputs.
+        GateError: a gate does not hold and `force` is false.
+    """
+    out = Path(settings.out)
+    inputs = _inputs(kind, settings, Hashes(cache or out))
+    key = stage_key(kind, settings, inputs)
+    old = _read_manifest(out)
+    if old.get("key") not in (None, key):
+        raise RunError(
+            f"stage '{name}' was made with other settings or inputs ({_what_changed(old, kind, settings, inputs)})",
+            file=out,
+            hint="give the run another --name, or delete this folder (and those after it) to do it again",
+        )
+    if old.get("status") == "done":
+        failed = [g for g in old.get("gates", []) if not g["passed"]]
+        if failed and not force:
+            raise _gate_error(name, failed)
+        say(f"{name}: done before ({old['seconds']:.0f} s)")
+        return old
+    out.mkdir(parents=True, exist_ok=True)
+    # `out` differs when a run folder is moved; everything else is what the stage was asked to do.
+    atomic.write_text(out / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), allow_unicode=True, sort_keys=False))
+    manifest = {
+        "schema": MANIFEST_SCHEMA,
+        "name": name,
+        "kind": kind,
+        "status": "running",
+        "key": key,
+        "seconds": old.get("seconds", 0.0),
+        "started": old.get("started") or _now(),
+        "seed": settings.seed,
+        "inputs": inputs,
+        "versions": _versions(),
+        "hardware": _hardware(),
+    }
+    atomic.write_json(out / MANIFEST, manifest)
+    say(f"{name}: {'going on' if old else 'begins'}")
+    _reset_peak_memory()
+    begun = time.monotonic()
+    try:
+        outcome: Outcome = STAGES[kind].run(settings)
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        manifest |= {"status": "interrupted" if stopped else "failed", "error": str(error)}
+        manifest["seconds"] += time.monotonic() - begun
+        atomic.write_json(out / MANIFEST, manifest)
+        raise
+    manifest["seconds"] += time.monotonic() - begun
+    manifest |= {
+        "status": "done",
+        "finished": _now(),
+        "metrics": outcome.metrics,
+        "facts": outcome.facts,
+        "gates": [g.as_dict() for g in outcome.gates],
+        "table": outcome.table,
+        "peak_memory_mb": _peak_memory_mb(),
+    }
+    atomic.write_json(out / MANIFEST, manifest)
+    say(f"{name}: done in {manifest['seconds']:.0f} s")
+    for gate in outcome.gates:
+        say(f"  {gate.code} {'holds' if gate.passed else 'DOES NOT HOLD'}: {gate.sentence}")
+    failed = [g.as_dict() for g in outcome.gates if not g.passed]
+    if failed and not force:
+        raise _gate_error(name, failed)
+    return manifest
+
+
+def _gate_error(name: str, failed: list[dict[str, Any]]) -> GateError:
+    gate = failed[0]
+    return GateError(
+        f"gate {gate['code']} after stage '{name}' does not hold: {gate['sentence']} (threshold {gate['threshold']})",
+        hint="change the settings or the data, or go on anyway with --force",
+    )
+
+
+# -- keys ---------------------------------------------------------------------------------------------------------------
+
+
+class Hashes:
+    """SHA-256 of files, remembered by path, size and time in `.hashes.json`, so that large inputs are read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".hashes.json"
+        try:
+            self._known: dict[str, Any] = json.loads(self._path.read_text("utf-8"))
+        except (OSError, json.JSONDecodeError):
+            self._known = {}
+
+    def of(self, file: Path) -> str:
+        """Hex digest of a file's content."""
+        stat = file.stat()
+        name, mark = str(file.resolve()), [stat.st_size, stat.st_mtime_ns]
+        if self._known.get(name, [None])[0] != mark:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            self._known[name] = [mark, digest]
+            atomic.write_json(self._path, self._known)
+        return str(self._known[name][1])
+
+
+def _inputs(kind: str, settings: StageSettings, hashes: Hashes) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for path, value in _named(settings, STAGES[kind].inputs):
+        found += [_input(path, f, hashes) for f in find_files(value)]
+    for path, value in _named(settings, STAGES[kind].models):
+        for model in value if isinstance(value, list) else [value]:
+            folder = Path(model)
+            if folder.is_dir():
+                found += [_input(path, f, hashes) for f in sorted(folder.rglob("*")) if f.is_file()]
+            else:
+                found.append({"field": path, "path": str(model), "sha256": "", "bytes": 0})
+    return found
+
+
+def _named(settings: StageSettings, fields: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    for field in fields:
+        value: Any = settings
+        for part in field.split("."):
+            value = getattr(value, part, None)
+        if value:
+            yield field, value
+
+
+def _input(field: str, file: Path, hashes: Hashes) -> dict[str, Any]:
+    return {"field": field, "path": str(file), "sha256": hashes.of(file), "bytes": file.stat().st_size}
+
+
+def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) -> str:
+    """See the module."""
+    fields = (*STAGES[kind].inputs, *STAGES[kind].models)
+    plain = settings.model_dump(mode="json", exclude=set(NO_EFFECT) | {f for f in fields if "." not in f})
+    if isinstance(plain.get("collect"), dict):
+        plain["collect"].pop("prompts", None)
+    # Inputs count by content: a run folder may be moved.
+    content = [[i["field"], Path(i["path"]).name, i["sha256"] or i["path"]] for i in inputs]
+    document = json.dumps([kind, STAGES[kind].version, plain, content], sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
+def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
+    """Before anything runs: settings of stages that exist must be the ones asked for now."""
+    for stage in recipe.stages:
+        others = [p.name for p in folder.glob(f"{stage.index:02d}-*") if p.name != stage.folder]
+        if others:
+            raise RunError(
+                f"this run has '{others[0]}' where the recipe has stage '{stage.name}'", file=folder, hint="give --name"
+            )
+        path = folder / stage.folder / "settings.yaml"
+        if not path.is_file():
+            continue
+        old = yaml.safe_load(path.read_text("utf-8"))
+        new = placed(stage, recipe, folder).model_dump(mode="json")
+        changed = [k for k in new if k not in NO_EFFECT and old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)]
+        if changed:
+            name = changed[0]
+            raise RunError(
+                f"this run was made with {stage.name}.{name} = {old.get(name)!r}; the recipe now says {new[name]!r}",
+                file=folder,
+                hint=f"keep both: --name OTHER; or delete {folder / stage.folder} and what follows it to do it again",
+            )
+
+
+def _same_place(old: Any, new: Any, folder: Path) -> bool:
+    """Whether two values differ only because the run folder was moved or named another way."""
+    if not (isinstance(old, str | list | dict) and isinstance(new, type(old))):
+        return False
+    mark = f"/{folder.name}/"
+    return [t.rpartition(mark)[2] for t in _texts(old)] == [t.rpartition(mark)[2] for t in _texts(new)]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [t for k in sorted(value) for t in _texts(value[k])]
+    if isinstance(value, list):
+        return [t for v in value for t in _texts(v)]
+    return [str(value)]
+
+
+def _what_changed(old: Mapping[str, Any], kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) -> str:
+    before = {i["path"]: i["sha256"] for i in old.get("inputs", [])}
+    for now in inputs:
+        if before.get(now["path"], now["sha256"]) != now["sha256"]:
+            return f"{now['path']} has changed since"
+    path = Path(settings.out) / "settings.yaml"
+    saved = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+    for key, value in settings.model_dump(mode="json").items():
+        if key not in NO_EFFECT and saved.get(key) != value:
+            return f"{key} was {saved.get(key)!r}, now {value!r}"
+    return f"danlu's {kind} stage itself has changed since"
+
+
+# -- the record ---------------------------------------------------------------------------------------------------------
+
+
+def _read_manifest(out: Path) -> dict[str, Any]:
+    path = out / MANIFEST
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if found.get("schema", 0) > MANIFEST_SCHEMA:
+        raise RunError(f"manifest.json has schema {found['schema']}, this danlu knows {MANIFEST_SCHEMA}", file=path, hint="update danlu")
+    return found
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time works in a run folder; the lock ends with the process, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError("another process is at work in this run", file=folder, hint="wait for it, or use --name") from None
+        yield
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "tokenizers", "peft", "numpy")
+    return {"danlu": danlu.__version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": cuda}
+
+
+def _reset_peak_memory() -> None:
+    """Linux counts a process's peak since the last reset; elsewhere the peak is that of the whole process."""
+    if sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not allowed in some containers: the peak then covers the earlier stages too
+            return
+
+
+def _peak_memory_mb() -> float:
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+    import resource
+
+    scale = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)
+
+
+def error_line(error: DanluError) -> str:
+    """One line for a table."""
+    return error.message.splitlines()[0]

@@ -1,0 +1,256 @@
+"""What each kind of stage does in a run: calls its trainer or evaluator, and decides its gates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import danlu
+from danlu import atomic
+from danlu.config import (
+    EvalSettings,
+    PpoSettings,
+    PretrainSettings,
+    QuantizeSettings,
+    RewardSettings,
+    SftSettings,
+    StageSettings,
+    TokenizerSettings,
+)
+from danlu.data.read import read
+from danlu.evals import perplexity
+from danlu.evals.generation import Evaluation, evaluate
+from danlu.exceptions import DataError, SettingsError
+from danlu.models.load import load_model, resolve
+from danlu.models.quantize import quantize_model, save_quantized
+from danlu.pipeline import gates
+from danlu.pipeline.gates import Gate
+from danlu.synth.compare import collect
+from danlu.text.chat_template import ChatTemplate
+from danlu.text.tokenizer import load_tokenizer, train_tokenizer
+from danlu.trainers import ppo, pretrain, reward_model, sft
+from danlu.training.progress import Bar
+from danlu.training.runs import resolve_model
+from danlu.training.setup import records_of, sources, template_of, tokenizer_of
+from danlu.types import Conversation, Document, Prompt
+
+S = TypeVar("S", bound=StageSettings)
+RENDER_SAMPLE = 50
+PERPLEXITY_RECORDS = 500
+
+
+@dataclass
+class Outcome:
+    """What a stage reports to its manifest."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    gates: list[Gate] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of stage runs.
+
+    version: raised whenever the same settings and inputs would give another result; part of the stage's key.
+    inputs: fields that name data files; models: fields that name models.
+    """
+
+    run: Callable[[Any], Outcome]
+    version: int
+    inputs: tuple[str, ...] = ("data", "eval_data")
+    models: tuple[str, ...] = ("model",)
+
+
+def run_tokenizer(settings: TokenizerSettings) -> Outcome:
+    """Trains a byte-level BPE on the text of documents and conversations."""
+    texts: list[str] = []
+    for path in [settings.data] if isinstance(settings.data, str) else settings.data:
+        texts += _texts(path)
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    folder = Path(settings.out) / "model"
+    tokenizer.save_pretrained(folder)
+    characters = sum(len(t) for t in texts)
+    sample = texts[:: max(1, len(texts) // 2000)]
+    tokens = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in sample)
+    return Outcome(
+        metrics={"vocab_size": float(len(tokenizer)), "tokens_per_character": tokens / max(1, sum(len(t) for t in sample))},
+        facts={"texts": len(texts), "characters": characters},
+    )
+
+
+def _texts(path: str) -> list[str]:
+    try:
+        return [r.text for r in read(path, "document").records if isinstance(r, Document)]
+    except DataError as document_error:
+        try:
+            return [m["content"] for r in read(path, "conversation").records if isinstance(r, Conversation) for m in r.messages]
+        except DataError:
+            raise document_error from None
+
+
+def run_pretrain(settings: PretrainSettings) -> Outcome:
+    """See `trainers/pretrain.py`."""
+    result = pretrain.train(settings)
+    return Outcome(result.metrics, result.facts)
+
+
+def run_sft(settings: SftSettings) -> Outcome:
+    """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER."""
+    result = sft.train(settings)
+    records, _, _ = records_of(settings, "conversation")
+    sample = random.Random(f"{settings.seed}/render").sample(records, min(RENDER_SAMPLE, len(records)))
+    training = template_of(settings.model, settings, stage="sft")
+    serving = ChatTemplate(load_tokenizer(result.model))
+    verdicts = [gates.stop(result.facts), gates.truncated(result.facts), gates.render(training, serving, sample)]  # type: ignore[arg-type]
+    example = serving.render(sample[0].messages) if sample and isinstance(sample[0], Conversation) else ""
+    return Outcome(result.metrics, {**result.facts, "rendered_example": example}, verdicts)
+
+
+def run_reward(settings: RewardSettings) -> Outcome:
+    """See `trainers/reward_model.py`; gathers comparisons first if asked to, and decides G-RM."""
+    facts: dict[str, Any] = {}
+    if settings.collect is not None:
+        collected = Path(settings.out) / "collected.jsonl"
+        if not collected.is_file():
+            facts["collected"] = _collect(settings, collected)
+        given = [settings.data] if isinstance(settings.data, str) else list(settings.data)
+        settings = settings.model_copy(update={"data": [*[g for g in given if g], str(collected)]})
+    result = reward_model.train(settings)
+    return Outcome(result.metrics, {**result.facts, **facts}, gates.reward_model(result.metrics, settings))
+
+
+def _collect(settings: RewardSettings, path: Path) -> int:
+    options = settings.collect
+    assert options is not None, "asked for by the caller"
+    prompts = [r for r in read(sources(options.prompts), "prompt").records if isinstance(r, Prompt)]
+    count = min(options.count, len(prompts)) * options.samples
+    with Bar("reward: collecting answers", count) as bar:
+        rows = collect(danlu.load(settings.model), prompts, options, seed=settings.seed, on_done=lambda done: _to(bar, done))
+    if not rows:
+        raise DataError("no two answers of the policy differ by the rubric, so there is nothing to compare", field="collect")
+    atomic.write_jsonl(path, rows)
+    return len(rows)
+
+
+def _to(bar: Bar, done: int) -> None:
+    while bar.done < done:
+        bar.advance(0, "answers")
+
+
+def run_ppo(settings: PpoSettings) -> Outcome:
+    """See `trainers/ppo.py`; decides G-RATIO."""
+    result = ppo.train(settings)
+    return Outcome(result.metrics, result.facts, [gates.ratio(result.facts)])
+
+
+def run_eval(settings: EvalSettings) -> Outcome:
+    """Scores one or several models on the same questions with the same draws."""
+    if not settings.models:
+        raise SettingsError("no model is given", field="models")
+    folder = Path(settings.out)
+    if settings.task == "perplexity":
+        metrics = {}
+        for model in settings.models:
+            loaded = load_model(resolve_model(model))
+            trees = perplexity.encode(
+                sources(settings.data), tokenizer_of(model, stage="eval"), settings.max_length, settings.limit
+            )
+            metrics[f"{label(model)}_perplexity"] = perplexity.perplexity(loaded, trees)
+        return Outcome(metrics)
+    prompts = [r for r in read(sources(settings.data), "prompt").records if isinstance(r, Prompt)][: settings.limit]
+    found: dict[str, Evaluation] = {}
+    for model in settings.models:
+        name = label(model)
+        with Bar(f"eval {name}", len(prompts)) as bar:
+            found[name] = evaluate(
+                danlu.load(model),
+                prompts,
+                task=settings.task,
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+                seed=settings.seed,
+                on_done=lambda done, b=bar: _to(b, done),  # type: ignore[misc]
+            )
+        atomic.write_jsonl(folder / f"answers-{name}.jsonl", found[name].rows)
+    table = [{"model": n, **e.summary} for n, e in found.items()]
+    metrics = {f"{n}_correct": e.summary["correct"]["mean"] for n, e in found.items()}
+    metrics |= {f"{n}_rubric": e.summary["rubric"]["mean"] for n, e in found.items() if "rubric" in e.summary}
+    atomic.write_jsonl(folder / "samples.jsonl", _samples(found, prompts, settings))
+    return Outcome(metrics, table=table)
+
+
+def label(model: str) -> str:
+    """A model's name in the table: "base" for the pretrain stage of a run, else the stage or folder name."""
+    path = Path(model)
+    if path.name == "model" and path.parent.name[:2].isdigit():
+        name = path.parent.name.partition("-")[2]
+        return "base" if name == "pretrain" else name
+    return path.name or model
+
+
+def _samples(found: dict[str, Evaluation], prompts: list[Prompt], settings: EvalSettings) -> list[dict[str, Any]]:
+    """Questions drawn by seed among those where the models' answers differ: nothing is picked by who looks best."""
+    rows = {n: e.rows for n, e in found.items()}
+    differ = [i for i in range(len(prompts)) if len({r[i]["prediction"] for r in rows.values()}) == len(rows)]
+    pool = differ or list(range(len(prompts)))
+    chosen = random.Random(f"{settings.seed}/samples").sample(pool, min(settings.samples, len(pool)))
+    return [
+        {
+            "prompt": prompts[i].prompt,
+            "label": rows[next(iter(rows))][i]["label"],
+            "answers": {n: r[i]["prediction"] for n, r in rows.items()},
+        }
+        for i in sorted(chosen)
+    ]
+
+
+def run_quantize(settings: QuantizeSettings) -> Outcome:
+    """Writes an int8 copy of a model; decides G-QUANT and adds a row to the table."""
+    source, _ = resolve(resolve_model(settings.model))
+    tokenizer = tokenizer_of(settings.model, stage="quantize")
+    model = load_model(source)
+    before_bytes = sum(p.numel() * 2 for p in model.parameters())
+    trees = None
+    before = 0.0
+    if settings.eval_data is not None:
+        trees = perplexity.encode(sources(settings.eval_data), tokenizer, settings.max_length, PERPLEXITY_RECORDS)
+        before = perplexity.perplexity(model, trees)
+    folder = save_quantized(quantize_model(model), tokenizer, Path(settings.out) / "model")
+    small = danlu.load(folder)
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    outcome = Outcome(metrics={"bytes": float(size), "bytes_16bit": float(before_bytes)})
+    if trees is not None:
+        after = perplexity.perplexity(small.model, trees)
+        outcome.metrics |= {"perplexity_before": before, "perplexity": after}
+        outcome.gates.append(gates.quantized(before, after, settings))
+    if settings.questions is not None:
+        prompts = [r for r in read(sources(settings.questions), "prompt").records if isinstance(r, Prompt)]
+        with Bar("eval int8", len(prompts)) as bar:
+            result = evaluate(
+                small,
+                prompts,
+                task="rubric",
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+                seed=settings.seed,
+                on_done=lambda done: _to(bar, done),
+            )
+        outcome.table.append({"model": "int8", **result.summary})
+        outcome.metrics["int8_rubric"] = result.summary["rubric"]["mean"]
+    return outcome
+
+
+STAGES: dict[str, Kind] = {
+    "tokenizer": Kind(run_tokenizer, 1, ("data",), ()),
+    "pretrain": Kind(run_pretrain, 1, models=("model", "tokenizer")),
+    "sft": Kind(run_sft, 1),
+    "reward": Kind(run_reward, 1, ("data", "eval_data", "collect.prompts")),
+    "ppo": Kind(run_ppo, 1, models=("model", "reward_model")),
+    "eval": Kind(run_eval, 1, ("data",), ("models",)),
+    "quantize": Kind(run_quantize, 1, ("eval_data", "questions")),
+}

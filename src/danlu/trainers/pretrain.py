@@ -1,0 +1,79 @@
+"""Pre-training: next-token prediction on documents, from nothing (a starter) or from a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from danlu.config import PretrainSettings
+from danlu.data.collate import encode_documents, plan_steps, require_items
+from danlu.exceptions import SettingsError
+from danlu.models.load import load_model, save_model, starter
+from danlu.models.roles import SeparateModels
+from danlu.models.root import RootModel
+from danlu.text.chat_template import ChatTemplate
+from danlu.training import distributed
+from danlu.training.compute import choose
+from danlu.training.optim import adamw, rate_factor, set_rate
+from danlu.training.runs import resolve_model
+from danlu.training.session import Session
+from danlu.training.setup import final_state, lora_roles, records_of, tokenizer_of
+from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
+
+
+def train(settings: PretrainSettings) -> TrainResult:
+    """Trains and writes `out/model`; resumes from the last checkpoint in `out`.
+
+    Raises:
+        SettingsError: neither a model nor a tokenizer for a starter is given.
+    """
+    distributed.start()
+    if not settings.model and not settings.tokenizer:
+        raise SettingsError("neither a model nor a tokenizer for a starter is given", field="model", hint="--model or --tokenizer")
+    tokenizer = tokenizer_of(settings.model or settings.tokenizer, stage="pretrain")
+    if settings.model:
+        model = load_model(resolve_model(settings.model))
+    else:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        model = starter(len(tokenizer), **settings.starter.model_dump(), seed=settings.seed, ids=ids)
+    compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
+    train_records, heldout_records, dataset = records_of(settings, "document")
+    trees = encode_documents(train_records, tokenizer, settings.max_length)  # type: ignore[arg-type]
+    heldout = encode_documents(heldout_records, tokenizer, settings.max_length)  # type: ignore[arg-type]
+    require_items(trees, "document", settings.max_length)
+    steps = plan_steps(
+        trees.lengths,
+        tokens_per_step=settings.tokens_per_step,
+        micro_tokens=settings.micro_tokens,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+    )
+
+    roles = lora_roles(model, ["policy"], settings) if settings.adapter == "lora" else SeparateModels({"policy": model}, ["policy"])
+    root = RootModel(roles).to(compute.device).train()
+    optimizer = adamw(root, settings.learning_rate, settings.weight_decay)
+    metrics: dict[str, float] = {}
+    with Session(settings, "pretrain", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
+        for step in session.steps():
+            batches = [trees.batch(indices) for indices in steps[step]]
+            weight = float(sum(b.loss_weight_T.sum() for b in batches))
+            set_rate(optimizer, settings.learning_rate * rate_factor(step, len(steps), settings))
+            sums = accumulate(root, "policy", [(b, weight) for b in distributed.mine(batches)], language_loss, compute)
+            norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm)
+            metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
+            session.log(step, metrics, tokens=sum(b.tokens for b in batches), note=f"loss {sums['loss']:.3f}")
+            if heldout.items and session.eval_due(step):
+                root.eval()
+                session.extra["eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
+                session.extra.setdefault("first_eval_loss", session.extra["eval_loss"])
+                session.evaluated(step, {"eval_loss": session.extra["eval_loss"]})
+                root.train()
+        session.restore_best()
+        metrics |= {k: session.extra[k] for k in ("eval_loss", "first_eval_loss") if k in session.extra}
+
+    ChatTemplate(tokenizer, settings.template)  # the template is saved with the model from the first stage on
+    folder = Path(settings.out) / "model"
+    if distributed.is_main():
+        save_model(model.to("cpu"), tokenizer, folder, final_state(roles, "policy"))
+    facts = {"records": len(train_records), "heldout": len(heldout_records), "windows": len(trees.items), "dropped": dataset.dropped}
+    return TrainResult(folder, metrics, facts)

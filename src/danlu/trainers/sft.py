@@ -1,0 +1,80 @@
+"""Supervised fine-tuning: cross entropy on every assistant turn and its stop token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from danlu.config import SftSettings
+from danlu.data.collate import encode_conversations, plan_steps, require_items
+from danlu.models.load import save_model
+from danlu.models.root import RootModel
+from danlu.training import distributed
+from danlu.training.compute import choose
+from danlu.training.optim import adamw, rate_factor, set_rate
+from danlu.training.session import Session
+from danlu.training.setup import final_state, policy_roles, records_of, template_of
+from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
+
+
+def train(settings: SftSettings) -> TrainResult:
+    """Trains and writes `out/model`; resumes from the last checkpoint in `out`."""
+    distributed.start()
+    template = template_of(settings.model, settings, stage="sft")
+    train_records, heldout_records, dataset = records_of(settings, "conversation")
+    trees = encode_conversations(train_records, template, settings.max_length)  # type: ignore[arg-type]
+    heldout = encode_conversations(heldout_records, template, settings.max_length)  # type: ignore[arg-type]
+    require_items(trees, "conversation", settings.max_length)
+    steps = plan_steps(
+        trees.lengths,
+        tokens_per_step=settings.tokens_per_step,
+        micro_tokens=settings.micro_tokens,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+    )
+
+    roles, model = policy_roles(settings)
+    compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
+    root = RootModel(roles).to(compute.device).train()
+    optimizer = adamw(root, settings.learning_rate, settings.weight_decay)
+    metrics: dict[str, float] = {}
+    with Session(settings, "sft", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
+        if heldout.items and "first_eval_loss" not in session.extra:
+            root.eval()
+            session.extra["first_eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
+            root.train()
+        for step in session.steps():
+            batches = [trees.batch(indices) for indices in steps[step]]
+            weight = float(sum(b.loss_weight_T.sum() for b in batches))
+            set_rate(optimizer, settings.learning_rate * rate_factor(step, len(steps), settings))
+            sums = accumulate(root, "policy", [(b, weight) for b in distributed.mine(batches)], language_loss, compute)
+            norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm)
+            metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
+            session.log(step, metrics, tokens=sum(b.tokens for b in batches), note=f"loss {sums['loss']:.3f}")
+            if heldout.items and session.eval_due(step):
+                root.eval()
+                session.extra["eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
+                session.evaluated(step, {"eval_loss": session.extra["eval_loss"]})
+                root.train()
+        session.restore_best()
+        metrics |= {k: session.extra[k] for k in ("eval_loss", "first_eval_loss") if k in session.extra}
+
+    folder = Path(settings.out) / "model"
+    model.generation_config.eos_token_id = sorted(template.stop_ids)
+    if distributed.is_main():
+        save_model(model.to("cpu"), template.tokenizer, folder, final_state(roles, "policy"))
+    stop_rows = model.get_output_embeddings().weight
+    facts = {
+        "records": len(train_records),
+        "heldout": len(heldout_records),
+        "answers": trees.answers,
+        "answers_with_stop": trees.answers_with_stop,
+        "answers_cut": trees.answers_cut,
+        "answers_kept": trees.answers - trees.answers_cut,
+        "stop_ids": sorted(template.stop_ids),
+        # With adapters the head may be frozen: then a stop token that is new to the base can never be produced.
+        "stop_row_learns": bool(stop_rows.requires_grad) or settings.adapter == "lora",
+        "template": template.name,
+        "dropped": {**dataset.dropped, **trees.dropped},
+    }
+    return TrainResult(folder, metrics, facts)

@@ -1,0 +1,80 @@
+"""Where a run keeps its stages, and what `runs/NAME` and `runs/NAME:STAGE` mean as a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danlu.config import POLICY_KINDS
+from danlu.exceptions import RunError
+
+RECIPE = "recipe.yaml"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """A stage of a run on disk."""
+
+    index: int
+    name: str
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest.get("kind", ""))
+
+    @property
+    def finished(self) -> bool:
+        return self.manifest.get("status") == "done"
+
+    @property
+    def model(self) -> Path | None:
+        """The model folder the stage left, if it is there."""
+        folder = self.folder / "model"
+        return folder if (folder / "config.json").is_file() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run."""
+    return (folder / RECIPE).is_file()
+
+
+def stages_of(run: Path) -> list[StageFolder]:
+    """The stages of a run in order, finished or not."""
+    found = []
+    for folder in sorted(run.glob("[0-9][0-9]-*")):
+        number, _, name = folder.name.partition("-")
+        path = folder / MANIFEST
+        manifest = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        found.append(StageFolder(int(number), name, folder, manifest))
+    return found
+
+
+def resolve_model(text: str) -> str:
+    """A model folder (or hub id) for what the user gave.
+
+    `runs/NAME` is the run's last finished policy (the stage before quantize); `runs/NAME:STAGE` a stage by name.
+
+    Raises:
+        RunError: the run has no such stage, or none that is finished.
+    """
+    head, colon, stage = text.rpartition(":")
+    if colon and is_run(Path(head)):
+        stages = {s.name: s for s in stages_of(Path(head))}
+        if stage not in stages:
+            raise RunError(f"this run has no stage '{stage}'", file=head, hint=f"stages: {', '.join(stages) or 'none yet'}")
+        model = stages[stage].model
+        if model is None or not stages[stage].finished:
+            raise RunError(f"stage '{stage}' has no finished model", file=head, hint=f"danlu run {Path(head) / RECIPE}")
+        return str(model)
+    run = Path(text)
+    if not is_run(run):
+        return text
+    done = [s for s in stages_of(run) if s.kind in POLICY_KINDS and s.finished and s.model is not None]
+    if not done:
+        raise RunError("this run has no finished policy yet", file=run, hint=f"danlu run {run / RECIPE}")
+    return str(done[-1].model)

@@ -1,0 +1,107 @@
+"""From settings to models, tokenizer and records: the same few lines for every trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from danlu.config import Sources, TrainSettings
+from danlu.data.read import Dataset, read
+from danlu.data.split import split_heldout
+from danlu.exceptions import ModelError, SettingsError
+from danlu.generation.sampling import mix_seed
+from danlu.models.load import load_model, resolve
+from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.root import RoleName
+from danlu.text.chat_template import ChatTemplate
+from danlu.text.tokenizer import load_tokenizer
+from danlu.training.runs import resolve_model
+from danlu.types import Record, RecordKind
+
+
+def tokenizer_of(model: str, *, stage: str) -> Any:
+    """The tokenizer of a model, which this stage cannot do without.
+
+    Raises:
+        ModelError: the folder has none.
+    """
+    folder = resolve_model(model)
+    # A tokenizer may stand in a folder of its own, without a model.
+    name, local = (folder, True) if (Path(folder) / "tokenizer.json").is_file() else resolve(folder)
+    tokenizer = load_tokenizer(name, local=local)
+    if tokenizer is None:
+        raise ModelError(
+            f"this model folder has no tokenizer files, and {stage} needs text",
+            file=name,
+            hint="copy tokenizer.json and tokenizer_config.json of the model beside config.json",
+        )
+    return tokenizer
+
+
+def template_of(model: str, settings: TrainSettings, *, stage: str) -> ChatTemplate:
+    """The chat seam of a model."""
+    return ChatTemplate(tokenizer_of(model, stage=stage), settings.template)
+
+
+def records_of(settings: TrainSettings, kind: RecordKind) -> tuple[list[Record], list[Record], Dataset]:
+    """Training and held-out records, and the data set they were read from (for its counts).
+
+    `max_records` keeps a seeded sample of the training records.
+    """
+    if not settings.data:
+        raise SettingsError("no data is given", field="data", hint="give a file, folder or glob")
+    dataset = read(sources(settings.data), kind)
+    if settings.eval_data is not None:
+        train, heldout = list(dataset.records), list(read(sources(settings.eval_data), kind).records)
+    else:
+        train, heldout = split_heldout(dataset.records, settings.eval_fraction)
+    if settings.max_records is not None:
+        train = sample_records(train, settings.max_records, settings.seed)
+        heldout = sample_records(heldout, settings.max_records, settings.seed)
+    return train, heldout, dataset
+
+
+def sample_records(records: list[Record], count: int, seed: int) -> list[Record]:
+    """At most `count` records, chosen by seed, in their order."""
+    import numpy as np
+
+    if len(records) <= count:
+        return records
+    chosen = np.random.default_rng([seed, 0xDA]).choice(len(records), size=count, replace=False)
+    return [records[i] for i in sorted(chosen.tolist())]
+
+
+def sources(data: Sources) -> str | list[str]:
+    """Paths as `data.read` takes them."""
+    return data if isinstance(data, str) else list(data)
+
+
+def policy_roles(settings: TrainSettings, *, trained: RoleName = "policy") -> tuple[nn.Module, Any]:
+    """A module with one trained role, all weights or LoRA by `settings.adapter`, and the model under it."""
+    if settings.adapter == "lora":
+        base = load_model(resolve_model(settings.model))
+        return lora_roles(base, [trained], settings), base
+    model = load_model(resolve_model(settings.model), scalar=trained == "reward")
+    return SeparateModels({trained: model}, [trained]), model
+
+
+def lora_roles(base: Any, roles: list[RoleName], settings: TrainSettings, trained: list[RoleName] | None = None) -> AdapterRoles:
+    """Adapters on one base with the settings' rank, scale, dropout and targets."""
+    options = settings.lora
+    return AdapterRoles(
+        base,
+        roles,
+        rank=options.r,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        target=options.target,
+        trained=trained if trained is not None else roles,
+        seed=mix_seed(settings.seed, 0x10BA),
+    )
+
+
+def final_state(roles: nn.Module, role: RoleName) -> dict[str, Any] | None:
+    """Merged weights of an adapter, or None when the model's own weights are the result."""
+    return roles.merged(role) if isinstance(roles, AdapterRoles) else None

@@ -1,0 +1,72 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from danlu.exceptions import SettingsError
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Tracker:
+    """Writes one line per logged step. A resumed stage drops the lines after its checkpoint, so no step appears twice."""
+
+    def __init__(self, folder: Path, report_to: Sequence[str], *, name: str, start_step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start_step] if start_step else []
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w", encoding="utf-8")
+        for row in kept:
+            self._write(row)
+        self._board: Any = None
+        self._wandb: Any = None
+        if "tensorboard" in report_to:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise SettingsError("tensorboard is not installed", field="report_to", hint="pip install danlu[tracking]") from None
+            self._board = SummaryWriter(str(folder / "tb"), purge_step=start_step or None)  # type: ignore[no-untyped-call]
+        if "wandb" in report_to:
+            try:
+                import wandb
+            except ImportError:
+                raise SettingsError("wandb is not installed", field="report_to", hint="pip install danlu[tracking]") from None
+            self._wandb = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "danlu"), name=name, id=name.replace("/", "-"), resume="allow", dir=str(folder)
+            )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of a 1-based step."""
+        self._write({"step": step, **metrics})
+        if self._board is not None:
+            for key, value in metrics.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,280 @@
+"""The report is parsed as a browser would and checked for what people must be able to rely on."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_run import write_run
+
+from danlu.exceptions import RunError
+from danlu.pipeline.report import write_report
+from danlu.pipeline.report_charts import Interval, Series, lines, whiskers
+from danlu.pipeline.report_words import duration, number, size
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+HOSTILE = '</script><script>alert("x")</script> & <img src=http://evil.example/x> 😀 中文 مرحبا \u202e'
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; insists on balanced tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.pieces: list[str] = []
+        self.ids: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"[ \n]+", " ", "".join(self.pieces))
+
+
+def check(html: str) -> Page:
+    """Well formed, alone in the world, and every reference inside it leads somewhere."""
+    page = Page(html)
+    assert not {"script", "img", "link", "iframe", "object", "b "} & set(page.tags)
+    for tag, key, value in page.attributes:
+        assert key not in ("src", "srcset", "background", "action", "xlink:href"), (tag, key)
+        assert not key.startswith("on"), (tag, key)
+        assert "://" not in value, (tag, key, value)
+        if key == "href":
+            assert value.startswith("#") and value[1:] in page.ids, value
+        for target in re.findall(r"url\(([^)]*)\)", value):
+            assert target.startswith("#") and target[1:] in page.ids, value
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert len(page.ids) == len(set(page.ids)), "ids are not unique"
+    assert not re.search(r"#fe000\d", html), "a chart kept a colour that is not the page's"
+    return page
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    path = write_report(write_run(tmp_path_factory.mktemp("runs") / "quickstart"))
+    assert path.name == "report.html"
+    html = path.read_text("utf-8")
+    return html, check(html)
+
+
+def test_headline_and_results(finished: tuple[str, Page]) -> None:
+    text = finished[1].text
+    for words in (
+        "quickstart",
+        "小镇问答。",
+        "14 min 11 s in all",
+        "7 of 7 stages done",
+        "“ppo” answers 74.1% of the held-out questions correctly; “base” 3.4%.",
+        "the rubric score rises from 71.2% to 82.3%, beyond chance",
+        "No gate failed; a warning: G-SHIFT.",
+        "78.3% – 86.3%",
+        "after quantize",
+    ):
+        assert words in text, words
+
+
+def test_gates_stages_data_and_machine(finished: tuple[str, Page]) -> None:
+    text = finished[1].text
+    for words in (
+        "G-STOP 100.0% of 8,000 answers end with a trained stop token",
+        "found 2.0e-07 · limit 1.0e-04",
+        "model: sft reward model: reward",
+        "models: pretrain, sft, ppo",
+        "peak memory: 812 MiB",
+        "95% interval 83.4% – 90.9%",
+        "Held-out perplexity6.25",
+        "1.8 MiB",
+        "24,000",
+        "CC0-1.0",
+        "not stated",
+        "12 too long, 3 empty answer",
+        "sha256 efefefefefef",
+        "2.11.0",
+        "8 CPU cores",
+    ):
+        assert words in text, words
+    assert "config.json" not in text, "models are lineage, not data"
+
+
+def test_samples_are_side_by_side_and_escaped(finished: tuple[str, Page]) -> None:
+    html, page = finished
+    assert "The bakery on Mill Lane opens at 7:30." in page.text
+    assert "星期天图书馆下午五点关门。" in page.text and "مرحبا، لا أعرف." in page.text
+    assert "</script><script>alert(1)</script> 😀" in page.text
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "(empty)" in page.text
+
+
+def test_charts_have_names_and_follow_the_page(finished: tuple[str, Page]) -> None:
+    html, page = finished
+    labels = [v for t, k, v in page.attributes if t == "svg" and k == "aria-label"]
+    expected = ["Rubric score", "Correct", *["Loss", "Gradient norm"] * 2, "Pairs ranked rightly", "Loss", "Score"]
+    assert labels[: len(expected)] == expected and len(labels) == len(expected) + 5
+    assert "stroke: var(--first)" in html and "fill: var(--soft)" in html
+    assert len(html) < 400_000
+
+
+def test_changed_settings_stand_out(finished: tuple[str, Page]) -> None:
+    assert re.search(r'class="changed"><dt>learning_rate</dt><dd dir="auto">0.002', finished[0])
+    assert re.search(r"<div><dt>seed</dt>", finished[0])
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "twice")
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("done", "status", "sentence"),
+    [
+        (0, "done", "Not finished: 0 of 7 stages are done."),
+        (1, "running", "Stage “pretrain” is running. 1 of 7 stages are done."),
+        (3, "failed", "Stage “reward” failed: loss is nan at step 12. 3 of 7 stages are done."),
+        (4, "interrupted", "Interrupted in stage “ppo”. 4 of 7 stages are done. The same command goes on from there."),
+    ],
+)
+def test_unfinished_runs(tmp_path: Path, done: int, status: str, sentence: str) -> None:
+    text = check(write_report(write_run(tmp_path / "r", done=done, status=status)).read_text("utf-8")).text
+    assert sentence in text
+    assert "No results yet: stage “eval” has not finished." in text
+    assert "pending" in text
+
+
+def test_a_failed_gate_is_the_headline(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", done=4)
+    path = run / "04-reward" / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    manifest["gates"][0] |= {"passed": False, "value": 0.52}
+    path.write_text(json.dumps(manifest), "utf-8")
+    text = check(write_report(run).read_text("utf-8")).text
+    assert "Stopped after stage “reward”: gate G-RM does not hold. 4 of 7 stages are done." in text
+    assert "This gate does not hold: G-RM." in text
+
+
+def test_hints_are_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    rows = [{"step": s, "loss": 4 - s / 400, "eval_loss": 4 - s / 400} for s in range(100, 1100, 100)]
+    (run / "03-sft" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    text = check(write_report(run).read_text("utf-8")).text
+    assert "still falling at the end" in text and "SFT went as it should" not in text
+
+
+def test_hostile_text_everywhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a&b <i>", description=HOSTILE, models=("<b>base</b>", "$x_1$ 模型 😀", "x" * 200))
+    for path in run.glob("*/manifest.json"):
+        manifest = json.loads(path.read_text("utf-8"))
+        manifest |= {"error": HOSTILE, "facts": {HOSTILE: [HOSTILE, {"a": None}]}, "status": "failed"}
+        for item in manifest["inputs"]:
+            item |= {"path": HOSTILE, "licence": HOSTILE, "dropped": {HOSTILE: 1}}
+        for gate in manifest.get("gates", []):
+            gate |= {"sentence": HOSTILE, "code": HOSTILE, "value": None}
+        path.write_text(json.dumps(manifest), "utf-8")
+    sample = {"prompt": HOSTILE, "answers": {"</td>": "half \ud83d, bell \x07, nul \x00", HOSTILE: None}}
+    (run / "06-eval" / "samples.jsonl").write_text(json.dumps(sample) + "\n{broken", "utf-8")
+    html = write_report(run).read_text("utf-8")
+    page = check(html)
+    assert HOSTILE in page.text
+    assert "half ?, bell ␇, nul ␀" in page.text
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", html)
+    assert "a&b <i>" in page.text
+
+
+def test_private_paths_are_shortened(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    html = write_report(run).read_text("utf-8")
+    assert str(tmp_path) not in html
+
+
+def test_sparse_manifests(tmp_path: Path) -> None:
+    run = tmp_path / "sparse"
+    (run / "01-sft").mkdir(parents=True)
+    (run / "02-odd").mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"stages": [{"kind": "sft"}]}), "utf-8")
+    (run / "01-sft" / "manifest.json").write_text(
+        '{"kind": "sft", "status": "done", "table": [{"model": "m"}]}', "utf-8"
+    )
+    text = check(write_report(run).read_text("utf-8")).text
+    assert "No metrics were logged, so there are no curves." in text
+    assert "Interrupted in stage “odd”." in text
+
+
+def test_overlapping_intervals_are_called_chance(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    path = run / "06-eval" / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    manifest["table"][2]["rubric"] = {"mean": 0.73, "low": 0.69, "high": 0.77}
+    path.write_text(json.dumps(manifest), "utf-8")
+    assert "goes from 71.2% to 73%: the intervals overlap" in check(write_report(run).read_text("utf-8")).text
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"recipe\.yaml"):
+        write_report(tmp_path)
+
+
+def test_long_curves_stay_small() -> None:
+    points = [(float(i), 1.0 / i) for i in range(1, 50_001)]
+    assert len(lines("k", "t", [Series("s", points, noisy=True)])) < 60_000
+
+
+def test_whiskers_escape_their_labels() -> None:
+    svg = whiskers(
+        "k", 'a "title" <b>', [Interval("<i>&", 0.5, 0.4, 0.6), Interval("多字的模型名字很长很长", 0.1, 0.0, 0.2)]
+    )
+    assert "&lt;i&gt;&amp;" in svg and "<i>" not in svg and "…" in svg
+    assert 'aria-label="a &#34;title&#34; &lt;b&gt;"' in svg
+
+
+@pytest.mark.parametrize(
+    ("value", "percent", "text"),
+    [
+        (0.5, True, "50%"),
+        (0.8234, True, "82.3%"),
+        (12345.6, False, "12,346"),
+        (1.0, False, "1"),
+        (0.00002, False, "2.0e-05"),
+        (float("nan"), False, "nan"),
+        (-0.1234, False, "-0.123"),
+    ],
+)
+def test_numbers(value: float, percent: bool, text: str) -> None:
+    assert number(value, percent) == text
+
+
+def test_durations_and_sizes() -> None:
+    assert [duration(s) for s in (0, 3.44, 59.6, 3599.7, 3900)] == [
+        "0 s",
+        "3.4 s",
+        "1 min 0 s",
+        "1 h 0 min",
+        "1 h 5 min",
+    ]
+    assert [size(b) for b in (12, 1536, 2**20 * 812, 2**40)] == ["12 B", "1.5 KiB", "812 MiB", "1024 GiB"]
