@@ -46,7 +46,9 @@ class Assistant:
         defaults: sampling parameters of `chat` and `generate` where none are given.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any | None, *, name: str = "", defaults: SamplingParams | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any | None, *, name: str = "", defaults: SamplingParams | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -76,7 +78,9 @@ class Assistant:
         return Request(template.encode_prompt(messages), used)
 
     def generate(
-        self, conversations: Sequence[Sequence[Message]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        conversations: Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Reply]:
         """Answers to several conversations, together.
 
@@ -127,7 +131,12 @@ class Assistant:
             tokens.close()  # type: ignore[attr-defined]
 
     def chat(
-        self, query: str, history: History | None = None, *, system: str | None = None, params: SamplingParams | None = None
+        self,
+        query: str,
+        history: History | None = None,
+        *,
+        system: str | None = None,
+        params: SamplingParams | None = None,
     ) -> tuple[str, History]:
         """One turn: `(response, history)` with the new turn appended; the history given is not changed."""
         before = list(history or [])
@@ -135,7 +144,12 @@ class Assistant:
         return reply.text, [*before, (query, reply.text)]
 
     def stream_chat(
-        self, query: str, history: History | None = None, *, system: str | None = None, params: SamplingParams | None = None
+        self,
+        query: str,
+        history: History | None = None,
+        *,
+        system: str | None = None,
+        params: SamplingParams | None = None,
     ) -> Iterator[tuple[str, History]]:
         """Like `chat`, yielding the growing response and the history with it."""
         before = list(history or [])
@@ -170,7 +184,9 @@ def _hold_back(text: str, stop: Sequence[str]) -> str:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(path: str | Path, dtype: str | torch.dtype | None = None, bits: int | None = None, device: str | None = None) -> Assistant:
+def load(
+    path: str | Path, dtype: str | torch.dtype | None = None, bits: int | None = None, device: str | None = None
+) -> Assistant:
     """Loads a model folder, a hub id or a run and makes it ready to chat.
 
     Args:

@@ -53,9 +53,15 @@ class TrainSettings(StageSettings):
     model: str = Field("", description="folder, run or hub id to start from")
     data: Sources = Field("", description="file, folder or glob, or a list of them")
     eval_data: Sources | None = Field(None, description="held-out data; none: a share of `data` is held out")
-    eval_fraction: float = Field(0.02, ge=0, lt=1, description="share of `data` held out (by hash of the prompt) if no eval_data")
-    max_records: int | None = Field(None, ge=1, description="use only so many records (the first after a seeded shuffle)")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute dtype; auto: measured once, then kept")
+    eval_fraction: float = Field(
+        0.02, ge=0, lt=1, description="share of `data` held out (by hash of the prompt) if no eval_data"
+    )
+    max_records: int | None = Field(
+        None, ge=1, description="use only so many records (the first after a seeded shuffle)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute dtype; auto: measured once, then kept"
+    )
     adapter: Literal["full", "lora"] = Field("full", description="train all weights, or LoRA adapters")
     lora: Lora = Field(default_factory=lambda: Lora())
     template: str | None = Field(None, description="a chat template that danlu ships, in place of the tokenizer's own")
@@ -74,12 +80,16 @@ class TrainSettings(StageSettings):
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints to keep")
     early_stopping: EarlyStopping | None = Field(None, description="stop when a held-out metric stops improving")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="where metrics go beside metrics.jsonl")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="where metrics go beside metrics.jsonl"
+    )
 
     @model_validator(mode="after")
     def _budget(self) -> TrainSettings:
         if self.micro_tokens < self.max_length:
-            raise ValueError(f"micro_tokens ({self.micro_tokens}) must hold one conversation of max_length ({self.max_length})")
+            raise ValueError(
+                f"micro_tokens ({self.micro_tokens}) must hold one conversation of max_length ({self.max_length})"
+            )
         return self
 
 
@@ -137,7 +147,9 @@ class RewardSettings(TrainSettings):
     centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2")
     collect: Collect | None = Field(None, description="gather comparisons of the policy's own answers first")
     min_accuracy: float = Field(0.6, ge=0, le=1, description="G-RM: held-out pair accuracy")
-    max_length_correlation: float = Field(0.5, ge=0, le=1, description="G-RM: correlation of the score with answer length")
+    max_length_correlation: float = Field(
+        0.5, ge=0, le=1, description="G-RM: correlation of the score with answer length"
+    )
 
 
 class Rollout(Settings):
@@ -161,7 +173,9 @@ class Ppo(Settings):
     score_clip: float = Field(5.0, gt=0, description="scores are clipped to +- this (DeepSpeed-Chat)")
     missing_stop_penalty: float = Field(1.0, ge=0, description="taken from the score of an answer without stop token")
     critic_learning_rate: float = Field(1e-4, gt=0)
-    max_kl: float = Field(50.0, gt=0, description="stop when the KL of an answer to the reference (nats, mean) exceeds this")
+    max_kl: float = Field(
+        50.0, gt=0, description="stop when the KL of an answer to the reference (nats, mean) exceeds this"
+    )
 
 
 class PpoSettings(TrainSettings):
@@ -177,8 +191,12 @@ class PpoSettings(TrainSettings):
 class EvalSettings(StageSettings):
     """Rubric, exact match or perplexity on held-out questions, for one or several models."""
 
-    models: list[str] = Field(default_factory=list, description="folders or stages; none: every policy of the run so far")
-    data: Sources = Field("", description="prompts with references (rubric, exact) or conversations or documents (perplexity)")
+    models: list[str] = Field(
+        default_factory=list, description="folders or stages; none: every policy of the run so far"
+    )
+    data: Sources = Field(
+        "", description="prompts with references (rubric, exact) or conversations or documents (perplexity)"
+    )
     task: Literal["rubric", "exact", "perplexity"] = Field("rubric")
     temperature: float = Field(1.0, ge=0)
     max_new_tokens: int = Field(64, ge=1)
@@ -192,7 +210,9 @@ class QuantizeSettings(StageSettings):
 
     model: str = Field("", description="folder or stage")
     bits: Literal[8] = Field(8)
-    eval_data: Sources | None = Field(None, description="text or conversations for perplexity before and after (G-QUANT)")
+    eval_data: Sources | None = Field(
+        None, description="text or conversations for perplexity before and after (G-QUANT)"
+    )
     questions: Sources | None = Field(None, description="prompts with references: scored by the rubric for the table")
     max_perplexity_increase: float = Field(0.01, ge=0, description="G-QUANT: allowed relative increase")
     temperature: float = Field(1.0, ge=0)
@@ -236,7 +256,9 @@ def parse(cls: type[S], values: Mapping[str, Any], *, file: str | None = None, p
             raise SettingsError("there is no such setting", file=file, field=name, hint=hint) from None
         found = "" if first["type"] == "missing" else f" (found: {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"{message[0].lower()}{message[1:]}{found}", file=file, field=name.rstrip(".") or None) from None
+        raise SettingsError(
+            f"{message[0].lower()}{message[1:]}{found}", file=file, field=name.rstrip(".") or None
+        ) from None
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:

@@ -154,7 +154,9 @@ def conversation(ids: Sequence[int], loss_weights: Sequence[float]) -> list[Node
     return [Node(ids, [0.0, *loss_weights[1:]])]
 
 
-def branches(prompt: Sequence[int], responses: Sequence[Sequence[int]], weights: Sequence[float] | None = None) -> list[Node]:
+def branches(
+    prompt: Sequence[int], responses: Sequence[Sequence[int]], weights: Sequence[float] | None = None
+) -> list[Node]:
     """A prompt with several responses below it: a pair (chosen first), a K-wise ranking or a roll-out group.
 
     Args:

@@ -32,11 +32,17 @@ def doctor(as_json: bool) -> None:
         print_json(found)
         return
     people.print(f"python {found['python']}, " + ", ".join(f"{k} {v}" for k, v in found["packages"].items()))
-    people.print(f"{found['cpus']} CPU threads, {found['memory_gb']:.0f} GB memory, {found['disk_free_gb']:.0f} GB free disk here")
+    people.print(
+        f"{found['cpus']} CPU threads, {found['memory_gb']:.0f} GB memory, {found['disk_free_gb']:.0f} GB free disk here"
+    )
     people.print(f"GPUs: {', '.join(found['gpus']) or 'none (danlu runs on the CPU)'}")
-    people.print(f"bf16 products are {found['bf16_gain']:.1f} times as fast as fp32: `dtype: auto` will use {found['dtype']}")
+    people.print(
+        f"bf16 products are {found['bf16_gain']:.1f} times as fast as fp32: `dtype: auto` will use {found['dtype']}"
+    )
     for name, state in found["extras"].items():
-        people.print(f"  {'[green]yes[/green]' if state['installed'] else '[yellow]no [/yellow]'}  {name}: {state['for']}")
+        people.print(
+            f"  {'[green]yes[/green]' if state['installed'] else '[yellow]no [/yellow]'}  {name}: {state['for']}"
+        )
         if not state["installed"]:
             people.print(f"        {state['install']}", markup=False)
 
@@ -61,5 +67,8 @@ def examine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "bf16_gain": gain,
         "dtype": "bfloat16" if torch.cuda.is_available() or gain >= 1.2 else "float32",
-        "extras": {n: {"installed": util.find_spec(n) is not None, "for": what, "install": how} for n, (what, how) in EXTRAS.items()},
+        "extras": {
+            n: {"installed": util.find_spec(n) is not None, "for": what, "install": how}
+            for n, (what, how) in EXTRAS.items()
+        },
     }

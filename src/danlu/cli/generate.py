@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from danlu.cli.console import people, print_json
-from danlu.exceptions import UsageError
+from danlu.exceptions import DataError, UsageError
 
 
 def command(verb: str) -> click.Command:
@@ -18,7 +18,9 @@ def command(verb: str) -> click.Command:
 
 @click.command("generate")
 @click.argument("model")
-@click.option("--data", required=True, help="Prompts, comparisons or conversations (their last answer becomes the label).")
+@click.option(
+    "--data", required=True, help="Prompts, comparisons or conversations (their last answer becomes the label)."
+)
 @click.option("--out", required=True, help="JSON Lines file to write: prompt, label, prediction.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -27,7 +29,15 @@ def command(verb: str) -> click.Command:
 @click.option("--bits", default=None, type=int, help="8: quantise while loading.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def generate(
-    model: str, data: str, out: str, temperature: float, max_new_tokens: int, seed: int, limit: int | None, bits: int | None, force: bool
+    model: str,
+    data: str,
+    out: str,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    limit: int | None,
+    bits: int | None,
+    force: bool,
 ) -> None:
     """Answers for a file of prompts."""
     target = Path(out)
@@ -42,9 +52,10 @@ def generate(
 
     try:
         records = read(data, "conversation").records[:limit]
-    except danlu_errors():
+    except DataError:
         records = read(data, "prompt").records[:limit]
-    prompts, labels = [], []
+    prompts: list[Prompt] = []
+    labels: list[Any] = []
     for record in records:
         if isinstance(record, Conversation):
             last = max(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
@@ -60,7 +71,12 @@ def generate(
                 bar.advance(0, "answers")
 
         replies = answer(
-            danlu.load(model, bits=bits), prompts, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, on_done=done
+            danlu.load(model, bits=bits),
+            prompts,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            on_done=done,
         )
     rows: list[dict[str, Any]] = [
         {"prompt": p.prompt, "label": label, "prediction": r.text, "finish_reason": r.finish_reason}
@@ -70,16 +86,11 @@ def generate(
     people.print(f"{len(rows)} answers written to {out}")
 
 
-def danlu_errors() -> type[Exception]:
-    """The exception that reading raises for a file of another kind."""
-    from danlu.exceptions import DataError
-
-    return DataError
-
-
 @click.command("eval")
 @click.argument("model")
-@click.option("--data", required=True, help="Questions with references (rubric, exact), conversations or documents (perplexity).")
+@click.option(
+    "--data", required=True, help="Questions with references (rubric, exact), conversations or documents (perplexity)."
+)
 @click.option("--task", type=click.Choice(["perplexity", "exact", "rubric"]), default="perplexity", show_default=True)
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--max-new-tokens", default=128, show_default=True)
@@ -119,7 +130,12 @@ def evaluate(
 
         prompts = [r for r in read(data, "prompt").records if isinstance(r, Prompt)][:limit]
         found = score(
-            danlu.load(model, bits=bits), prompts, task=task, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+            danlu.load(model, bits=bits),
+            prompts,
+            task=task,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
         )
         result |= found.summary
     if as_json:

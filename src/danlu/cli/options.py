@@ -35,7 +35,7 @@ def _bare(annotation: Any) -> Any:
 def _option(name: str, kind: Any, field: FieldInfo) -> click.Option:
     flag = "--" + name.replace("_", "-")
     help_text = field.description or ""
-    default = None if field.is_required() else field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
     if default not in (None, "", []) and not isinstance(default, BaseModel):
         help_text += f"  [default: {default}]"
     several = name.rpartition(".")[2] in SEVERAL

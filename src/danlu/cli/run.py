@@ -23,7 +23,13 @@ def runs_root() -> Path:
 
 @click.command("run")
 @click.argument("recipe_file", metavar="RECIPE")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: seed=1, sft.max_steps=10, model=PATH.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting: seed=1, sft.max_steps=10, model=PATH.",
+)
 @click.option("--name", default=None, help="Name of the run (default: the recipe's file name).")
 @click.option("--until", default=None, metavar="STAGE", help="Stop after this stage.")
 @click.option("--force", is_flag=True, help="Go on although a gate does not hold.")
@@ -83,7 +89,9 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             f"{row['seconds'] / 60:,.1f} min",
         )
     people.print(table)
-    people.print("Estimates: matrix rate measured now, text sizes from the files, lengths from averages; expect a factor of two.")
+    people.print(
+        "Estimates: matrix rate measured now, text sizes from the files, lengths from averages; expect a factor of two."
+    )
 
 
 @click.command("recipes")

@@ -42,7 +42,8 @@ def answer(
 ) -> list[Reply]:
     """One answer per prompt; the draws are a function of (seed, index), so that models are compared on equal luck."""
     params = [
-        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=mix_seed(seed, i)) for i in range(len(prompts))
+        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=mix_seed(seed, i))
+        for i in range(len(prompts))
     ]
     replies: list[Reply] = []
     chunk = 256

@@ -79,7 +79,8 @@ class LocalEngine:
             raise EngineError("the prompt is empty")
         if prompt >= self.context:
             raise EngineError(
-                f"the prompt has {prompt} tokens and the model's context holds {self.context}", hint="shorten the conversation"
+                f"the prompt has {prompt} tokens and the model's context holds {self.context}",
+                hint="shorten the conversation",
             )
         if request.params.stop and self.tokenizer is None:
             raise EngineError("stop texts need a tokenizer")
@@ -233,7 +234,9 @@ class LocalEngine:
 
     def _read_with_past(self, row: _Row, ids: list[int]) -> Tensor:
         """One row at a time with transformers' own cache: right for every family, slow."""
-        output = self.model(input_ids=torch.tensor([ids], device=self.model.device), past_key_values=row.past, use_cache=True)
+        output = self.model(
+            input_ids=torch.tensor([ids], device=self.model.device), past_key_values=row.past, use_cache=True
+        )
         row.past = output.past_key_values
         logits: Tensor = output.logits[:, -1]
         return logits

@@ -50,7 +50,9 @@ def sample(
     draws = torch.tensor([uniform(p.seed, s) for p, s in zip(params, steps, strict=True)], dtype=torch.float64)
     cdf = torch.cumsum(torch.exp(logprobs).double(), dim=-1)
     # Scaled by the total, so that a rounded sum below 1 cannot push a draw past the last token.
-    drawn = torch.searchsorted(cdf, (draws * cdf[:, -1])[:, None], right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    drawn = (
+        torch.searchsorted(cdf, (draws * cdf[:, -1])[:, None], right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    )
     tokens = torch.where(greedy, logits.argmax(-1), drawn)
     picked = logprobs.gather(1, tokens[:, None]).squeeze(1)
     return tokens.tolist(), picked.tolist()

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def token_rewards(
-    score: float, logprobs_A: Tensor, ref_logprobs_A: Tensor, *, kl_coef: float
-) -> Tensor:
+def token_rewards(score: float, logprobs_A: Tensor, ref_logprobs_A: Tensor, *, kl_coef: float) -> Tensor:
     """`r_t = -kl_coef (log pi_t - log pi_ref_t)`, plus the score at the last action (Ouyang et al. 2022, eq. 2).
 
     Args:
@@ -44,7 +42,9 @@ def gae(rewards_A: Tensor, values_A: Tensor, *, gamma: float, gae_lambda: float)
     return result, result + values_A
 
 
-def whiten(parts: Sequence[Tensor], *, shift_mean: bool = True, moments: tuple[float, float, float] | None = None) -> list[Tensor]:
+def whiten(
+    parts: Sequence[Tensor], *, shift_mean: bool = True, moments: tuple[float, float, float] | None = None
+) -> list[Tensor]:
     """All parts scaled to unit variance (and mean 0) over all their tokens together.
 
     Args:

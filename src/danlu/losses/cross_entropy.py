@@ -7,7 +7,9 @@ from torch import Tensor
 from danlu.losses.reduce import weighted_sum
 
 
-def cross_entropy(logprobs_T: Tensor, loss_weight_T: Tensor, denominator: float | Tensor) -> tuple[Tensor, dict[str, float]]:
+def cross_entropy(
+    logprobs_T: Tensor, loss_weight_T: Tensor, denominator: float | Tensor
+) -> tuple[Tensor, dict[str, float]]:
     """`-sum_t w_t log p_t / denominator`.
 
     Args:

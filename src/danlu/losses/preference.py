@@ -29,5 +29,9 @@ def pairwise(
     if centring:
         loss = loss + centring * (chosen + rejected).square().sum() / denominator
     with torch.no_grad():
-        metrics = {"right": float((gap > 0).sum() + 0.5 * (gap == 0).sum()), "margin": float(gap.sum()), "pairs": float(gap.numel())}
+        metrics = {
+            "right": float((gap > 0).sum() + 0.5 * (gap == 0).sum()),
+            "margin": float(gap.sum()),
+            "pairs": float(gap.numel()),
+        }
     return loss, metrics

@@ -9,7 +9,13 @@ from danlu.losses.reduce import weighted_sum
 
 
 def clipped_value(
-    values_T: Tensor, old_values_T: Tensor, returns_T: Tensor, weight_T: Tensor, denominator: float, *, clip_range: float = 0.2
+    values_T: Tensor,
+    old_values_T: Tensor,
+    returns_T: Tensor,
+    weight_T: Tensor,
+    denominator: float,
+    *,
+    clip_range: float = 0.2,
 ) -> tuple[Tensor, dict[str, float]]:
     """`0.5 sum_t w_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / denominator`.
 

@@ -179,7 +179,9 @@ def _fold(x: Tensor, groups: int) -> Tensor:
     return x.view(n, q, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(n, groups, -1, width)
 
 
-def _gather(query_T: Tensor, key_T: Tensor, value_T: Tensor, block: Block, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(
+    query_T: Tensor, key_T: Tensor, value_T: Tensor, block: Block, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
     n, s = block.key_NS.shape
     flat = block.key_NS.flatten()
     q = _fold(query_T.index_select(0, block.query_NQ.flatten()).view(*block.query_NQ.shape, *query_T.shape[1:]), groups)
@@ -190,7 +192,7 @@ def _gather(query_T: Tensor, key_T: Tensor, value_T: Tensor, block: Block, group
 
 def _probs(q: Tensor, k: Tensor, block: Block, scale: float) -> Tensor:
     scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
-    n, groups, rows, spans = scores.shape
+    n, groups, _, spans = scores.shape
     folded = scores.view(n, groups, -1, block.query_NQ.shape[1], spans)
     folded += block.mask_NQS[:, None, None].to(scores.dtype)
     return torch.softmax(scores, dim=-1)
@@ -220,15 +222,21 @@ def tree_attention(
     """
     plan: AttentionPlan | None = kwargs.get(PLAN_ARGUMENT)
     if plan is None:
-        raise ModelError(f"{type(module).__name__} was called without '{PLAN_ARGUMENT}'", hint="use RootModel or Engine")
+        raise ModelError(
+            f"{type(module).__name__} was called without '{PLAN_ARGUMENT}'", hint="use RootModel or Engine"
+        )
     if dropout:
-        raise ModelError("attention dropout is not supported on token trees", hint="set attention_dropout to 0 in config.json")
+        raise ModelError(
+            "attention dropout is not supported on token trees", hint="set attention_dropout to 0 in config.json"
+        )
     for name in ("softcap", "s_aux", "sinks"):
         if kwargs.get(name) is not None:
             raise ModelError(f"attention option '{name}' of {type(module).__name__} is not supported on token trees")
     window = kwargs.get("sliding_window")
     if window and plan.longest > window:
-        raise ModelError(f"{plan.longest} tokens exceed the sliding window of {window}, which token trees do not cut yet")
+        raise ModelError(
+            f"{plan.longest} tokens exceed the sliding window of {window}, which token trees do not cut yet"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = getattr(module, "layer_idx", 0)
     return plan.attend(layer, query[0], key[0], value[0], scale).unsqueeze(0), None

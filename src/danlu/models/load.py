@@ -34,14 +34,20 @@ def resolve(model: str | Path) -> tuple[str, bool]:
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             base = json.loads((path / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-            raise ModelError("this folder holds an adapter, not a model", file=path, hint=f"merge it with its base ({base}) first")
+            raise ModelError(
+                "this folder holds an adapter, not a model", file=path, hint=f"merge it with its base ({base}) first"
+            )
         if not (path / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-            raise ModelError(f"no config.json in this folder (found: {found})", file=path, hint="give a transformers model folder")
+            raise ModelError(
+                f"no config.json in this folder (found: {found})", file=path, hint="give a transformers model folder"
+            )
         return text, True
     if HUB_ID.match(text) and not text.startswith(("runs/", ".")):
         return text, False
-    raise ModelError("no such model folder", file=text, hint="give a folder, a run (runs/NAME) or a hub id (hf:owner/name)")
+    raise ModelError(
+        "no such model folder", file=text, hint="give a folder, a run (runs/NAME) or a hub id (hf:owner/name)"
+    )
 
 
 def _from_modelscope(name: str) -> str:
@@ -86,7 +92,9 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot be loaded: {first}", file=name, hint="check config.json and the weight files") from error
+        raise ModelError(
+            f"cannot be loaded: {first}", file=name, hint="check config.json and the weight files"
+        ) from error
     missing = [k for k in info["missing_keys"] if not (scalar and k.split(".")[0] in ("score", "classifier"))]
     if missing:
         raise ModelError(
@@ -99,7 +107,17 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
     return loaded
 
 
-def starter(vocab_size: int, *, hidden_size: int, layers: int, heads: int, kv_heads: int, context: int, seed: int, ids: dict[str, int]) -> Any:
+def starter(
+    vocab_size: int,
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    context: int,
+    seed: int,
+    ids: dict[str, int],
+) -> Any:
     """A small Llama with fresh weights, a function of its shape and seed alone (not of transformers' initialisation).
 
     Normal(0, 0.02); projections back into the residual stream are divided by sqrt(2 * layers) (Radford et al. 2019).

@@ -30,7 +30,9 @@ def head_of(model: Any) -> nn.Linear:
             return head
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{type(model).__name__} has no linear head", hint="use a causal language model or a reward model")
+        raise ModelError(
+            f"{type(model).__name__} has no linear head", hint="use a causal language model or a reward model"
+        )
     return head
 
 
@@ -110,8 +112,8 @@ class AdapterRoles(nn.Module):
                 self.peft.add_adapter(name, config)
         width = base.get_output_embeddings().in_features
         self.scalar_heads = nn.ModuleDict({r: nn.Linear(width, 1, bias=False) for r in adapters if r in SCALAR_ROLES})
-        for scalar in self.scalar_heads.values():
-            nn.init.zeros_(scalar.weight)  # a critic that starts at 0 ("N implementation details of RLHF with PPO")
+        for scalar in self.scalar_heads.parameters():
+            nn.init.zeros_(scalar)  # a critic that starts at 0 ("N implementation details of RLHF with PPO")
         self.base.base_model.danlu_fast_path = fast
         learning = trained if trained is not None else [r for r in adapters if r != "reward"]
         self._learns = {

@@ -48,7 +48,8 @@ class TrunkOutput:
 
     def logits(self, index_M: Tensor) -> Tensor:
         """fp32 logits `[M, V]` after the tokens at `index_M`; for tests and scoring, not for training."""
-        return self.linear(self.hidden_TD.index_select(0, index_M)).float()
+        logits: Tensor = self.linear(self.hidden_TD.index_select(0, index_M))
+        return logits.float()
 
     def values(self, index_M: Tensor) -> Tensor:
         """The scalar head, in fp32, before the tokens at `index_M` are taken: `V(s_t)` of the state that predicts token t."""

@@ -86,7 +86,9 @@ def ratio(facts: Mapping[str, Any]) -> Gate:
     """G-RATIO: on the first PPO pass the ratio is 1 and the KL to the reference is 0."""
     first = facts.get("first") or {}
     error = max(first.get("ratio_error", float("inf")), first.get("kl", float("inf")))
-    sentence = f"on the first pass the ratio is off by {first.get('ratio_error', float('nan')):.1e}, KL to the reference is "
+    sentence = (
+        f"on the first pass the ratio is off by {first.get('ratio_error', float('nan')):.1e}, KL to the reference is "
+    )
     sentence += f"{first.get('kl', float('nan')):.1e}"
     return Gate("G-RATIO", error <= RATIO_TOLERANCE, error, RATIO_TOLERANCE, sentence)
 

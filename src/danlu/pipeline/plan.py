@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from danlu.config import EvalSettings, PpoSettings, PretrainSettings, QuantizeSettings, RewardSettings, Starter, TrainSettings
+from danlu.config import (
+    EvalSettings,
+    PpoSettings,
+    PretrainSettings,
+    QuantizeSettings,
+    RewardSettings,
+    Starter,
+    TrainSettings,
+)
 from danlu.data.read import find_files
 from danlu.exceptions import DanluError
 from danlu.pipeline.recipe import Recipe, Stage
@@ -105,7 +113,10 @@ def _row(stage: Stage, parameters: float, rate: float) -> dict[str, Any]:
         if isinstance(settings, RewardSettings) and settings.collect is not None:
             tokens += settings.collect.count * settings.collect.pairs * 50 * settings.epochs
         if settings.max_steps is not None:
-            tokens = min(tokens, settings.max_steps * settings.tokens_per_step) or settings.max_steps * settings.tokens_per_step
+            tokens = (
+                min(tokens, settings.max_steps * settings.tokens_per_step)
+                or settings.max_steps * settings.tokens_per_step
+            )
         work = 6 * parameters * tokens
         copies = 4 if settings.adapter == "full" else 1.2
     elif isinstance(settings, EvalSettings | QuantizeSettings):

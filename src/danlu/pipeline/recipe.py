@@ -1,13 +1,13 @@
 """Recipes: one YAML file, every field typed, checked before anything runs.
 
-    description: one line
-    seed: 0                      # of every stage that does not set its own
-    model: null                  # a folder or hub id: then nothing is trained from nothing
-    data_root: data              # any extra top-level text can be used as ${data_root} in the stages
-    stages:
-      - kind: sft                # tokenizer, pretrain, sft, reward, ppo, eval, quantize
-        name: sft                # default: the kind; unique
-        data: ${data_root}/my.jsonl
+description: one line
+seed: 0                      # of every stage that does not set its own
+model: null                  # a folder or hub id: then nothing is trained from nothing
+data_root: data              # any extra top-level text can be used as ${data_root} in the stages
+stages:
+  - kind: sft                # tokenizer, pretrain, sft, reward, ppo, eval, quantize
+    name: sft                # default: the kind; unique
+    data: ${data_root}/my.jsonl
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     names = [s["name"] for s in stages]
     twice = [n for n in names if names.count(n) > 1]
     if twice:
-        raise SettingsError(f"two stages are named '{twice[0]}'", file=file, hint="give one of them a 'name' of its own")
+        raise SettingsError(
+            f"two stages are named '{twice[0]}'", file=file, hint="give one of them a 'name' of its own"
+        )
     for text in overrides:
         _override(text, top, {s["name"]: s for s in stages})
     _check_top(top, file)
@@ -89,7 +91,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         stages = [s for s in stages if s["kind"] != "tokenizer"]
     stages = [_substitute(s, variables, file) for s in stages]
     checked = [
-        Stage(i, s["name"], s["kind"], _settings(s, top, str(file))) for i, s in enumerate(_wire(stages, top, file), start=1)
+        Stage(i, s["name"], s["kind"], _settings(s, top, str(file)))
+        for i, s in enumerate(_wire(stages, top, file), start=1)
     ]
     resolved = {**top, "stages": [{"kind": s.kind, "name": s.name, **_changed(s.settings)} for s in checked]}
     return Recipe(str(file), str(top.get("description", "")), checked, resolved)
@@ -114,7 +117,10 @@ def _check_top(top: Mapping[str, Any], file: Path) -> None:
         if key not in TOP and not isinstance(value, str | int | float):
             near = difflib.get_close_matches(key, TOP, n=1)
             raise SettingsError(
-                "there is no such top-level key", file=file, field=key, hint=f"did you mean '{near[0]}'?" if near else ""
+                "there is no such top-level key",
+                file=file,
+                field=key,
+                hint=f"did you mean '{near[0]}'?" if near else "",
             )
 
 
@@ -152,7 +158,9 @@ def _substitute(stage: dict[str, Any], variables: Mapping[str, str], file: Path)
             try:
                 return string.Template(value).substitute(variables)
             except (KeyError, ValueError) as error:
-                raise SettingsError(f"'{value}' names an unknown variable ({error})", file=file, field=stage["name"]) from None
+                raise SettingsError(
+                    f"'{value}' names an unknown variable ({error})", file=file, field=stage["name"]
+                ) from None
         if isinstance(value, list):
             return [fill(v) for v in value]
         return {k: fill(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -131,7 +131,9 @@ def run_stage(
         return old
     out.mkdir(parents=True, exist_ok=True)
     # `out` differs when a run folder is moved; everything else is what the stage was asked to do.
-    atomic.write_text(out / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), allow_unicode=True, sort_keys=False))
+    atomic.write_text(
+        out / "settings.yaml", yaml.safe_dump(settings.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+    )
     manifest = {
         "schema": MANIFEST_SCHEMA,
         "name": name,
@@ -262,7 +264,11 @@ def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
             continue
         old = yaml.safe_load(path.read_text("utf-8"))
         new = placed(stage, recipe, folder).model_dump(mode="json")
-        changed = [k for k in new if k not in NO_EFFECT and old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)]
+        changed = [
+            k
+            for k in new
+            if k not in NO_EFFECT and old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)
+        ]
         if changed:
             name = changed[0]
             raise RunError(
@@ -308,7 +314,11 @@ def _read_manifest(out: Path) -> dict[str, Any]:
     path = out / MANIFEST
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if found.get("schema", 0) > MANIFEST_SCHEMA:
-        raise RunError(f"manifest.json has schema {found['schema']}, this danlu knows {MANIFEST_SCHEMA}", file=path, hint="update danlu")
+        raise RunError(
+            f"manifest.json has schema {found['schema']}, this danlu knows {MANIFEST_SCHEMA}",
+            file=path,
+            hint="update danlu",
+        )
     return found
 
 
@@ -319,7 +329,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError("another process is at work in this run", file=folder, hint="wait for it, or use --name") from None
+            raise RunError(
+                "another process is at work in this run", file=folder, hint="wait for it, or use --name"
+            ) from None
         yield
 
 

@@ -78,7 +78,10 @@ def run_tokenizer(settings: TokenizerSettings) -> Outcome:
     sample = texts[:: max(1, len(texts) // 2000)]
     tokens = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in sample)
     return Outcome(
-        metrics={"vocab_size": float(len(tokenizer)), "tokens_per_character": tokens / max(1, sum(len(t) for t in sample))},
+        metrics={
+            "vocab_size": float(len(tokenizer)),
+            "tokens_per_character": tokens / max(1, sum(len(t) for t in sample)),
+        },
         facts={"texts": len(texts), "characters": characters},
     )
 
@@ -88,7 +91,12 @@ def _texts(path: str) -> list[str]:
         return [r.text for r in read(path, "document").records if isinstance(r, Document)]
     except DataError as document_error:
         try:
-            return [m["content"] for r in read(path, "conversation").records if isinstance(r, Conversation) for m in r.messages]
+            return [
+                m["content"]
+                for r in read(path, "conversation").records
+                if isinstance(r, Conversation)
+                for m in r.messages
+            ]
         except DataError:
             raise document_error from None
 
@@ -130,9 +138,13 @@ def _collect(settings: RewardSettings, path: Path) -> int:
     prompts = [r for r in read(sources(options.prompts), "prompt").records if isinstance(r, Prompt)]
     count = min(options.count, len(prompts)) * options.samples
     with Bar("reward: collecting answers", count) as bar:
-        rows = collect(danlu.load(settings.model), prompts, options, seed=settings.seed, on_done=lambda done: _to(bar, done))
+        rows = collect(
+            danlu.load(settings.model), prompts, options, seed=settings.seed, on_done=lambda done: _to(bar, done)
+        )
     if not rows:
-        raise DataError("no two answers of the policy differ by the rubric, so there is nothing to compare", field="collect")
+        raise DataError(
+            "no two answers of the policy differ by the rubric, so there is nothing to compare", field="collect"
+        )
     atomic.write_jsonl(path, rows)
     return len(rows)
 

@@ -101,5 +101,7 @@ def values_of(scores: Sequence[Score], *, name: str) -> list[float]:
     """
     bad = [(i, s.error) for i, s in enumerate(scores) if s.value is None]
     if bad:
-        raise RewardError(f"{name} gave no score for {len(bad)} of {len(scores)} answers; the first (item {bad[0][0]}): {bad[0][1]}")
+        raise RewardError(
+            f"{name} gave no score for {len(bad)} of {len(scores)} answers; the first (item {bad[0][0]}): {bad[0][1]}"
+        )
     return [s.value for s in scores if s.value is not None]

@@ -94,7 +94,9 @@ class ChatTemplate:
             text: str = self.tokenizer.apply_chat_template(
                 plain, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self.source
             )
-        except Exception as error:  # Jinja templates raise whatever they like: all of it means "these messages do not fit"
+        except (
+            Exception
+        ) as error:  # Jinja templates raise whatever they like: all of it means "these messages do not fit"
             raise TemplateError(f"the chat template refuses these messages: {error}") from error
         return text
 
@@ -148,7 +150,7 @@ class ChatTemplate:
             prompt = self.render(messages[:index], add_generation_prompt=True)
             if not text.startswith(prompt):
                 raise TemplateError(
-                    f"turn {index + 1}: the prompt as serving renders it is not a prefix of the conversation as training renders it",
+                    f"turn {index + 1}: the prompt as serving renders it does not begin the conversation as training renders it",
                     hint="choose a template with --template chatml, or fix the tokenizer's chat_template",
                 )
             start = len(prompt)
@@ -222,7 +224,9 @@ class ChatTemplate:
         for index in sorted(risky):
             mark = f"{MARK_OPEN}{index}{MARK_CLOSE}"
             if rest.count(mark) != 1:
-                raise TemplateError(f"turn {index + 1} holds control tokens and the template does not render it exactly once")
+                raise TemplateError(
+                    f"turn {index + 1} holds control tokens and the template does not render it exactly once"
+                )
             before, rest = rest.split(mark)
             built += before
             content = messages[index]["content"]
@@ -230,7 +234,9 @@ class ChatTemplate:
             ranges.append((len(built), len(built) + len(shown)))
             built += shown
         if not (built + rest).startswith(text):
-            raise TemplateError("a turn holds control tokens and the template changes its text", hint="remove them from the data")
+            raise TemplateError(
+                "a turn holds control tokens and the template changes its text", hint="remove them from the data"
+            )
         return ranges
 
     def _find_stop_ids(self) -> frozenset[int]:

@@ -41,7 +41,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, context: int = 204
     core = Tokenizer(models.BPE())
     # use_regex splits at words and keeps a space with the word after it; digits stand alone, so that numbers compose.
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

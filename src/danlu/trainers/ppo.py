@@ -120,7 +120,9 @@ def train(settings: PpoSettings) -> TrainResult:
                     norm = apply(actor_optimizer, policy, settings.max_grad_norm)
                     value = accumulate(root, "critic", batches, _value_loss(settings), compute)
                     apply(critic_optimizer, critic, settings.max_grad_norm)
-                    updates.append({**actor, "value_loss": value["loss"], "value_error": value["value_error"], "grad_norm": norm})
+                    updates.append(
+                        {**actor, "value_loss": value["loss"], "value_error": value["value_error"], "grad_norm": norm}
+                    )
 
             metrics = {**stats, **_mean(updates), "ratio_error_first": updates[0]["ratio_error"]}
             if step == 0:
@@ -209,7 +211,9 @@ def _push_weights(players: Players, root: RootModel, version: int) -> None:
 
 def _sampling(settings: PpoSettings, template: ChatTemplate) -> SamplingParams:
     return SamplingParams(
-        max_new_tokens=settings.rollout.max_new_tokens, temperature=settings.rollout.temperature, stop_ids=template.stop_ids
+        max_new_tokens=settings.rollout.max_new_tokens,
+        temperature=settings.rollout.temperature,
+        stop_ids=template.stop_ids,
     )
 
 
@@ -234,7 +238,9 @@ def _episode(players: Players, trajectory: Trajectory) -> Episode:
     # Another tokenizer: the prompt's text goes as one user turn, without this policy's control tokens.
     prompt = tokenizer.decode(trajectory.prompt, skip_special_tokens=True)
     answer = players.template.decode(trajectory.actions)
-    return Episode(trajectory.prompt, trajectory.actions, trajectory.finished, ({"role": "user", "content": prompt},), answer)
+    return Episode(
+        trajectory.prompt, trajectory.actions, trajectory.finished, ({"role": "user", "content": prompt},), answer
+    )
 
 
 @torch.no_grad()
@@ -293,13 +299,7 @@ def _experience(
 
     built = [
         [
-            Experience(
-                tree.to(players.compute.device),
-                *(x.to(players.compute.device) for x in (old, ref, values)),
-                torch.cat([white[i] for i in indices]).to(players.compute.device),
-                torch.cat([returns[i] for i in indices]).to(players.compute.device),
-                [len(trajectories[i].actions) for i in indices],
-            )
+            _part(players, tree, (old, ref, values), [white[i] for i in indices], [returns[i] for i in indices])
             for indices, tree, old, ref, values in group
         ]
         for group in read
@@ -316,6 +316,16 @@ def _experience(
         "tokens": float(sum(len(t.prompt) for t in trajectories)) + tokens,
     }
     return built, stats
+
+
+def _part(
+    players: Players, tree: TreeBatch, read: tuple[Tensor, Tensor, Tensor], advantages: list[Tensor], returns: list[Tensor]
+) -> Experience:
+    device = players.compute.device
+    old, ref, values = (x.to(device) for x in read)
+    lengths = [a.numel() for a in advantages]
+    joined = torch.cat(advantages).to(device), torch.cat(returns).to(device)
+    return Experience(tree.to(device), old, ref, values, *joined, lengths)
 
 
 def _cut(indices: list[int], trajectories: Sequence[Trajectory], budget: int) -> list[list[int]]:
@@ -365,7 +375,9 @@ def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def _evaluate(players: Players, prompts: list[list[int]], settings: PpoSettings) -> dict[str, float]:
     """Score, length and stop rate on held-out prompts, with draws that are the same at every evaluation."""
     _push_weights(players, players.root, players.engine.version + 1)
-    found = rollout(players.engine, prompts, _sampling(settings, players.template), seed=mix_seed(settings.seed, 0xE7), step=0)
+    found = rollout(
+        players.engine, prompts, _sampling(settings, players.template), seed=mix_seed(settings.seed, 0xE7), step=0
+    )
     scores = _scores(players, found, settings)
     count = len(found)
     return {

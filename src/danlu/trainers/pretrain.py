@@ -28,12 +28,18 @@ def train(settings: PretrainSettings) -> TrainResult:
     """
     distributed.start()
     if not settings.model and not settings.tokenizer:
-        raise SettingsError("neither a model nor a tokenizer for a starter is given", field="model", hint="--model or --tokenizer")
+        raise SettingsError(
+            "neither a model nor a tokenizer for a starter is given", field="model", hint="--model or --tokenizer"
+        )
     tokenizer = tokenizer_of(settings.model or settings.tokenizer, stage="pretrain")
     if settings.model:
         model = load_model(resolve_model(settings.model))
     else:
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ids = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         model = starter(len(tokenizer), **settings.starter.model_dump(), seed=settings.seed, ids=ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     train_records, heldout_records, dataset = records_of(settings, "document")
@@ -49,7 +55,11 @@ def train(settings: PretrainSettings) -> TrainResult:
         seed=settings.seed,
     )
 
-    roles = lora_roles(model, ["policy"], settings) if settings.adapter == "lora" else SeparateModels({"policy": model}, ["policy"])
+    roles = (
+        lora_roles(model, ["policy"], settings)
+        if settings.adapter == "lora"
+        else SeparateModels({"policy": model}, ["policy"])
+    )
     root = RootModel(roles).to(compute.device).train()
     optimizer = adamw(root, settings.learning_rate, settings.weight_decay)
     metrics: dict[str, float] = {}
@@ -75,5 +85,10 @@ def train(settings: PretrainSettings) -> TrainResult:
     folder = Path(settings.out) / "model"
     if distributed.is_main():
         save_model(model.to("cpu"), tokenizer, folder, final_state(roles, "policy"))
-    facts = {"records": len(train_records), "heldout": len(heldout_records), "windows": len(trees.items), "dropped": dataset.dropped}
+    facts = {
+        "records": len(train_records),
+        "heldout": len(heldout_records),
+        "windows": len(trees.items),
+        "dropped": dataset.dropped,
+    }
     return TrainResult(folder, metrics, facts)

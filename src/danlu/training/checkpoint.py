@@ -34,7 +34,13 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, step: int, module: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], extra: Mapping[str, Any], *, name: str = ""
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    extra: Mapping[str, Any],
+    *,
+    name: str = "",
 ) -> Path:
     """Writes a checkpoint under a temporary name, then renames it.
 
@@ -73,25 +79,34 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
     try:
         state = json.loads((path / "state.json").read_text("utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"state.json cannot be read: {error}", file=path, hint="delete this checkpoint folder") from error
+        raise CheckpointError(
+            f"state.json cannot be read: {error}", file=path, hint="delete this checkpoint folder"
+        ) from error
     if state.get("schema", 0) > SCHEMA:
         raise CheckpointError(
-            f"the checkpoint has schema {state['schema']}, this danlu knows up to {SCHEMA}", file=path, hint="update danlu"
+            f"the checkpoint has schema {state['schema']}, this danlu knows up to {SCHEMA}",
+            file=path,
+            hint="update danlu",
         )
     try:
         weights = load_file(path / "weights.safetensors")
         saved = {k: torch.load(path / f"{k}.pt", weights_only=True) for k in optimizers}
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        raise CheckpointError(f"damaged: {error}", file=path, hint="delete this checkpoint folder and run again") from error
+        raise CheckpointError(
+            f"damaged: {error}", file=path, hint="delete this checkpoint folder and run again"
+        ) from error
     own = {n: p for n, p in module.named_parameters() if p.requires_grad}
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())[0]
-        raise CheckpointError(f"parameter {odd} is on one side only", file=path, hint="the checkpoint is of another model or adapter")
+        raise CheckpointError(
+            f"parameter {odd} is on one side only", file=path, hint="the checkpoint is of another model or adapter"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != weights[name].shape:
                 raise CheckpointError(
-                    f"parameter {name} has shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}", file=path
+                    f"parameter {name} has shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}",
+                    file=path,
                 )
             parameter.copy_(weights[name])
     for key, optimizer in optimizers.items():

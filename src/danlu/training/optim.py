@@ -17,7 +17,9 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
 
 
 def rate_factor(step: int, total: int, settings: TrainSettings) -> float:

@@ -66,7 +66,9 @@ def resolve_model(text: str) -> str:
     if colon and is_run(Path(head)):
         stages = {s.name: s for s in stages_of(Path(head))}
         if stage not in stages:
-            raise RunError(f"this run has no stage '{stage}'", file=head, hint=f"stages: {', '.join(stages) or 'none yet'}")
+            raise RunError(
+                f"this run has no stage '{stage}'", file=head, hint=f"stages: {', '.join(stages) or 'none yet'}"
+            )
         model = stages[stage].model
         if model is None or not stages[stage].finished:
             raise RunError(f"stage '{stage}' has no finished model", file=head, hint=f"danlu run {Path(head) / RECIPE}")

@@ -53,7 +53,9 @@ class Session:
 
     def __enter__(self) -> Self:
         self.tracker = (
-            Tracker(self.folder, self.settings.report_to, name=self.label, start_step=self.start) if distributed.is_main() else None
+            Tracker(self.folder, self.settings.report_to, name=self.label, start_step=self.start)
+            if distributed.is_main()
+            else None
         )
         self.bar = Bar(self.label, self.total, self.start, quiet=not distributed.is_main()).__enter__()
         if threading.current_thread() is threading.main_thread():
@@ -61,7 +63,9 @@ class Session:
                 self._signals[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, before in self._signals.items():
             signal.signal(number, before)
         self.bar.__exit__(kind, error, trace)
@@ -83,7 +87,9 @@ class Session:
             done = step + 1
             if self._stop:
                 self.save(done)
-                raise Interrupted(f"interrupted; saved after step {done} of {self.total}", hint="run the same command again to go on")
+                raise Interrupted(
+                    f"interrupted; saved after step {done} of {self.total}", hint="run the same command again to go on"
+                )
             if done % self.settings.save_every == 0 and done != self.total:
                 self.save(done)
 
@@ -127,7 +133,9 @@ class Session:
         if rule is None:
             return
         if rule.monitor not in metrics:
-            raise TrainingError(f"early_stopping watches '{rule.monitor}'", hint=f"metrics here: {', '.join(sorted(metrics))}")
+            raise TrainingError(
+                f"early_stopping watches '{rule.monitor}'", hint=f"metrics here: {', '.join(sorted(metrics))}"
+            )
         value = metrics[rule.monitor] if rule.mode == "min" else -metrics[rule.monitor]
         if value < self.extra.get("best", float("inf")):
             self.extra |= {"best": value, "best_step": step + 1, "worse": 0}

@@ -87,7 +87,9 @@ def policy_roles(settings: TrainSettings, *, trained: RoleName = "policy") -> tu
     return SeparateModels({trained: model}, [trained]), model
 
 
-def lora_roles(base: Any, roles: list[RoleName], settings: TrainSettings, trained: list[RoleName] | None = None) -> AdapterRoles:
+def lora_roles(
+    base: Any, roles: list[RoleName], settings: TrainSettings, trained: list[RoleName] | None = None
+) -> AdapterRoles:
     """Adapters on one base with the settings' rank, scale, dropout and targets."""
     options = settings.lora
     return AdapterRoles(

@@ -40,15 +40,23 @@ class Tracker:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise SettingsError("tensorboard is not installed", field="report_to", hint="pip install danlu[tracking]") from None
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=start_step or None)  # type: ignore[no-untyped-call]
+                raise SettingsError(
+                    "tensorboard is not installed", field="report_to", hint="pip install danlu[tracking]"
+                ) from None
+            self._board = SummaryWriter(str(folder / "tb"), purge_step=start_step or None)
         if "wandb" in report_to:
             try:
                 import wandb
             except ImportError:
-                raise SettingsError("wandb is not installed", field="report_to", hint="pip install danlu[tracking]") from None
+                raise SettingsError(
+                    "wandb is not installed", field="report_to", hint="pip install danlu[tracking]"
+                ) from None
             self._wandb = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "danlu"), name=name, id=name.replace("/", "-"), resume="allow", dir=str(folder)
+                project=os.environ.get("WANDB_PROJECT", "danlu"),
+                name=name,
+                id=name.replace("/", "-"),
+                resume="allow",
+                dir=str(folder),
             )
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -1,0 +1,60 @@
+# The words of this project: setup check test demo bench docs; slow suites have their own.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup check test demo bench docs slow browser seeds clean
+
+setup: $(DEV_STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "danlu needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a plain "torch" would bring gigabytes of CUDA libraries to a machine without a GPU.
+$(STAMP): $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/danlu run recipes/quickstart.yaml
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 2
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(DEV_STAMP)
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open site/index.html"
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks core
+
+# Minutes each: not part of `test`.
+slow: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m slow -rs
+
+browser: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/browser -m browser -rs
+
+seeds: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks seeds
+
+clean:
+	rm -rf $(VENV) site build dist *.egg-info
