@@ -319,7 +319,11 @@ def _experience(
 
 
 def _part(
-    players: Players, tree: TreeBatch, read: tuple[Tensor, Tensor, Tensor], advantages: list[Tensor], returns: list[Tensor]
+    players: Players,
+    tree: TreeBatch,
+    read: tuple[Tensor, Tensor, Tensor],
+    advantages: list[Tensor],
+    returns: list[Tensor],
 ) -> Experience:
     device = players.compute.device
     old, ref, values = (x.to(device) for x in read)

@@ -33,7 +33,7 @@ _EXAMPLE: Final[dict[RecordKind, str]] = {
 }
 
 
-class RowDropped(Exception): - no error: the reader catches and counts it
+class RowDropped(Exception):  # no error: the reader catches and counts it
     """A row is well formed but known noise of its data set (empty answer, equal pair, ...); the message says which."""
 
 
