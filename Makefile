@@ -14,9 +14,10 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "danlu needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and pinned: a plain "torch" would bring gigabytes of CUDA libraries to a machine without a GPU.
+# torch first, as pinned in constraints.txt. On Linux the package index's torch brings CUDA libraries; without a GPU,
+# `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the small CPU build instead.
 $(STAMP): $(BIN)/python pyproject.toml constraints.txt
-	$(INSTALL) torch
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(INSTALL) -e .
 	touch $@
 
@@ -36,11 +37,11 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: $(DEV_STAMP)
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: open site/index.html"
 
 bench: $(STAMP)

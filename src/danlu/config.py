@@ -65,7 +65,11 @@ class TrainSettings(StageSettings):
     adapter: Literal["full", "lora"] = Field("full", description="train all weights, or LoRA adapters")
     lora: Lora = Field(default_factory=lambda: Lora())
     template: str | None = Field(None, description="a chat template that danlu ships, in place of the tokenizer's own")
-    max_length: int = Field(512, ge=8, description="tokens of one conversation; longer ones are dropped and counted")
+    max_length: int = Field(
+        512,
+        ge=8,
+        description="tokens of one conversation: its oldest exchanges are dropped until it fits, or all of it; both are counted",
+    )
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     tokens_per_step: int = Field(2048, ge=8, description="tokens of an optimizer step, accumulated from micro-batches")
@@ -104,9 +108,9 @@ class Starter(Settings):
     """The small Llama that is pre-trained from nothing when no model is given."""
 
     hidden_size: int = Field(192, ge=16, description="width D")
-    layers: int = Field(4, ge=1)
-    heads: int = Field(6, ge=1)
-    kv_heads: int = Field(3, ge=1)
+    layers: int = Field(4, ge=1, description="transformer blocks")
+    heads: int = Field(6, ge=1, description="query heads")
+    kv_heads: int = Field(3, ge=1, description="key and value heads (grouped-query attention)")
     context: int = Field(512, ge=32, description="positions")
 
     @model_validator(mode="after")
@@ -136,7 +140,7 @@ class Collect(Settings):
     count: int = Field(1000, ge=1, description="prompts that are answered")
     samples: int = Field(4, ge=2, description="answers per prompt")
     pairs: int = Field(2, ge=1, description="comparisons per prompt at most")
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     error_rate: float = Field(0.1, ge=0, le=0.5, description="share of comparisons the annotator gets wrong")
 
 
@@ -156,7 +160,7 @@ class Rollout(Settings):
     """How answers are sampled during PPO."""
 
     batch: int = Field(64, ge=1, description="episodes per iteration")
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     temperature: float = Field(1.0, gt=0, description="also divides the logits of the ratio")
 
 
@@ -164,15 +168,15 @@ class Ppo(Settings):
     """The algorithm's own numbers."""
 
     kl_coef: float = Field(0.05, ge=0, description="weight of the token KL to the reference (TRL's default)")
-    gamma: float = Field(1.0, ge=0, le=1)
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="of generalised advantage estimation")
     clip_range: float = Field(0.2, gt=0, lt=1, description="policy ratio (Schulman et al. 2017)")
     value_clip_range: float = Field(0.2, gt=0, description="critic, in units of reward (DeepSpeed-Chat)")
     epochs: int = Field(2, ge=1, description="passes over each batch of episodes")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
     score_clip: float = Field(5.0, gt=0, description="scores are clipped to +- this (DeepSpeed-Chat)")
     missing_stop_penalty: float = Field(1.0, ge=0, description="taken from the score of an answer without stop token")
-    critic_learning_rate: float = Field(1e-4, gt=0)
+    critic_learning_rate: float = Field(1e-4, gt=0, description="peak rate of AdamW for the critic")
     max_kl: float = Field(
         50.0, gt=0, description="stop when the KL of an answer to the reference (nats, mean) exceeds this"
     )
@@ -197,9 +201,9 @@ class EvalSettings(StageSettings):
     data: Sources = Field(
         "", description="prompts with references (rubric, exact) or conversations or documents (perplexity)"
     )
-    task: Literal["rubric", "exact", "perplexity"] = Field("rubric")
-    temperature: float = Field(1.0, ge=0)
-    max_new_tokens: int = Field(64, ge=1)
+    task: Literal["rubric", "exact", "perplexity"] = Field("rubric", description="how answers are judged")
+    temperature: float = Field(1.0, ge=0, description="0 takes the most likely token")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     limit: int | None = Field(None, ge=1, description="use only the first so many questions")
     max_length: int = Field(512, ge=8, description="tokens of one text (perplexity)")
     samples: int = Field(3, ge=0, description="sample dialogues for the report")
@@ -209,15 +213,15 @@ class QuantizeSettings(StageSettings):
     """Weight-only int8."""
 
     model: str = Field("", description="folder or stage")
-    bits: Literal[8] = Field(8)
+    bits: Literal[8] = Field(8, description="of a weight")
     eval_data: Sources | None = Field(
         None, description="text or conversations for perplexity before and after (G-QUANT)"
     )
     questions: Sources | None = Field(None, description="prompts with references: scored by the rubric for the table")
     max_perplexity_increase: float = Field(0.01, ge=0, description="G-QUANT: allowed relative increase")
-    temperature: float = Field(1.0, ge=0)
-    max_new_tokens: int = Field(64, ge=1)
-    max_length: int = Field(512, ge=8)
+    temperature: float = Field(1.0, ge=0, description="for the questions; 0 takes the most likely token")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+    max_length: int = Field(512, ge=8, description="tokens of one text (perplexity)")
 
 
 KINDS: dict[str, type[StageSettings]] = {

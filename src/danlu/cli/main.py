@@ -15,7 +15,7 @@ from danlu.exceptions import DanluError, UsageError
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("run", "Run a recipe: the whole chain, resumable"),
     "plan": ("run", "Memory and time per stage, before anything runs"),
-    "recipes": ("run", "List the recipes that come with danlu"),
+    "recipes": ("run", "List the recipes of a folder, one line each"),
     "runs": ("runs", "List runs, or show one: stages, metrics, gates"),
     "report": ("runs", "Write a run's report and print its path"),
     "tokenizer": ("stages", "Train a tokenizer"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -14,11 +13,6 @@ from danlu.exceptions import UsageError
 def command(verb: str) -> click.Command:
     """The command behind a verb."""
     return {"run": run, "plan": plan, "recipes": recipes}[verb]
-
-
-def runs_root() -> Path:
-    """Where runs are kept: $DANLU_RUNS or ./runs."""
-    return Path(os.environ.get("DANLU_RUNS", "runs"))
 
 
 @click.command("run")
@@ -36,6 +30,7 @@ def runs_root() -> Path:
 def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: str | None, force: bool) -> None:
     """Run a recipe: the whole chain. Finished stages are not run again; an interrupted one goes on."""
     from danlu.pipeline.recipe import load_recipe
+    from danlu.training.runs import runs_root
 
     recipe = load_recipe(recipe_file, overrides)
     used = name or Path(recipe_file).stem

@@ -26,6 +26,8 @@ def resolve(model: str | Path) -> tuple[str, bool]:
         ModelError: neither a model folder nor a hub id.
     """
     text = str(model)
+    if not text:
+        raise ModelError("no model is given", hint="--model FOLDER, or `model:` in the recipe")
     if text.startswith("hf:"):
         return text[3:], False
     if text.startswith("ms:"):

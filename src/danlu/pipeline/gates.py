@@ -37,7 +37,9 @@ def stop(facts: Mapping[str, Any]) -> Gate:
     learns = bool(facts["stop_row_learns"])
     sentence = f"{share:.1%} of {facts['answers_kept']:,} answers end with a trained stop token"
     if not learns:
-        sentence += ", but the row of the stop token cannot learn"
+        sentence += (
+            f", but its row is frozen and the model gives it a probability of {facts['stop_probability']:.2f} only"
+        )
     return Gate("G-STOP", share >= STOP_SHARE and learns, share, STOP_SHARE, sentence)
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from danlu.exceptions import RunError
-from danlu.training.runs import RECIPE, StageFolder, is_run, stages_of
+from danlu.training.runs import RECIPE, StageFolder, is_run, runs_root, stages_of
 
-RUNS = Path("runs")
 # Settings that name the model a stage starts from or reads.
 LINKS = ("tokenizer", "model", "models", "reward_model")
 _STAGE_PATH = re.compile(r"(?:^|/)\d\d-([^/]+)(?:/|$)")
@@ -53,12 +52,13 @@ class Link:
     source: str
 
 
-def find_run(text: str, root: Path = RUNS) -> Path:
-    """A run folder for a name under `root` or a path.
+def find_run(text: str, root: Path | None = None) -> Path:
+    """A run folder for a name under `root` (default: where runs are kept) or a path.
 
     Raises:
         RunError: there is no such run; with the nearest name if one is close.
     """
+    root = root or runs_root()
     given = Path(text)
     for folder in (root / text, given):
         if is_run(folder):
@@ -165,15 +165,15 @@ def describe(run: Path) -> dict[str, Any]:
     }
 
 
-def list_runs(root: Path = RUNS) -> list[dict[str, Any]]:
-    """Every run under `root`, the newest last.
+def list_runs(root: Path | None = None) -> list[dict[str, Any]]:
+    """Every run under `root` (default: where runs are kept), the newest last.
 
     Returns:
         {"run", "description", "status", "done", "stages", "seconds", "started", "last"} each; "last" is the last row of
         the results or None.
     """
     found = []
-    for folder in _run_folders(root):
+    for folder in _run_folders(root or runs_root()):
         stages = stage_views(folder)
         rows = [row for s in stages for row in s.table]
         started = [str(s.manifest["started"]) for s in stages if s.manifest.get("started")]

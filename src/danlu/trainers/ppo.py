@@ -98,6 +98,8 @@ def train(settings: PpoSettings) -> TrainResult:
 
     metrics: dict[str, float] = {}
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers) as session:
+        if heldout and "first_eval_score" not in session.extra:
+            session.extra["first_eval_score"] = _evaluate(players, heldout, settings)["eval_score"]
         for step in session.steps():
             factor = rate_factor(step, total, settings)
             set_rate(actor_optimizer, settings.learning_rate * factor)
@@ -140,6 +142,8 @@ def train(settings: PpoSettings) -> TrainResult:
                 session.evaluated(step, held)
         session.restore_best()
         metrics |= session.extra.get("held", {})
+        if "first_eval_score" in session.extra:
+            metrics["first_eval_score"] = session.extra["first_eval_score"]
         facts |= {"first": session.extra.get("first", {})}
 
     folder = Path(settings.out) / "model"
@@ -226,7 +230,8 @@ def _order(count: int, batch: int, step: int, seed: int) -> list[int]:
 
 def _scores(players: Players, trajectories: Sequence[Trajectory], settings: PpoSettings) -> list[float]:
     episodes = [_episode(players, t) for t in trajectories]
-    raw = values_of(players.reward.score(episodes), name=players.reward.name)
+    with players.compute.autocast():
+        raw = values_of(players.reward.score(episodes), name=players.reward.name)
     clip, penalty = settings.ppo.score_clip, settings.ppo.missing_stop_penalty
     return [max(-clip, min(clip, v)) - (0.0 if t.finished else penalty) for v, t in zip(raw, trajectories, strict=True)]
 

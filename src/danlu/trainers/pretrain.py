@@ -64,6 +64,10 @@ def train(settings: PretrainSettings) -> TrainResult:
     optimizer = adamw(root, settings.learning_rate, settings.weight_decay)
     metrics: dict[str, float] = {}
     with Session(settings, "pretrain", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
+        if heldout.items and "first_eval_loss" not in session.extra:
+            root.eval()
+            session.extra["first_eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
+            root.train()
         for step in session.steps():
             batches = [trees.batch(indices) for indices in steps[step]]
             weight = float(sum(b.loss_weight_T.sum() for b in batches))
@@ -75,7 +79,6 @@ def train(settings: PretrainSettings) -> TrainResult:
             if heldout.items and session.eval_due(step):
                 root.eval()
                 session.extra["eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
-                session.extra.setdefault("first_eval_loss", session.extra["eval_loss"])
                 session.evaluated(step, {"eval_loss": session.extra["eval_loss"]})
                 root.train()
         session.restore_best()

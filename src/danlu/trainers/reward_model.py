@@ -54,6 +54,10 @@ def train(settings: RewardSettings) -> TrainResult:
 
     metrics: dict[str, float] = {}
     with Session(settings, "reward", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
+        if heldout.items and "first_eval_loss" not in session.extra:
+            root.eval()
+            session.extra["first_eval_loss"] = evaluate(root, heldout, settings.micro_tokens, compute)["eval_loss"]
+            root.train()
         for step in session.steps():
             micro = [(trees.batch(m), torch.tensor([trees.margins[i] for i in m])) for m in steps[step]]
             pairs = float(sum(len(m) for m in steps[step]))
@@ -73,7 +77,6 @@ def train(settings: RewardSettings) -> TrainResult:
                 root.eval()
                 held = evaluate(root, heldout, settings.micro_tokens, compute)
                 session.extra["held"] = held
-                session.extra.setdefault("first_eval_loss", held["eval_loss"])
                 session.evaluated(step, held)
                 root.train()
         session.restore_best()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from danlu.config import SftSettings
-from danlu.data.collate import encode_conversations, plan_steps, require_items
+from danlu.data.collate import Trees, encode_conversations, plan_steps, require_items
 from danlu.models.load import save_model
 from danlu.models.root import RootModel
 from danlu.training import distributed
-from danlu.training.compute import choose
+from danlu.training.compute import Compute, choose
+from danlu.training.logprobs import logprobs
 from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.session import Session
 from danlu.training.setup import final_state, policy_roles, records_of, template_of
-from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
+from danlu.training.step import TrainResult, accumulate, apply, batches_of, heldout_loss, language_loss
+
+STOP_SAMPLE = 64
 
 
 def train(settings: SftSettings) -> TrainResult:
@@ -59,6 +64,8 @@ def train(settings: SftSettings) -> TrainResult:
         session.restore_best()
         metrics |= {k: session.extra[k] for k in ("eval_loss", "first_eval_loss") if k in session.extra}
 
+    root.eval()
+    stop_probability = _stop_probability(root, trees, settings.micro_tokens, compute)
     folder = Path(settings.out) / "model"
     model.generation_config.eos_token_id = sorted(template.stop_ids)
     if distributed.is_main():
@@ -72,9 +79,22 @@ def train(settings: SftSettings) -> TrainResult:
         "answers_cut": trees.answers_cut,
         "answers_kept": trees.answers - trees.answers_cut,
         "stop_ids": sorted(template.stop_ids),
-        # With adapters the head may be frozen: then a stop token that is new to the base can never be produced.
-        "stop_row_learns": bool(stop_rows.requires_grad) or settings.adapter == "lora",
+        # With adapters the head is frozen: then a stop token must be one that the base already produces.
+        "stop_row_learns": bool(stop_rows.requires_grad) or stop_probability >= 0.5,
+        "stop_probability": stop_probability,
         "template": template.name,
         "dropped": {**dataset.dropped, **trees.dropped},
     }
     return TrainResult(folder, metrics, facts)
+
+
+@torch.no_grad()
+def _stop_probability(root: RootModel, trees: Trees, micro_tokens: int, compute: Compute) -> float:
+    """Mean probability of the stop token where answers end, over the first conversations."""
+    sample = Trees(items=trees.items[:STOP_SAMPLE])
+    total = 0.0
+    for tree in batches_of(sample, micro_tokens):
+        with compute.autocast():
+            logp, _ = root(tree.to(compute.device), "policy", lambda out: logprobs(out, out.tree.node_end_N - 1))
+        total += float(logp.exp().sum())
+    return total / len(sample.items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from danlu.config import POLICY_KINDS
 from danlu.exceptions import RunError
 
+ROOT_VARIABLE = "DANLU_RUNS"
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 
@@ -36,6 +38,11 @@ class StageFolder:
         """The model folder the stage left, if it is there."""
         folder = self.folder / "model"
         return folder if (folder / "config.json").is_file() else None
+
+
+def runs_root() -> Path:
+    """Where runs are kept: $DANLU_RUNS, or ./runs."""
+    return Path(os.environ.get(ROOT_VARIABLE, "runs"))
 
 
 def is_run(folder: Path) -> bool:

@@ -28,6 +28,8 @@ def tokenizer_of(model: str, *, stage: str) -> Any:
         ModelError: the folder has none.
     """
     folder = resolve_model(model)
+    if not folder:
+        raise ModelError("no model is given", hint="--model FOLDER, or `model:` in the recipe")
     # A tokenizer may stand in a folder of its own, without a model.
     name, local = (folder, True) if (Path(folder) / "tokenizer.json").is_file() else resolve(folder)
     tokenizer = load_tokenizer(name, local=local)

@@ -24,8 +24,9 @@ class Prose:
             self._calendar,
             self._small_talk,
             self._names,
+            self._rumours,
         )
-        self._weights = (42, 38, 8, 5, 4, 3)
+        self._weights = (30, 26, 7, 5, 4, 3, 25)
 
     def paragraph(self) -> str:
         language = self.rng.choice(LANGUAGES)
@@ -55,6 +56,30 @@ class Prose:
             self.rng.shuffle(fresh)
             queue[:0] = fresh
         return [self._state(queue.pop(), language, "statements") for _ in range(self.rng.randint(2, 4))]
+
+    def _rumours(self, language: Language) -> list[str]:
+        """Claims and answers, right or wrong, each followed by a verdict: who reads this learns to tell a wrong fact.
+
+        Without it a model this small knows what comes next but not whether what stands there is true, and a reward model
+        made from it sees manners only.
+        """
+        table = phrasings(language)["rumours"]
+        sentences = []
+        for _ in range(self.rng.randint(1, 3)):
+            fact = self.rng.choice(self.town.facts)
+            right = self.rng.random() < 0.5
+            value = fact.value.text(language) if right else self.rng.choice(self.town.others(fact, language))
+            words = phrasings(language)["relations"][fact.relation]
+            product = self.town.fact(fact.place, "product").value.text(language)
+            slots = {"place": fact.place.text(language), "product": product, "v": value}
+            if self.rng.random() < 0.5:
+                claim = fill(self.rng.choice(words["statements"]), **slots)
+                said = fill(self.rng.choice(table["claims"]), claim=claim)
+            else:
+                question, answer = (fill(self.rng.choice(words[k]), **slots) for k in ("train", "answers"))
+                said = fill(self.rng.choice(table["answers"]), question=question, answer=answer)
+            sentences += [said, self.rng.choice(table["right" if right else "wrong"])]
+        return sentences
 
     def _sums(self, language: Language) -> list[str]:
         table = phrasings(language)["arithmetic"]

@@ -21,7 +21,7 @@ from danlu.synth.town.prose import Prose
 from danlu.synth.town.questions import Kind, Questioner
 
 ERROR_RATE = 0.1  # of the simulated annotator
-PRETRAIN_BYTES = 1_400_000
+PRETRAIN_BYTES = 1_800_000
 HELDOUT_BYTES = 60_000
 
 _SFT: dict[Kind, int] = {

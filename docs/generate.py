@@ -1,0 +1,184 @@
+"""Writes the parts of the documentation that the code already knows, so that they cannot go stale.
+
+docs/settings.md is made from danlu.config, and the table of formats in docs/data.md from the registry of formats.
+
+    python docs/generate.py            write
+    python docs/generate.py --check    exit status 1 if a committed page differs
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from danlu.config import KINDS, StageSettings, TrainSettings
+from danlu.data.formats.base import SERVED_BY
+from danlu.data.formats.registry import FORMATS
+
+DOCS = Path(__file__).parent
+SETTINGS = DOCS / "settings.md"
+DATA = DOCS / "data.md"
+BEGIN, END = "<!-- formats: begin -->", "<!-- formats: end -->"
+
+HEAD = """\
+# Settings
+
+<!-- Made by docs/generate.py from danlu.config. Do not edit: run `make docs`. -->
+
+One name, three places. A setting is a key of a stage in a recipe, a `--set STAGE.KEY=VALUE` of `danlu run`, and a flag
+of the stage's own command: `learning_rate` is `--learning-rate`, and `lora.r` is `--lora.r`. In Python it is a field of
+the settings class.
+
+Settings are checked before anything runs. An unknown key is refused with the nearest right name, and a value out of
+range with what was found. Settings cannot change after that.
+
+"Empty" means that the recipe fills the value in, as [Recipes](recipes.md) tells, or that it must be given.
+"""
+EVERY = """
+## Every stage
+"""
+TRAINING = """
+## Every training stage
+
+These belong to `pretrain`, `sft`, `reward` and `ppo`. A stage of its own below shows only what it adds or changes.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the pages, or compares them with `--check`; returns the exit status."""
+    stale = []
+    for path, text in ((SETTINGS, settings_page()), (DATA, data_page(DATA.read_text("utf-8")))):
+        if path.is_file() and path.read_text("utf-8") == text:
+            continue
+        stale.append(path.name)
+        if "--check" not in arguments:
+            path.write_text(text, "utf-8")
+    if "--check" in arguments:
+        for name in stale:
+            print(f"docs/{name} is not what the code says\n  -> run `make docs` and commit it", file=sys.stderr)
+        return int(bool(stale))
+    print(f"written: {', '.join(stale) or 'nothing, all pages are up to date'}")
+    return 0
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    parts = [HEAD, EVERY, _table(StageSettings, None), TRAINING, _table(TrainSettings, StageSettings)]
+    for kind, cls in KINDS.items():
+        trains = issubclass(cls, TrainSettings)
+        parts.append(f"\n## {kind}\n\n{(cls.__doc__ or '').strip()}\n")
+        table = _table(cls, TrainSettings if trains else StageSettings)
+        parts.append(table or "\nNo settings of its own.\n")
+    return "".join(parts)
+
+
+def _table(cls: type[BaseModel], parent: type[BaseModel] | None) -> str:
+    inherited = parent.model_fields if parent else {}
+    shown = {n: f for n, f in cls.model_fields.items() if n not in inherited or _differs(f, inherited[n])}
+    if not shown:
+        return ""
+    lines = ["\n| setting | value | default | what it does |\n|---|---|---|---|\n"]
+    lines += [_line(*row) for row in _rows(shown)]
+    return "".join(lines)
+
+
+def _differs(field: FieldInfo, other: FieldInfo) -> bool:
+    return _default(field) != _default(other) or field.annotation != other.annotation
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True)
+
+
+def _rows(fields: dict[str, FieldInfo], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    for name, field in fields.items():
+        full = prefix + name
+        group = _group(field.annotation)
+        if group is None:
+            yield full, _value(field), _shown(_default(field)), field.description or ""
+            continue
+        what = field.description or (group.__doc__ or "").strip().rstrip(".")
+        yield full, "group", "off" if _default(field) is None else "", what
+        yield from _rows(dict(group.model_fields), f"{full}.")
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without `None`, and `str` for "one or a list of them"."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    kind = _bare(annotation)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _value(field: FieldInfo) -> str:
+    """The type in words, with its range."""
+    kind = _bare(field.annotation)
+    several = get_origin(kind) is list or (
+        get_origin(field.annotation) in (Union, types.UnionType)
+        and any(get_origin(a) is list for a in get_args(field.annotation))
+    )
+    if get_origin(kind) is list:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        words = ", ".join(f"`{choice}`" for choice in get_args(kind))
+    else:
+        words = {int: "whole number", float: "number", bool: "`true`, `false`"}.get(kind, "text")
+    return f"{words}, or a list" if several else words + _range(field)
+
+
+def _range(field: FieldInfo) -> str:
+    signs = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+    found = [f"{sign} {getattr(m, name):g}" for m in field.metadata for name, sign in signs if hasattr(m, name)]
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    if default in ("", []):
+        return "empty"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def _line(name: str, value: str, default: str, what: str) -> str:
+    return f"| `{name}` | {value} | {default} | {_cell(what)} |\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def data_page(page: str) -> str:
+    """docs/data.md with the table between its marks made anew."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"docs/{DATA.name} has lost its marks {BEGIN} and {END}")
+    lines = ["\n| format | a row in short | can be read as |\n|---|---|---|\n"]
+    for entry in FORMATS:
+        kinds = ", ".join(kind for kind, holders in SERVED_BY.items() if entry.holds in holders)
+        shape = f"`{_cell(entry.shape)}`" if entry.shape.startswith("{") else _cell(entry.shape)
+        lines.append(f"| {entry.name} | {shape} | {kinds} |\n")
+    return f"{before}{BEGIN}{''.join(lines)}{END}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
