@@ -77,6 +77,8 @@ class TreeBatch:
             length = len(node.ids)
             if length == 0 or len(node.loss_weights) != length:
                 raise ValueError(f"node {index}: {length} ids and {len(node.loss_weights)} loss weights")
+            if node.is_action is not None and len(node.is_action) != length:
+                raise ValueError(f"node {index}: {length} ids and {len(node.is_action)} entries of is_action")
             while path and path[-1] != node.parent:
                 path.pop()
             if node.parent >= 0 and not path:
@@ -95,8 +97,6 @@ class TreeBatch:
             predictors.extend(range(start, start + length - 1))
             starts.append(start)
             ends.append(start + length)
-        if len(actions) != len(ids):
-            raise ValueError("is_action and ids differ in length")
         return cls(
             input_ids_T=torch.tensor(ids, dtype=torch.int64),
             position_ids_T=torch.tensor(positions, dtype=torch.int64),

@@ -39,6 +39,7 @@ class _Row:
     finished: FinishReason | None = None
     read: int = 0
     version: int = 0
+    error: Exception | None = None
     past: Any = None  # transformers' cache, for families without pluggable attention
 
     @property
@@ -98,6 +99,8 @@ class LocalEngine:
                 while row.read < len(row.ids):
                     row.read += 1
                     yield Token(row.ids[row.read - 1], row.logprobs[row.read - 1])
+                if row.error is not None:
+                    raise EngineError(f"generation failed: {row.error}") from row.error
                 if row.finished is not None:
                     return
                 self._advance(row, row.read)
@@ -112,6 +115,8 @@ class LocalEngine:
             self._advance(row, len(row.ids))
         with self._lock:
             self._rows.pop(request_id, None)
+        if row.error is not None:
+            raise EngineError(f"generation failed: {row.error}") from row.error
         return Completion(row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version)
 
     @torch.inference_mode()
@@ -158,13 +163,21 @@ class LocalEngine:
     def step(self) -> None:
         """Admits waiting requests and samples one token for every running one."""
         with self._lock:
-            if self._waiting and len(self._running) < self.max_slots:
-                self._admit()
-            elif self._running:
-                self._decode()
+            new = self._next_rows()
+            try:
+                if new:
+                    self._admit(new)
+                elif self._running:
+                    self._decode()
+            except Exception as error:
+                # Whoever waits for one of these rows must hear of it: their place in the cache is not to be trusted.
+                for row in {id(r): r for r in [*new, *self._running]}.values():
+                    row.error, row.finished = error, row.finished or "cancelled"
+                self._running.clear()
+                raise
 
-    def _admit(self) -> None:
-        """Reads the prompts of as many waiting requests as fit, and samples their first tokens."""
+    def _next_rows(self) -> list[_Row]:
+        """As many waiting requests as fit into the slots and one reading."""
         new: list[_Row] = []
         tokens = 0
         while self._waiting and len(self._running) + len(new) < self.max_slots:
@@ -172,6 +185,10 @@ class LocalEngine:
             if new and tokens > PREFILL_TOKENS:
                 break
             new.append(self._waiting.popleft())
+        return new
+
+    def _admit(self, new: list[_Row]) -> None:
+        """Reads the prompts of new rows and samples their first tokens."""
         fast = self.model.base_model.danlu_fast_path
         logits = self._prefill(new) if fast else self._prefill_with_past(new)
         self._running += new

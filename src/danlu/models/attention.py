@@ -59,7 +59,8 @@ class Block:
 class TreePlan:
     """The blocks of a batch. Made once per batch, used by every layer, forward and backward."""
 
-    def __init__(self, tree: TreeBatch) -> None:
+    def __init__(self, tree: TreeBatch, role: str | None = None) -> None:
+        self.role = role  # adapters are selected by it again when activation checkpointing recomputes a layer
         self.tokens = tree.tokens
         self.longest = int(tree.position_ids_T.max()) + 1
         device = tree.input_ids_T.device

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
+from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.root import RoleName, prepare
 
 SCALAR_ROLES: tuple[RoleName, ...] = ("critic", "reward")
@@ -101,6 +104,7 @@ class AdapterRoles(nn.Module):
             lora_dropout=dropout,
             target_modules=target if isinstance(target, str) else list(target),
             task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),  # GPT-2 keeps its weights transposed
         )
         adapters = [role for role in roles if role != "ref"]
         if not adapters:
@@ -121,24 +125,38 @@ class AdapterRoles(nn.Module):
             for name, _ in self.named_parameters()
         }
         self._restore()
+        self._selected: str | None = None
+        for layer in (m for m in self.base.modules() if isinstance(m, GradientCheckpointingLayer)):
+            for part in layer.children():  # a layer's own hooks stay outside of what checkpointing recomputes
+                part.register_forward_pre_hook(self._select_again, with_kwargs=True)
 
     @property
     def base(self) -> Any:
         """The transformers model under the adapters."""
         return self.peft.get_base_model()
 
+    def _select_again(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before a layer's attention runs, also when activation checkpointing recomputes it: the adapter is that of the call's role."""
+        role = getattr(kwargs.get(PLAN_ARGUMENT), "role", None)
+        if role is not None and role != self._selected:
+            self._select(role)
+
     def _restore(self) -> None:
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self._learns[name])
 
     def trunk(self, role: RoleName) -> nn.Module:
+        self._select(role)
+        return _trunk_of(self.base)
+
+    def _select(self, role: RoleName) -> None:
+        self._selected = role
         if role == "ref":
             self.peft.base_model.disable_adapter_layers()
         else:
             self.peft.base_model.enable_adapter_layers()
             self.peft.set_adapter(role)
         self._restore()
-        return _trunk_of(self.base)
 
     def head(self, role: RoleName) -> nn.Linear:
         if role in self.scalar_heads:

@@ -79,18 +79,18 @@ class RootModel(nn.Module):
         """Runs the role's trunk on the tree and then `head_fn` on its output."""
         trunks: Trunks = self.trunks  # type: ignore[assignment]
         trunk = trunks.trunk(role)
-        hidden = run_trunk(trunk, tree)
+        hidden = run_trunk(trunk, tree, role)
         return head_fn(TrunkOutput(hidden, tree, trunks.head(role)))
 
 
-def run_trunk(trunk: nn.Module, tree: TreeBatch) -> Tensor:
+def run_trunk(trunk: nn.Module, tree: TreeBatch, role: RoleName | None = None) -> Tensor:
     """Hidden states `[T, D]` of a transformer without head on a tree: the fast path if `prepare` found it, else padded."""
     if getattr(trunk, "danlu_fast_path", False):
         output = trunk(
             input_ids=tree.input_ids_T[None],
             position_ids=tree.position_ids_T[None],
             use_cache=False,
-            **{attention.PLAN_ARGUMENT: TreePlan(tree)},
+            **{attention.PLAN_ARGUMENT: TreePlan(tree, role)},
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden

@@ -154,19 +154,30 @@ class ChatTemplate:
                     hint="choose a template with --template chatml, or fix the tokenizer's chat_template",
                 )
             start = len(prompt)
-            content = message["content"].strip()
-            at = text.find(content, start)
-            if at < 0:
-                raise TemplateError(f"turn {index + 1}: the template does not render the answer's text")
-            end = self._after_stop(text, at + len(content), message["content"])
+            end = self._after_stop(text, self._content_end(messages, index, text, start))
             spans.append(_Span(start, end, message.get("train", True), len(spans)))
         return spans
 
-    def _after_stop(self, text: str, end: int, content: str) -> int:
+    def _content_end(self, messages: Sequence[Message], index: int, text: str, start: int) -> int:
+        """Where the content of an assistant turn ends in the rendered text.
+
+        A stand-in is rendered in its place: searching for the content itself finds it too early when the template writes
+        the same characters before it.
+        """
+        mark = f"{MARK_OPEN}{index}{MARK_CLOSE}"
+        marked = [*messages[:index], {**messages[index], "content": mark}, *messages[index + 1 :]]
+        at = self.render(marked).find(mark)  # type: ignore[arg-type]
+        content = messages[index]["content"]
+        for shown in (content, content.rstrip(), content.lstrip(), content.strip()):
+            if at >= start and text.startswith(shown, at):
+                return at + len(shown)
+        at = text.find(content.strip(), start)  # the template looks into contents: the first place is all there is
+        if at < 0:
+            raise TemplateError(f"turn {index + 1}: the template does not render the answer's text")
+        return at + len(content.strip())
+
+    def _after_stop(self, text: str, end: int) -> int:
         """Where an answer ends: after the stop token that follows its content, if one does."""
-        tail = content[len(content.rstrip()) :]
-        if tail and text.startswith(tail, end):
-            end += len(tail)
         rest = text[end:].lstrip()
         gap = len(text) - end - len(rest)
         for token in self._special:
@@ -218,26 +229,21 @@ class ChatTemplate:
             {"role": m["role"], "content": f"{MARK_OPEN}{i}{MARK_CLOSE}" if i in risky else m["content"]}
             for i, m in enumerate(messages)
         ]
-        rest = self.render(marked, add_generation_prompt=generation)
-        ranges: list[tuple[int, int]] = []
-        built = ""
-        for index in sorted(risky):
-            mark = f"{MARK_OPEN}{index}{MARK_CLOSE}"
-            if rest.count(mark) != 1:
-                raise TemplateError(
-                    f"turn {index + 1} holds control tokens and the template does not render it exactly once"
-                )
-            before, rest = rest.split(mark)
-            built += before
-            content = messages[index]["content"]
-            shown = content if text.startswith(built + content) else content.strip()
-            ranges.append((len(built), len(built) + len(shown)))
-            built += shown
-        if not (built + rest).startswith(text):
-            raise TemplateError(
-                "a turn holds control tokens and the template changes its text", hint="remove them from the data"
-            )
-        return ranges
+        rendered = self.render(marked, add_generation_prompt=generation)
+        for change in (str, str.strip, str.rstrip, str.lstrip):  # templates keep contents or trim them
+            built, ranges = "", []
+            rest = rendered
+            for index in sorted(risky):
+                mark = f"{MARK_OPEN}{index}{MARK_CLOSE}"
+                if rest.count(mark) != 1:
+                    raise TemplateError(f"turn {index + 1} holds control tokens and the template does not render it exactly once")
+                before, rest = rest.split(mark)
+                shown = change(messages[index]["content"])
+                ranges.append((len(built + before), len(built + before + shown)))
+                built += before + shown
+            if (built + rest).startswith(text):
+                return ranges
+        raise TemplateError("a turn holds control tokens and the template changes its text", hint="remove them from the data")
 
     def _find_stop_ids(self) -> frozenset[int]:
         """The stop token that the template puts after an answer, and the tokenizer's end-of-sequence token."""
@@ -246,7 +252,7 @@ class ChatTemplate:
         text = self.render(probe)
         start = len(self.render(probe[:1], add_generation_prompt=True))
         at = text.find("b", start)
-        end = self._after_stop(text, at + 1, "b")
+        end = self._after_stop(text, at + 1)
         if at >= 0 and end > at + 1:
             found.add(self.tokenizer.convert_tokens_to_ids(text[at + 1 : end].strip()))
         return frozenset(found)

@@ -82,7 +82,10 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
         raise CheckpointError(
             f"state.json cannot be read: {error}", file=path, hint="delete this checkpoint folder"
         ) from error
-    if state.get("schema", 0) > SCHEMA:
+    kinds = {"schema": int, "step": int, "extra": dict}
+    if not isinstance(state, dict) or any(not isinstance(state.get(k), t) for k, t in kinds.items()):
+        raise CheckpointError("state.json is not that of a checkpoint", file=path, hint="delete this checkpoint folder")
+    if state["schema"] > SCHEMA:
         raise CheckpointError(
             f"the checkpoint has schema {state['schema']}, this danlu knows up to {SCHEMA}",
             file=path,
@@ -101,16 +104,19 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
         raise CheckpointError(
             f"parameter {odd} is on one side only", file=path, hint="the checkpoint is of another model or adapter"
         )
+    for name, parameter in own.items():
+        if parameter.shape != weights[name].shape:
+            raise CheckpointError(
+                f"parameter {name} has shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}", file=path
+            )
+    for key, optimizer in optimizers.items():
+        try:
+            optimizer.load_state_dict(saved[key])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"optimizer '{key}' is that of another model: {error}", file=path) from error
     with torch.no_grad():
         for name, parameter in own.items():
-            if parameter.shape != weights[name].shape:
-                raise CheckpointError(
-                    f"parameter {name} has shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}",
-                    file=path,
-                )
             parameter.copy_(weights[name])
-    for key, optimizer in optimizers.items():
-        optimizer.load_state_dict(saved[key])
     return Checkpoint(state["step"], state["extra"], path)
 
 

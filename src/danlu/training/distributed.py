@@ -53,13 +53,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sum_numbers(values: dict[str, float]) -> dict[str, float]:
-    """Adds metrics up over the ranks; every rank must give the same names."""
-    if world()[1] == 1:
+    """Adds metrics up over the ranks; a rank that had no micro-batch does not know all names."""
+    size = world()[1]
+    if size == 1:
         return values
-    names = sorted(values)
-    packed = torch.tensor([values[n] for n in names], dtype=torch.float64)
-    dist.all_reduce(packed)
-    return dict(zip(names, packed.tolist(), strict=True))
+    parts: list[dict[str, float]] = [{}] * size
+    dist.all_gather_object(parts, values)
+    return {name: sum(p.get(name, 0.0) for p in parts) for name in sorted({n for p in parts for n in p})}
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

@@ -1,0 +1,212 @@
+"""Recipes: what they may say, how stages find each other, `--set`, and errors that name the file and the nearest word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from danlu.exceptions import DanluError, SettingsError, UsageError
+from danlu.pipeline.recipe import Recipe, load_recipe
+
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+CHAIN = """
+description: a chain
+seed: 7
+data_root: /data
+stages:
+  - {kind: tokenizer, data: "${data_root}/a.txt"}
+  - {kind: pretrain, data: "${data_root}/a.txt"}
+  - {kind: sft, data: ["${data_root}/b.jsonl", c.jsonl], seed: 9}
+  - {kind: reward, data: c}
+  - {kind: ppo, data: d}
+  - {kind: sft, name: polish, data: e}
+  - {kind: eval, data: f}
+  - {kind: quantize}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def written(text: str) -> Path:
+        path = tmp_path / "r.yaml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return written
+
+
+def refused(path: Path, *overrides: str) -> DanluError:
+    with pytest.raises((SettingsError, UsageError)) as caught:
+        load_recipe(path, overrides)
+    return caught.value
+
+
+def setting(recipe: Recipe, stage: str, name: str) -> Any:
+    return getattr(next(s.settings for s in recipe.stages if s.name == stage), name)
+
+
+# -- what is right ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.description and "\n" not in recipe.description
+    # What is saved in the run folder says the same again.
+    again = [s["kind"] for s in recipe.resolved["stages"]]
+    assert again == [s.kind for s in recipe.stages]
+
+
+def test_there_are_recipes() -> None:
+    assert "quickstart" in [p.stem for p in SHIPPED]
+
+
+def test_stages_are_wired_in_order(write: Any) -> None:
+    recipe = load_recipe(write(CHAIN))
+    assert [s.folder for s in recipe.stages][5:] == ["06-polish", "07-eval", "08-quantize"]
+    assert setting(recipe, "pretrain", "tokenizer") == "stage:tokenizer"
+    assert setting(recipe, "sft", "model") == "stage:pretrain"
+    assert setting(recipe, "reward", "model") == "stage:sft"
+    assert (setting(recipe, "ppo", "model"), setting(recipe, "ppo", "reward_model")) == ("stage:sft", "stage:reward")
+    assert setting(recipe, "polish", "model") == "stage:ppo"
+    assert setting(recipe, "eval", "models") == ["stage:pretrain", "stage:sft", "stage:ppo", "stage:polish"]
+    assert setting(recipe, "quantize", "model") == "stage:polish"
+
+
+def test_seeds_and_variables(write: Any) -> None:
+    recipe = load_recipe(write(CHAIN))
+    assert (setting(recipe, "sft", "seed"), setting(recipe, "ppo", "seed")) == (9, 7)
+    assert setting(recipe, "tokenizer", "data") == "/data/a.txt"
+    assert setting(recipe, "sft", "data") == ["/data/b.jsonl", "c.jsonl"]
+
+
+def test_the_resolved_recipe_is_a_recipe_again(write: Any, tmp_path: Path) -> None:
+    """The run folder's recipe.yaml, run again, is the same recipe."""
+    first = load_recipe(write(CHAIN))
+    second = load_recipe(write(yaml.safe_dump(first.resolved, sort_keys=False)))
+    assert [s.settings for s in second.stages] == [s.settings for s in first.stages]
+
+
+def test_a_model_takes_the_place_of_the_starter(write: Any) -> None:
+    recipe = load_recipe(write(CHAIN), ["model=/models/base"])
+    assert [s.name for s in recipe.stages][:2] == ["pretrain", "sft"]
+    assert setting(recipe, "pretrain", "model") == "/models/base" and setting(recipe, "pretrain", "tokenizer") == ""
+    assert setting(recipe, "sft", "model") == "stage:pretrain"
+    short = "model: /models/base\nstages:\n  - {kind: sft, data: a}\n  - {kind: eval, data: b}\n"
+    assert setting(load_recipe(write(short)), "sft", "model") == "/models/base"
+    only = "model: /models/base\nstages:\n  - {kind: eval, data: b}\n"
+    assert setting(load_recipe(write(only)), "eval", "models") == ["/models/base"]
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "name", "value"),
+    [
+        ("seed=3", "ppo", "seed", 3),
+        ("data_root=/other", "tokenizer", "data", "/other/a.txt"),
+        ("sft.max_steps=10", "sft", "max_steps", 10),
+        ("sft.learning_rate=1e-3", "sft", "learning_rate", 1e-3),
+        ("sft.data=[x, y]", "sft", "data", ["x", "y"]),
+        ("polish.epochs=0.5", "polish", "epochs", 0.5),
+        ("sft.max_steps=null", "sft", "max_steps", None),
+        ("sft.data=a=b.jsonl", "sft", "data", "a=b.jsonl"),
+        ("tokenizer.data=town:sft", "tokenizer", "data", "town:sft"),
+        ("sft.template=plain", "sft", "template", "plain"),
+    ],
+)
+def test_set(write: Any, override: str, stage: str, name: str, value: Any) -> None:
+    assert setting(load_recipe(write(CHAIN), [override]), stage, name) == value
+
+
+def test_set_inside_a_group_keeps_the_rest(write: Any) -> None:
+    text = CHAIN.replace("{kind: ppo, data: d}", "{kind: ppo, data: d, ppo: {gamma: 0.9}}")
+    options = setting(load_recipe(write(text), ["ppo.ppo.kl_coef=0.2", "ppo.rollout.batch=8"]), "ppo", "ppo")
+    assert (options.gamma, options.kl_coef) == (0.9, 0.2)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("kind: ppo", "kind: pppo", ["no stage kind 'pppo'", "did you mean 'ppo'?"]),
+        ("kind: ppo", "kind: ferment", ["no stage kind 'ferment'", "kinds: tokenizer"]),
+        ("name: polish", "name: sft", ["two stages are named 'sft'"]),
+        ("seed: 7", "seeed: [7]", ["seeed", "did you mean 'seed'?"]),
+        ("seed: 7", "seed: often", ["tokenizer.seed", "often"]),
+        ("${data_root}/a.txt", "${data_rot}/a.txt", ["${data_rot}", "unknown variable", "tokenizer"]),
+        ("data: d}", "data: d, learnig_rate: 3}", ["ppo.learnig_rate", "did you mean 'learning_rate'?"]),
+        ("data: e}", "data: e, max_steps: 0}", ["polish.max_steps", "0"]),
+        ("data: e}", "data: e, starter: 3}", ["polish.starter"]),
+        ("- {kind: reward, data: c}", "- reward", ["a stage is a mapping with a 'kind'", "'reward'"]),
+        ("  - {kind: reward, data: c}\n", "", ["stage 'ppo' (ppo) needs a reward stage"]),
+        ('  - {kind: tokenizer, data: "${data_root}/a.txt"}\n', "", ["'pretrain'", "needs a tokenizer stage"]),
+    ],
+)
+def test_a_faulty_recipe(write: Any, old: str, new: str, said: list[str]) -> None:
+    assert old in CHAIN
+    error = refused(write(CHAIN.replace(old, new, 1)))
+    assert error.exit_status == 1 and str(error.file).endswith("r.yaml")
+    for word in said:
+        assert word in str(error)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "ppo", "eval", "quantize"])
+def test_a_stage_that_has_nothing_to_start_from(write: Any, kind: str) -> None:
+    error = refused(
+        write(f"stages:\n  - {{kind: {kind}, data: x}}\n" if kind != "quantize" else "stages: [{kind: quantize}]")
+    )
+    assert f"stage '{kind}' ({kind}) needs" in error.message and "reorder" in error.hint
+
+
+@pytest.mark.parametrize("text", ["", "a: 1\n", "stages: []\n", "stages: sft\n", "- kind: sft\n", "just words\n"])
+def test_files_that_are_no_recipes(write: Any, text: str) -> None:
+    error = refused(write(text))
+    assert "list 'stages'" in error.message and "quickstart" in error.hint
+
+
+def test_broken_yaml_is_named_with_its_line(write: Any) -> None:
+    error = refused(write("seed: 1\nstages:\n  - {kind: sft\n  - x: [\n"))
+    assert isinstance(error, SettingsError) and error.line is not None and error.line >= 3
+    assert "not valid YAML" in error.message
+
+
+def test_a_recipe_in_another_encoding(write: Any, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes("description: 小镇\nstages: []\n".encode("gb18030"))
+    assert "UTF-8" in str(refused(path))
+
+
+def test_a_missing_recipe_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(CHAIN, "utf-8")
+    error = refused(tmp_path / "quikstart.yaml")
+    assert "no such recipe" in error.message and "quickstart.yaml" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", ["key=value"]),
+        ("=3", ["key=value"]),
+        ("sed=3", ["no such key", "did you mean 'seed'?"]),
+        ("stf.max_steps=3", ["no stage 'stf'", "did you mean 'sft'?"]),
+        ("zzz.max_steps=3", ["no stage 'zzz'", "stages: tokenizer"]),
+    ],
+)
+def test_overrides_that_name_nothing_are_wrong_usage(write: Any, override: str, said: list[str]) -> None:
+    error = refused(write(CHAIN), override)
+    assert error.exit_status == 2
+    for word in said:
+        assert word in str(error)
+
+
+def test_an_override_with_a_misspelt_field(write: Any) -> None:
+    error = refused(write(CHAIN), "sft.max_step=3")
+    assert error.field == "sft.max_step" and "'max_steps'" in error.hint
+    error = refused(write(CHAIN), "ppo.rollout.bach=3")
+    assert error.field == "ppo.rollout.bach" and "'batch'" in error.hint
+    error = refused(write(CHAIN), "sft.seed.x=3")
+    assert "sft.seed" in str(error)
