@@ -14,7 +14,7 @@ from danlu.pipeline.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "hh-assistant.yaml"
 FEW: dict[str, dict[str, Any]] = {
-    "tokenizer": {"vocab_size": 600},
+    "tokenizer": {"vocab_size": 600, "data": "${data_root}/pretrain-en/tinystories_sample.txt"},
     "pretrain": {"max_records": 60, "starter": "{hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, context: 512}"},
     "sft": {"max_records": 80},
     "reward": {"max_records": 80, "min_accuracy": 0, "max_length_correlation": 1},
@@ -44,12 +44,11 @@ def test_the_published_files_go_through_the_whole_recipe(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
-    call = [
-        "run",
-        str(RECIPE),
-        *overrides(shared_data),
-        "--force",
-    ]  # gates judge quality, which a few steps do not give
+    text = (shared_data / "pretrain-en" / "wikitext-2-valid.txt").read_text("utf-8")
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text(text[:10_000], "utf-8")
+    # --force: gates judge quality, which a few steps do not give.
+    call = ["run", str(RECIPE), *overrides(shared_data, heldout), "--force"]
     status = run(call)
     said = capfd.readouterr().err
     assert status == 0, said

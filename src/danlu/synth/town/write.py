@@ -36,14 +36,16 @@ _PROMPTS: dict[Kind, int] = {
 _EVAL: dict[Kind, int] = {
     "fact": 700, "two_fact": 100, "follow_up": 80, "refuse": 60, "arithmetic": 30, "calendar": 20, "chat": 10,
 }  # fmt: skip
-# Of ten comparisons six are about being right and four about manners.
+# Nine of ten comparisons are about being right: manners are learned from a few hundred, some 340 facts (in two languages)
+# against all the wrong values they could have are not.
 _RIGHT_OR_WRONG: dict[Kind, int] = {
-    "fact": 1700, "two_fact": 160, "follow_up": 140, "refuse": 140, "arithmetic": 100, "calendar": 60,
+    "fact": 9500, "two_fact": 650, "follow_up": 1000, "refuse": 1000, "arithmetic": 200, "calendar": 200,
 }  # fmt: skip
-_KNOWN_OR_REFUSED: dict[Kind, int] = {"fact": 100}
+_KNOWN_OR_REFUSED: dict[Kind, int] = {"fact": 650}
 _MANNERS: dict[Kind, int] = {
-    "fact": 1200, "two_fact": 100, "follow_up": 100, "refuse": 80, "arithmetic": 40, "calendar": 20, "chat": 60,
+    "fact": 960, "two_fact": 80, "follow_up": 80, "refuse": 64, "arithmetic": 32, "calendar": 16, "chat": 48,
 }  # fmt: skip
+HELDOUT_SHARE = 0.04
 
 
 def write_town(folder: Path, seed: int, scale: float = 1.0) -> dict[str, Path]:
@@ -65,7 +67,7 @@ def write_town(folder: Path, seed: int, scale: float = 1.0) -> dict[str, Path]:
         "sft": _sft(town, "sft", "train", _scaled(_SFT, scale)),
         "sft_heldout": _sft(town, "sft_heldout", "dev", _scaled(_SFT_HELDOUT, scale)),
         "comparisons": _comparisons(town, "comparisons", "train", scale),
-        "comparisons_heldout": _comparisons(town, "comparisons_heldout", "dev", scale / 10),
+        "comparisons_heldout": _comparisons(town, "comparisons_heldout", "dev", scale * HELDOUT_SHARE),
         "prompts": _prompts(town, "prompts", "train", _scaled(_PROMPTS, scale)),
         "eval": _prompts(town, "eval", "eval", _scaled(_EVAL, scale)),
     }
