@@ -72,8 +72,8 @@ def test_sizes(files: dict[str, Rows]) -> None:
     assert {name: len(rows) for name, rows in files.items() if not name.startswith("pretrain")} == {
         "sft": 6000,
         "sft_heldout": 300,
-        "comparisons": 14480,
-        "comparisons_heldout": 581,
+        "comparisons": 27680,
+        "comparisons_heldout": 559,
         "prompts": 3000,
         "eval": 1000,
     }

@@ -25,7 +25,7 @@ from danlu.pipeline.run import TOWN
 
 BYTES_PER_TOKEN = 3.5  # of a small vocabulary over English; Chinese is near 3
 GZIP = 3.0
-TOWN_TOKENS = {"pretrain": 465_000, "sft": 235_000, "comparisons": 660_000, "prompts": 60_000, "eval": 20_000}
+TOWN_TOKENS = {"pretrain": 465_000, "sft": 235_000, "comparisons": 1_200_000, "prompts": 60_000, "eval": 20_000}
 # Share of the bare matrix rate that the plain loop reaches on this layout at small sizes (docs/log.md).
 EFFICIENCY = 0.3
 RUNTIME_MB = 600  # Python, torch and transformers themselves
