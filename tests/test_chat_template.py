@@ -149,7 +149,6 @@ def test_qwen_mask() -> None:
     ]
 
 
-# RED, text/chat_template.py: the answer is searched for in the text from where the assistant begins to speak.
 @pytest.mark.parametrize("answer", ["think", "t", "\n", ">"])
 def test_an_answer_that_also_occurs_before_itself(answer: str) -> None:
     """The template writes "<think>" in front of the answer: the stop token must be found all the same."""
@@ -184,7 +183,6 @@ def test_answers_are_where_they_are_said_to_be(make: Any) -> None:
 # --- training == serving ----------------------------------------------------------------------------------------------
 
 
-# RED for LLAMA_2, text/chat_template.py: a stripped space beside a control token is taken for the template's own.
 @pytest.mark.parametrize("make", [chatml, qwen, lambda: llama(None), lambda: llama(LLAMA_2)])
 def test_the_served_prompt_begins_the_trained_conversation(make: Any) -> None:
     template = make()

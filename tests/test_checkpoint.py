@@ -170,7 +170,6 @@ def test_damaged_files(tmp_path: Path, name: str, damage: str) -> None:
     assert "delete this checkpoint folder" in load_into_new(path).hint
 
 
-# RED, training/checkpoint.py: AttributeError, KeyError or TypeError instead of CheckpointError.
 @pytest.mark.parametrize("content", ["[]", "{}", '{"schema": 1}', '{"schema": "one", "step": 3, "extra": {}}'])
 def test_a_state_file_of_something_else(tmp_path: Path, content: str) -> None:
     *_, path = write(tmp_path)
@@ -187,7 +186,6 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert "one side only" in load_into_new(path, nn.Linear(3, 2)).message
 
 
-# RED, training/checkpoint.py: ValueError, and the weights are loaded already.
 def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     """Weights without a bias group beside an optimizer that has one: torch's own ValueError says nothing of the file."""
     module, _, path = write(tmp_path)

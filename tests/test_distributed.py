@@ -23,7 +23,6 @@ from danlu.training.step import accumulate, language_loss
 from danlu.tree import Node, TreeBatch, branches, forest
 
 # Micro-batches per step: more than two ranks share evenly, and fewer than there are ranks.
-# RED for "one", training/distributed.py: ranks with different metric names wait for one another for ever.
 STEPS = {"five": 5, "one": 1}
 SECONDS = 30
 

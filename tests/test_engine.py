@@ -204,7 +204,6 @@ def test_threads_that_stream_together(model: Any) -> None:
     assert engine._running == [] and not engine._waiting
 
 
-# RED, generation/engine.py: an admission that fails is forgotten, and whoever waits for one of its requests spins.
 def test_a_failing_step_does_not_leave_others_waiting_for_ever(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory while prompts are read: every request of that admission must end, with the error or without."""
     engine = LocalEngine(tiny("llama"))

@@ -93,7 +93,7 @@ def backward(roles: AdapterRoles, *, joint: bool) -> None:
 def test_every_role_gets_the_gradient_of_a_model_of_its_own(
     joint: bool, checkpointing: bool, tiny: Tiny, near: Near
 ) -> None:
-    # RED for joint with checkpointing, models/roles.py: a layer is computed again as the role that was selected last.
+    # Joint with checkpointing: a layer is computed again when another role was selected since.
     roles = make_roles(tiny, ROLES)
     expected = {n: g for role in ROLES for n, g in separate_gradients(tiny, roles, role).items()}
     roles.train()
@@ -118,7 +118,6 @@ def test_ref_is_the_base_without_adapters(tiny: Tiny, near: Near) -> None:
     assert (policy - ref).abs().max() > 0.1
 
 
-# RED for gpt2, models/roles.py: peft warns of fan_in_fan_out on every run.
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bloom"])
 def test_merged_weights_equal_the_adapter(family: str, tiny: Tiny, near: Near) -> None:
     roles = make_roles(tiny, ROLES, family=family)

@@ -39,7 +39,7 @@ class _Row:
     finished: FinishReason | None = None
     read: int = 0
     version: int = 0
-    error: Exception | None = None
+    error: BaseException | None = None
     past: Any = None  # transformers' cache, for families without pluggable attention
 
     @property
@@ -169,7 +169,7 @@ class LocalEngine:
                     self._admit(new)
                 elif self._running:
                     self._decode()
-            except Exception as error:
+            except BaseException as error:  # Ctrl-C too
                 # Whoever waits for one of these rows must hear of it: their place in the cache is not to be trusted.
                 for row in {id(r): r for r in [*new, *self._running]}.values():
                     row.error, row.finished = error, row.finished or "cancelled"

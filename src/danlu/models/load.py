@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from danlu.exceptions import ModelError
+from danlu.text.tokenizer import quiet
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -58,14 +59,6 @@ def _from_modelscope(name: str) -> str:
     except ImportError:
         raise ModelError(f"'ms:{name}' needs the modelscope package", hint="pip install modelscope") from None
     return str(snapshot_download(name))
-
-
-def quiet() -> None:
-    """Turns transformers' progress bars and load reports off: what matters in them is checked and said by danlu."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = torch.float32) -> Any:

@@ -136,7 +136,7 @@ class AdapterRoles(nn.Module):
         return self.peft.get_base_model()
 
     def _select_again(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before a layer's attention runs, also when activation checkpointing recomputes it: the adapter is that of the call's role."""
+        """Before a layer's attention runs, also when it is recomputed: selects the adapter of the call's role."""
         role = getattr(kwargs.get(PLAN_ARGUMENT), "role", None)
         if role is not None and role != self._selected:
             self._select(role)
@@ -166,7 +166,7 @@ class AdapterRoles(nn.Module):
         return head_of(self.base)
 
     def merged(self, role: RoleName) -> dict[str, torch.Tensor]:
-        """The base's parameters by their plain names, with the role's adapter added: what an engine or a saved model takes."""
+        """The base's parameters by their plain names, with the role's adapter added."""
         self.trunk(role)
         merged: dict[str, torch.Tensor] = {}
         with torch.no_grad():

@@ -105,8 +105,9 @@ def prepare(model: Any) -> Any:
     """
     config = model.config
     scaling = getattr(config, "rope_parameters", None) or {}
-    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-    if kind in ("dynamic", "longrope"):
+    # One dictionary, or (Gemma 3) one for each type of layer.
+    kinds = {scaling.get("rope_type"), *(v.get("rope_type") for v in scaling.values() if isinstance(v, dict))}
+    for kind in kinds & {"dynamic", "longrope"}:
         raise ModelError(
             f"rotary positions of type '{kind}' depend on the longest row of a batch and are not supported",
             hint="set rope_parameters.rope_type to 'default' (or 'linear', 'yarn', 'llama3') in config.json if the context allows",

@@ -236,14 +236,18 @@ class ChatTemplate:
             for index in sorted(risky):
                 mark = f"{MARK_OPEN}{index}{MARK_CLOSE}"
                 if rest.count(mark) != 1:
-                    raise TemplateError(f"turn {index + 1} holds control tokens and the template does not render it exactly once")
+                    raise TemplateError(
+                        f"turn {index + 1} holds control tokens and the template does not render it exactly once"
+                    )
                 before, rest = rest.split(mark)
                 shown = change(messages[index]["content"])
                 ranges.append((len(built + before), len(built + before + shown)))
                 built += before + shown
             if (built + rest).startswith(text):
                 return ranges
-        raise TemplateError("a turn holds control tokens and the template changes its text", hint="remove them from the data")
+        raise TemplateError(
+            "a turn holds control tokens and the template changes its text", hint="remove them from the data"
+        )
 
     def _find_stop_ids(self) -> frozenset[int]:
         """The stop token that the template puts after an answer, and the tokenizer's end-of-sequence token."""

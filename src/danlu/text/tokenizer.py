@@ -17,6 +17,14 @@ SPECIAL_TOKENS = [DOCUMENT, PAD, TURN_START, TURN_END]
 BYTES = 256
 
 
+def quiet() -> None:
+    """Turns transformers' progress bars and load reports off: what matters in them is checked and said by danlu."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, context: int = 2048) -> Any:
     """A byte-level BPE (Sennrich et al. 2016 over bytes, as GPT-2) with single digits and chat tokens.
 
@@ -35,6 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, context: int = 204
 
     from danlu.text.chat_template import shipped_template
 
+    quiet()
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise SettingsError(f"vocab_size is {vocab_size}; at least {smallest} are needed", field="vocab_size")
@@ -74,6 +83,7 @@ def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:
     """
     from transformers import AutoTokenizer
 
+    quiet()
     folder = Path(model)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if folder.is_dir() and not any((folder / n).is_file() for n in names):

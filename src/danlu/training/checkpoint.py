@@ -58,9 +58,12 @@ def save(
         torch.save(optimizer.state_dict(), temporary / f"{key}.pt")
     state = {"schema": SCHEMA, "step": step, "optimizers": sorted(optimizers), "extra": dict(extra)}
     (temporary / "state.json").write_text(json.dumps(state, ensure_ascii=False), "utf-8")
+    aside = folder / f".{target.name}.old.partial"
+    shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(aside)  # a kill between the two renames leaves both, and `prune` clears up later
     temporary.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
