@@ -36,6 +36,7 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -c 'import pathlib; from danlu.pipeline.recipe import load_recipe; [load_recipe(p) for p in pathlib.Path("recipes").glob("*.yaml")]'
 	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

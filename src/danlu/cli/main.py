@@ -83,7 +83,8 @@ def run(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as end:
         return end.exit_code
-    except click.Abort:
+    except click.Abort:  # click's name for Ctrl-C
+        _say(UsageError("interrupted"))
         return 130
     except click.ClickException as error:
         error.show(sys.stderr)
@@ -91,16 +92,12 @@ def run(arguments: list[str] | None = None) -> int:
     except DanluError as error:
         _say(error)
         return error.exit_status
-    except KeyboardInterrupt:
-        _say(UsageError("interrupted"))
-        return 130
     except BrokenPipeError:
         return 0
     except Exception as error:
-        if os.environ.get("DANLU_DEBUG"):
-            raise
         _say(error)
-        print("  -> this is a bug in danlu: run again with --debug and report it", file=sys.stderr)
+        again = "" if os.environ.get("DANLU_DEBUG") else "run again with --debug and "
+        print(f"  -> this is a bug in danlu: {again}report it", file=sys.stderr)
         return 3
 
 

@@ -64,7 +64,7 @@ def given_values(arguments: dict[str, Any]) -> dict[str, Any]:
         if value is None or value == ():
             continue
         plain = list(value) if isinstance(value, tuple) else value
-        if isinstance(plain, list) and len(plain) == 1 and key in ("data", "eval_data", "questions"):
+        if isinstance(plain, list) and len(plain) == 1 and key in ("data", "eval_data", "questions", "lora__target"):
             plain = plain[0]
         target = values
         *groups, last = key.split("__")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from danlu.exceptions import ModelError
@@ -85,7 +86,7 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
             attn_implementation="eager",
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot be loaded: {first}", file=name, hint="check config.json and the weight files"

@@ -87,7 +87,8 @@ def reward_model(metrics: Mapping[str, float], settings: RewardSettings) -> list
 def ratio(facts: Mapping[str, Any]) -> Gate:
     """G-RATIO: on the first PPO pass the ratio is 1 and the KL to the reference is 0."""
     first = facts.get("first") or {}
-    error = max(first.get("ratio_error", float("inf")), first.get("kl", float("inf")))
+    found = (first.get("ratio_error", float("inf")), first.get("kl", float("inf")))
+    error = float("nan") if any(v != v for v in found) else max(found)  # max() may lose a NaN, and NaN <= x is false
     sentence = (
         f"on the first pass the ratio is off by {first.get('ratio_error', float('nan')):.1e}, KL to the reference is "
     )

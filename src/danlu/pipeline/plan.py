@@ -113,10 +113,7 @@ def _row(stage: Stage, parameters: float, rate: float) -> dict[str, Any]:
         if isinstance(settings, RewardSettings) and settings.collect is not None:
             tokens += settings.collect.count * settings.collect.pairs * 50 * settings.epochs
         if settings.max_steps is not None:
-            tokens = (
-                min(tokens, settings.max_steps * settings.tokens_per_step)
-                or settings.max_steps * settings.tokens_per_step
-            )
+            tokens = float(settings.max_steps * settings.tokens_per_step)  # wins over epochs: the data is repeated
         work = 6 * parameters * tokens
         copies = 4 if settings.adapter == "full" else 1.2
     elif isinstance(settings, EvalSettings | QuantizeSettings):

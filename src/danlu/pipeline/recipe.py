@@ -73,6 +73,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         line = mark.line + 1 if mark is not None else None
         problem = getattr(error, "problem", None) or str(error)
         raise SettingsError(f"not valid YAML: {problem}", file=file, line=line) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError("the file is not UTF-8", file=file, hint="save it as UTF-8") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("stages"), list) or not raw["stages"]:
         raise SettingsError("a recipe is a mapping with a list 'stages'", file=file, hint="see recipes/quickstart.yaml")
     top = {k: v for k, v in raw.items() if k != "stages"}
@@ -147,8 +149,10 @@ def _override(text: str, top: dict[str, Any], stages: Mapping[str, dict[str, Any
         raise UsageError(f"--set {key}: the recipe has no stage '{path[0]}'", hint=hint)
     target = stages[path[0]]
     for part in path[1:-1]:
-        target[part] = dict(target.get(part) or {})
-        target = target[part]
+        group = target.get(part) or {}
+        if not isinstance(group, dict):
+            raise UsageError(f"--set {key}: '{part}' is a value, not a group of settings")
+        target[part] = target = dict(group)
     target[path[-1]] = parsed
 
 

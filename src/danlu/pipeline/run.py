@@ -29,9 +29,12 @@ from danlu.exceptions import DanluError, GateError, Interrupted, RunError
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.stages import STAGES, Outcome
 from danlu.synth.town.write import write_town
+from danlu.training import checkpoint
 from danlu.training.runs import MANIFEST, RECIPE
 
 MANIFEST_SCHEMA = 1
+# What a stage that failed early may leave and its next attempt would read.
+LEFTOVERS = ("collected.jsonl", "compute.json", "metrics.jsonl")
 TOWN = "town:"
 STAGE = "stage:"
 # How often something is looked at, shown or kept does not change what comes out of it.
@@ -117,6 +120,10 @@ def run_stage(
     inputs = _inputs(kind, settings, Hashes(cache or out))
     key = stage_key(kind, settings, inputs)
     old = _read_manifest(out)
+    if old.get("key") not in (None, key) and _nothing_made(out, old):
+        for leftover in LEFTOVERS:
+            (out / leftover).unlink(missing_ok=True)
+        old = {}
     if old.get("key") not in (None, key):
         raise RunError(
             f"stage '{name}' was made with other settings or inputs ({_what_changed(old, kind, settings, inputs)})",
@@ -177,6 +184,11 @@ def run_stage(
     if failed and not force:
         raise _gate_error(name, failed)
     return manifest
+
+
+def _nothing_made(out: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a stage failed before its first checkpoint: then there is no result that other settings could overwrite."""
+    return manifest.get("status") == "failed" and checkpoint.latest(out / "checkpoints") is None
 
 
 def _gate_error(name: str, failed: list[dict[str, Any]]) -> GateError:
@@ -259,8 +271,9 @@ def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
             raise RunError(
                 f"this run has '{others[0]}' where the recipe has stage '{stage.name}'", file=folder, hint="give --name"
             )
-        path = folder / stage.folder / "settings.yaml"
-        if not path.is_file():
+        out = folder / stage.folder
+        path = out / "settings.yaml"
+        if not path.is_file() or _nothing_made(out, _read_manifest(out)):
             continue
         old = yaml.safe_load(path.read_text("utf-8"))
         new = placed(stage, recipe, folder).model_dump(mode="json")

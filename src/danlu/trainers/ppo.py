@@ -140,8 +140,9 @@ def train(settings: PpoSettings) -> TrainResult:
                 held = _evaluate(players, heldout, settings)
                 session.extra["held"] = held
                 session.evaluated(step, held)
-        session.restore_best()
+        best = session.restore_best()
         metrics |= session.extra.get("held", {})
+        metrics |= best
         if "first_eval_score" in session.extra:
             metrics["first_eval_score"] = session.extra["first_eval_score"]
         facts |= {"first": session.extra.get("first", {})}

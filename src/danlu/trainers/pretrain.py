@@ -81,8 +81,9 @@ def train(settings: PretrainSettings) -> TrainResult:
                 session.extra["eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
                 session.evaluated(step, {"eval_loss": session.extra["eval_loss"]})
                 root.train()
-        session.restore_best()
+        best = session.restore_best()
         metrics |= {k: session.extra[k] for k in ("eval_loss", "first_eval_loss") if k in session.extra}
+        metrics |= best
 
     ChatTemplate(tokenizer, settings.template)  # the template is saved with the model from the first stage on
     folder = Path(settings.out) / "model"

@@ -79,8 +79,9 @@ def train(settings: RewardSettings) -> TrainResult:
                 session.extra["held"] = held
                 session.evaluated(step, held)
                 root.train()
-        session.restore_best()
+        best = session.restore_best()
         metrics |= session.extra.get("held", {})
+        metrics |= best
         if "first_eval_loss" in session.extra:
             metrics["first_eval_loss"] = session.extra["first_eval_loss"]
 

@@ -61,8 +61,9 @@ def train(settings: SftSettings) -> TrainResult:
                 session.extra["eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
                 session.evaluated(step, {"eval_loss": session.extra["eval_loss"]})
                 root.train()
-        session.restore_best()
+        best = session.restore_best()
         metrics |= {k: session.extra[k] for k in ("eval_loss", "first_eval_loss") if k in session.extra}
+        metrics |= best
 
     root.eval()
     stop_probability = _stop_probability(root, trees, settings.micro_tokens, compute)

@@ -125,7 +125,10 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
 
 def prune(folder: Path, keep: int) -> None:
     """Deletes all but the newest `keep` numbered checkpoints, and leftovers of interrupted saves."""
-    for old in sorted(p for p in folder.glob("step-*") if p.is_dir())[:-keep]:
-        shutil.rmtree(old)
+    found = sorted(p for p in folder.glob("step-*") if p.is_dir())
+    whole = [p for p in found if (p / "state.json").is_file()]
+    for old in found:
+        if old not in whole[-keep:]:
+            shutil.rmtree(old)
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -138,15 +138,18 @@ class Session:
             )
         value = metrics[rule.monitor] if rule.mode == "min" else -metrics[rule.monitor]
         if value < self.extra.get("best", float("inf")):
-            self.extra |= {"best": value, "best_step": step + 1, "worse": 0}
+            self.extra |= {"best": value, "best_step": step + 1, "best_metrics": metrics, "worse": 0}
             if distributed.is_main():
                 checkpoint.save(self.checkpoints, step + 1, self.module, {}, {}, name="best")
         else:
             self.extra["worse"] = self.extra.get("worse", 0) + 1
             self.extra["stopped_early"] = self.extra["worse"] >= rule.patience
 
-    def restore_best(self) -> None:
-        """Puts the best weights back when early stopping was on."""
+    def restore_best(self) -> dict[str, float]:
+        """Puts the best weights back when early stopping was on; returns their held-out metrics, else nothing."""
         best = self.checkpoints / "best"
-        if self.settings.early_stopping is not None and best.is_dir():
-            checkpoint.load(best, self.module, {})
+        if self.settings.early_stopping is None or not best.is_dir():
+            return {}
+        checkpoint.load(best, self.module, {})
+        found: dict[str, float] = self.extra.get("best_metrics", {})
+        return found

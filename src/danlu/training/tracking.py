@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from danlu import atomic
 from danlu.exceptions import SettingsError
 
 
@@ -30,10 +31,9 @@ class Tracker:
     def __init__(self, folder: Path, report_to: Sequence[str], *, name: str, start_step: int) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start_step] if start_step else []
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")
-        for row in kept:
-            self._write(row)
+        # Whole or not at all: a second kill at this very moment must not cost the lines of the first run.
+        atomic.write_jsonl(self.path, kept)
+        self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         self._wandb: Any = None
         if "tensorboard" in report_to:
