@@ -262,14 +262,14 @@ LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 )
 def test_content_beats_the_name(tmp_path: Path, name: str, content: str, lines: list[int]) -> None:
     data = content.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.lower().endswith(".gz") else data)
     records = read(tmp_path / name, "document").records
     assert [record.text for record in records] == [row["text"] for row in ROWS]  # type: ignore[union-attr]
     assert [record.origin.line for record in records if record.origin] == lines
 
 
 def test_gzip_is_told_by_content_and_a_single_object_is_one_row(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(gzip.compress(b'{"text": "x"}'))
+    (tmp_path / "a.json").write_bytes(gzip.compress(b'{"text": "x"}', mtime=0))
     (tmp_path / "b.json.gz").write_bytes(b'{"text": "y"}')
     assert [record.text for record in read(tmp_path, "document").records] == ["x", "y"]  # type: ignore[union-attr]
 
@@ -363,7 +363,7 @@ def test_no_path_is_an_error(path: Any) -> None:
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", 1, "digits"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}', 2, "half of a character"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xc4\xe3"}', 2, "not UTF-8"),
-        ("a.json.gz", gzip.compress(b'{"text": "x"}')[:-4], None, "gzip file is damaged"),
+        ("a.json.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-4], None, "gzip file is damaged"),
         ("a.csv", b"text\nx\n", None, "found no JSON"),
         ("a.txt", b"one\ntwo\0", 2, "NUL"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,22 +79,31 @@ class Assistant:
 
     def generate(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: Sequence[Sequence[Message]] | Sequence[Message],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Reply]:
         """Answers to several conversations, together.
 
         Args:
-            conversations: each a list of messages that ends with a user turn.
+            conversations: each a list of messages that ends with a user turn; one such list alone will do too.
             params: for all, or one for each.
         """
         template = self._template()
-        each = list(params) if isinstance(params, Sequence) else [params] * len(conversations)
-        requests = [self.request(m, p) for m, p in zip(conversations, each, strict=True)]
-        ids = [self.engine.submit(r) for r in requests]
+        alone = bool(conversations) and isinstance(conversations[0], Mapping)
+        several: list[Any] = [conversations] if alone else list(conversations)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(several)
+        requests = [self.request(m, p) for m, p in zip(several, each, strict=True)]
+        ids: list[str] = []
         replies = []
-        for request, request_id in zip(requests, ids, strict=True):
-            done = self.engine.result(request_id)
+        try:
+            for request in requests:
+                ids.append(self.engine.submit(request))  # noqa: PERF401 (known one by one, should a later one be refused)
+            results = [self.engine.result(i) for i in ids]
+        except BaseException:
+            for request_id in ids:
+                self.engine.cancel(request_id)
+            raise
+        for request, done in zip(requests, results, strict=True):
             text = cut_at_stop(template.decode(done.ids), request.params.stop)
             replies.append(Reply(text, done.ids, done.logprobs, done.finish_reason, tuple(request.prompt_ids)))
         return replies

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from danlu.exceptions import SettingsError
 
@@ -87,6 +87,12 @@ class TrainSettings(StageSettings):
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where metrics go beside metrics.jsonl"
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """`report_to: tensorboard, wandb` means the list."""
+        return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _budget(self) -> TrainSettings:

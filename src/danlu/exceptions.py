@@ -79,6 +79,10 @@ class EngineError(DanluError):
     """A generation request cannot be served."""
 
 
+class GenerationFailed(EngineError):
+    """The engine broke while it worked on a request (out of memory, ...): not the request's fault."""
+
+
 class RewardError(DanluError):
     """A reward returned the wrong count or a value that is no number."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -30,10 +32,13 @@ def command(verb: str) -> click.Command:
 def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: str | None, force: bool) -> None:
     """Run a recipe: the whole chain. Finished stages are not run again; an interrupted one goes on."""
     from danlu.pipeline.recipe import load_recipe
-    from danlu.training.runs import runs_root
+    from danlu.training.runs import RECIPE, runs_root
 
     recipe = load_recipe(recipe_file, overrides)
-    used = name or Path(recipe_file).stem
+    given = Path(recipe_file)
+    # The recipe inside a run folder is that run's own: going on must not begin another.
+    inside = given.name == RECIPE and given.resolve().parent.parent == runs_root().resolve()
+    used = name or (given.resolve().parent.name if inside else given.stem)
     if Path(used).name != used or used.startswith("."):
         raise UsageError(f"'{used}' is no name for a run", hint="letters, digits, - and _")
     folder = runs_root() / used
@@ -44,10 +49,12 @@ def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: s
 
     people.print(f"[bold]{used}[/bold]: {recipe.description}")
     try:
-        execute(recipe, folder, until=until, force=force, say=lambda line: people.print(line, markup=False))
+        execute(
+            recipe, folder, until=until, force=force, say=lambda line: people.print(line, markup=False, soft_wrap=True)
+        )
     finally:
         # Also after a failed gate or Ctrl-C: the report says what there is and what is missing.
-        report = write_report(folder) if folder.is_dir() else None
+        report = write_report(folder) if (folder / RECIPE).is_file() else None
     from danlu.cli.runs import results_table
 
     found = describe(folder)
@@ -55,8 +62,9 @@ def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: s
         people.print(results_table(found))
     people.print(f"\n{found['seconds']:.0f} s in all stages. Report: [bold]{report}[/bold]")
     people.print("Try next:")
-    people.print(f"  danlu chat {folder}")
-    people.print(f"  danlu serve {folder}")
+    me = "danlu" if shutil.which("danlu") else sys.argv[0]
+    people.print(f"  {me} chat {folder}")
+    people.print(f"  {me} serve {folder}")
 
 
 @click.command("plan")

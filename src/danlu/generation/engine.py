@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu.exceptions import EngineError
+from danlu.exceptions import EngineError, GenerationFailed
 from danlu.generation.kv_cache import DecodePlan, SlotCache
 from danlu.generation.protocol import Completion, FinishReason, Request, Token
 from danlu.generation.sampling import sample
@@ -96,12 +96,14 @@ class LocalEngine:
         row = self._row(request_id)
         try:
             while True:
+                # Looked at before the tokens: another thread may append the last one and finish the row in between.
+                error, finished = row.error, row.finished
                 while row.read < len(row.ids):
                     row.read += 1
                     yield Token(row.ids[row.read - 1], row.logprobs[row.read - 1])
-                if row.error is not None:
-                    raise EngineError(f"generation failed: {row.error}") from row.error
-                if row.finished is not None:
+                if error is not None:
+                    raise GenerationFailed(f"generation failed: {error}") from error
+                if finished is not None:
                     return
                 self._advance(row, row.read)
         finally:
@@ -111,12 +113,15 @@ class LocalEngine:
     def result(self, request_id: str) -> Completion:
         """See `Engine.result`."""
         row = self._row(request_id)
-        while row.finished is None:
-            self._advance(row, len(row.ids))
-        with self._lock:
-            self._rows.pop(request_id, None)
+        try:
+            while row.finished is None:
+                self._advance(row, len(row.ids))
+        finally:
+            self.cancel(request_id)
+            with self._lock:
+                self._rows.pop(request_id, None)
         if row.error is not None:
-            raise EngineError(f"generation failed: {row.error}") from row.error
+            raise GenerationFailed(f"generation failed: {row.error}") from row.error
         return Completion(row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version)
 
     @torch.inference_mode()

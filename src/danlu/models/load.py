@@ -47,7 +47,7 @@ def resolve(model: str | Path) -> tuple[str, bool]:
                 f"no config.json in this folder (found: {found})", file=path, hint="give a transformers model folder"
             )
         return text, True
-    if HUB_ID.match(text) and not text.startswith(("runs/", ".")):
+    if HUB_ID.match(text) and not text.startswith(("runs/", "out/", ".")) and not path.parent.is_dir():
         return text, False
     raise ModelError(
         "no such model folder", file=text, hint="give a folder, a run (runs/NAME) or a hub id (hf:owner/name)"

@@ -67,7 +67,12 @@ def render(training: ChatTemplate, serving: ChatTemplate, records: Sequence[Conv
 
 def reward_model(metrics: Mapping[str, float], settings: RewardSettings) -> list[Gate]:
     """G-RM: held-out pair accuracy, and correlation of the score with answer length."""
-    accuracy = metrics.get("eval_accuracy", 0.0)
+    if "eval_accuracy" not in metrics:
+        sentence = (
+            "there are no held-out pairs to judge the reward model by: give --eval-data, or comparisons of more prompts"
+        )
+        return [Gate("G-RM", False, 0.0, settings.min_accuracy, sentence)]
+    accuracy = metrics["eval_accuracy"]
     low, high = metrics.get("eval_accuracy_low", 0.0), metrics.get("eval_accuracy_high", 0.0)
     correlation = abs(metrics.get("eval_length_correlation", 0.0))
     right = accuracy >= settings.min_accuracy

@@ -207,7 +207,28 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
         last[kind] = name
         if kind in POLICY_KINDS:
             policy = f"stage:{name}"
+    _check_references(stages, file)
     return stages
+
+
+def _check_references(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
+    names = [s["name"] for s in stages]
+    for at, stage in enumerate(stages):
+        for value in (
+            stage.get("model"),
+            stage.get("reward_model"),
+            stage.get("tokenizer"),
+            *(stage.get("models") or []),
+        ):
+            name = str(value).removeprefix("stage:")
+            if not str(value).startswith("stage:") or name in names[:at]:
+                continue
+            near = difflib.get_close_matches(name, names[:at], n=1)
+            raise SettingsError(
+                f"stage '{stage['name']}' names '{name}', which is no stage before it",
+                file=file,
+                hint=f"did you mean '{near[0]}'?" if near else f"stages before it: {', '.join(names[:at]) or 'none'}",
+            )
 
 
 def _policies(stages: Sequence[Mapping[str, Any]], before: str) -> list[str]:

@@ -28,9 +28,9 @@ from danlu.data.read import find_files
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.stages import STAGES, Outcome
-from danlu.synth.town.write import write_town
+from danlu.synth.town.write import TOWN_FILES, write_town
 from danlu.training import checkpoint
-from danlu.training.runs import MANIFEST, RECIPE
+from danlu.training.runs import MANIFEST, RECIPE, resolve_model
 
 MANIFEST_SCHEMA = 1
 # What a stage that failed early may leave and its next attempt would read.
@@ -63,6 +63,7 @@ def execute(
     names = [s.name for s in recipe.stages]
     if until is not None and until not in names:
         raise RunError(f"the recipe has no stage '{until}'", file=recipe.file, hint=f"stages: {', '.join(names)}")
+    _refuse_missing_files(recipe)
     _refuse_other_settings(recipe, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -72,6 +73,21 @@ def execute(
             run_stage(stage.name, stage.kind, settings, cache=folder, force=force, say=say)
             if stage.name == until:
                 return
+
+
+def _refuse_missing_files(recipe: Recipe) -> None:
+    """Before anything runs: every data file of every stage is there."""
+    for stage in recipe.stages:
+        for field, value in _named(stage.settings, STAGES[stage.kind].inputs):
+            for path in value if isinstance(value, list) else [value]:
+                if not path.startswith(TOWN):
+                    find_files(path)
+                elif path.removeprefix(TOWN) not in TOWN_FILES:
+                    raise RunError(
+                        f"{stage.name}.{field}: the town has no file '{path.removeprefix(TOWN)}'",
+                        file=recipe.file,
+                        hint=f"files: {', '.join(TOWN_FILES)}",
+                    )
 
 
 def placed(stage: Stage, recipe: Recipe, folder: Path) -> StageSettings:
@@ -95,9 +111,7 @@ def _town_file(folder: Path, name: str, seed: int) -> Path:
     """A file of the invented town, written on first use. The same seed always gives the same bytes."""
     path = folder / "town" / f"{name}.jsonl"
     if not path.is_file():
-        files = write_town(folder / "town", seed)
-        if name not in files:
-            raise RunError(f"the town has no file '{name}'", hint=f"files: {', '.join(sorted(files))}")
+        write_town(folder / "town", seed)
     return path
 
 
@@ -165,6 +179,8 @@ def run_stage(
         manifest |= {"status": "interrupted" if stopped else "failed", "error": str(error)}
         manifest["seconds"] += time.monotonic() - begun
         atomic.write_json(out / MANIFEST, manifest)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted in stage '{name}'", hint="run the same command again to go on") from None
         raise
     manifest["seconds"] += time.monotonic() - begun
     manifest |= {
@@ -230,7 +246,7 @@ def _inputs(kind: str, settings: StageSettings, hashes: Hashes) -> list[dict[str
         found += [_input(path, f, hashes) for f in find_files(value)]
     for path, value in _named(settings, STAGES[kind].models):
         for model in value if isinstance(value, list) else [value]:
-            folder = Path(model)
+            folder = Path(resolve_model(model))
             if folder.is_dir():
                 found += [_input(path, f, hashes) for f in sorted(folder.rglob("*")) if f.is_file()]
             else:

@@ -168,7 +168,7 @@ def run_eval(settings: EvalSettings) -> Outcome:
     if settings.task == "perplexity":
         metrics = {}
         for model in settings.models:
-            loaded = load_model(resolve_model(model))
+            loaded = danlu.load(model).model
             trees = perplexity.encode(
                 sources(settings.data), tokenizer_of(model, stage="eval"), settings.max_length, settings.limit
             )
@@ -233,7 +233,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
         trees = perplexity.encode(sources(settings.eval_data), tokenizer, settings.max_length, PERPLEXITY_RECORDS)
         before = perplexity.perplexity(model, trees)
     folder = save_quantized(quantize_model(model), tokenizer, Path(settings.out) / "model")
-    small = danlu.load(folder)
+    small = danlu.load(folder, dtype="float32", device="cpu")  # as the model it is compared with
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     outcome = Outcome(metrics={"bytes": float(size), "bytes_16bit": float(before_bytes)})
     if trees is not None:

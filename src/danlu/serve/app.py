@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from danlu.assistant import Assistant
 from danlu.data.feedback import FeedbackDatabase
-from danlu.exceptions import DanluError, EngineError, ModelError, TemplateError
+from danlu.exceptions import DanluError, EngineError, GenerationFailed, ModelError, TemplateError
 from danlu.serve import completions, feedback, page
 from danlu.serve.guard import Guard
 from danlu.serve.protocol import ApiError, from_validation
@@ -95,6 +95,7 @@ def _answer_errors(app: FastAPI) -> None:
     def refused(_: Request, error: DanluError) -> JSONResponse:
         return ApiError(400, error.message, param="messages").response()
 
+    @app.exception_handler(GenerationFailed)
     @app.exception_handler(Exception)
     def broken(_: Request, error: Exception) -> JSONResponse:
         return ApiError(500, f"The server failed ({type(error).__name__}); its log says why.").response()

@@ -98,6 +98,7 @@ def train(settings: PpoSettings) -> TrainResult:
 
     metrics: dict[str, float] = {}
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers) as session:
+        metrics = dict(session.extra.get("last", {}))
         if heldout and "first_eval_score" not in session.extra:
             session.extra["first_eval_score"] = _evaluate(players, heldout, settings)["eval_score"]
         for step in session.steps():

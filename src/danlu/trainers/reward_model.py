@@ -54,6 +54,7 @@ def train(settings: RewardSettings) -> TrainResult:
 
     metrics: dict[str, float] = {}
     with Session(settings, "reward", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
+        metrics = dict(session.extra.get("last", {}))
         if heldout.items and "first_eval_loss" not in session.extra:
             root.eval()
             session.extra["first_eval_loss"] = evaluate(root, heldout, settings.micro_tokens, compute)["eval_loss"]

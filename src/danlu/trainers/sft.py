@@ -44,6 +44,7 @@ def train(settings: SftSettings) -> TrainResult:
     optimizer = adamw(root, settings.learning_rate, settings.weight_decay)
     metrics: dict[str, float] = {}
     with Session(settings, "sft", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
+        metrics = dict(session.extra.get("last", {}))
         if heldout.items and "first_eval_loss" not in session.extra:
             root.eval()
             session.extra["first_eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)

@@ -42,7 +42,7 @@ def choose(folder: Path, wanted: str, width: int) -> Compute:
     saved = folder / "compute.json"
     if saved.is_file():
         found = Compute(**json.loads(saved.read_text("utf-8")))
-        if wanted in ("auto", found.dtype) and torch.device(found.device).type == found.device.split(":")[0]:
+        if wanted in ("auto", found.dtype) and (found.device == "cpu" or torch.cuda.is_available()):
             torch.set_num_threads(found.threads)
             return found
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -113,6 +113,7 @@ class Session:
                 hint=f"lower learning_rate (now {self.settings.learning_rate}); the last checkpoint is kept in {self.checkpoints}",
             )
         self.bar.advance(tokens, note)
+        self.extra["last"] = metrics  # a resume after the last step reports them again
         done = step + 1
         if self.tracker is not None and (done % self.settings.log_every == 0 or done == self.total or step == 0):
             self.tracker.log(done, metrics)

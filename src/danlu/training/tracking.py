@@ -43,7 +43,7 @@ class Tracker:
                 raise SettingsError(
                     "tensorboard is not installed", field="report_to", hint="pip install danlu[tracking]"
                 ) from None
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=start_step or None)
+            self._board = SummaryWriter(str(folder / "tb"), purge_step=start_step + 1 if start_step else None)
         if "wandb" in report_to:
             try:
                 import wandb

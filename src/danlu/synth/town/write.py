@@ -20,6 +20,9 @@ from danlu.synth.town.facts import Pool, Town, town_facts
 from danlu.synth.town.prose import Prose
 from danlu.synth.town.questions import Kind, Questioner
 
+TOWN_FILES = (
+    "pretrain", "pretrain_heldout", "sft", "sft_heldout", "comparisons", "comparisons_heldout", "prompts", "eval",
+)  # fmt: skip
 ERROR_RATE = 0.1  # of the simulated annotator
 PRETRAIN_BYTES = 1_800_000
 HELDOUT_BYTES = 60_000
