@@ -11,6 +11,11 @@ from rich.console import Console
 people = Console(stderr=True, highlight=False)
 
 
+def say(line: str) -> None:
+    """A line for people, as it is: no markup, and not broken at the width of a terminal that may not be one."""
+    people.print(line, markup=False, soft_wrap=True)
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout, and nothing else there."""
     sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")

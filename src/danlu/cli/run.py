@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from danlu.cli.console import people, print_json
+from danlu.cli.console import people, print_json, say
 from danlu.exceptions import UsageError
 
 
@@ -50,7 +50,7 @@ def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: s
     people.print(f"[bold]{used}[/bold]: {recipe.description}")
     try:
         execute(
-            recipe, folder, until=until, force=force, say=lambda line: people.print(line, markup=False, soft_wrap=True)
+            recipe, folder, until=until, force=force, say=say
         )
     finally:
         # Also after a failed gate or Ctrl-C: the report says what there is and what is missing.

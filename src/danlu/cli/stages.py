@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from danlu.cli.console import people
+from danlu.cli.console import say
 from danlu.cli.options import given_values, options_of
 from danlu.exceptions import SettingsError, UsageError
 
@@ -34,10 +34,10 @@ def command(verb: str) -> click.Command:
             settings = parse(cls, values)
         except SettingsError as error:
             raise UsageError(str(error)) from None
-        run_stage(verb, verb, settings, force=force, say=people.print)
-        people.print(f"written to {values['out']}")
+        run_stage(verb, verb, settings, force=force, say=say)
+        say(f"written to {values['out']}")
         if verb in ("pretrain", "sft", "ppo", "quantize"):
-            people.print(f"try it: danlu chat {values['out']}/model")
+            say(f"try it: danlu chat {values['out']}/model")
 
     head = (cls.__doc__ or "").strip().split("\n")[0]
     return click.Command(verb, params=options, callback=run, help=head)
