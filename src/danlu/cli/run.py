@@ -49,9 +49,7 @@ def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: s
 
     people.print(f"[bold]{used}[/bold]: {recipe.description}")
     try:
-        execute(
-            recipe, folder, until=until, force=force, say=say
-        )
+        execute(recipe, folder, until=until, force=force, say=say)
     finally:
         # Also after a failed gate or Ctrl-C: the report says what there is and what is missing.
         report = write_report(folder) if (folder / RECIPE).is_file() else None
