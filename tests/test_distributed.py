@@ -98,7 +98,7 @@ def test_two_processes_equal_one(name: str, folder: Path) -> None:
 def test_one_process_is_the_identity() -> None:
     assert distributed.world() == (0, 1) and distributed.is_main()
     assert distributed.mine([1, 2, 3]) == [1, 2, 3]
-    assert distributed.sum_numbers({"a": 1.5}) == {"a": 1.5}
+    assert distributed.combine_numbers({"a": 1.5}, {"a"}) == {"a": 1.5}
     parameter = torch.nn.Parameter(torch.ones(2))
     distributed.sum_gradients([parameter])
     distributed.broadcast([parameter])

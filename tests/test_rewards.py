@@ -12,7 +12,7 @@ import torch
 from danlu.exceptions import RewardError
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
-from danlu.rewards.model import CONFIG_KEY, ModelReward, normaliser_of, values_of
+from danlu.rewards.model import CONFIG_KEY, ModelReward, fold_normaliser, normaliser_of, values_of
 from danlu.rewards.protocol import Episode, Score
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import train_tokenizer
@@ -107,6 +107,17 @@ def test_the_normaliser_travels_in_the_configuration(plain: Any) -> None:
     assert normaliser_of(plain) == (0.25, 2.0)
     setattr(plain.config, CONFIG_KEY, {"mean": 1.0, "std": 0.0})
     assert normaliser_of(plain) == (1.0, 1.0)
+
+
+def test_a_folded_normaliser_gives_the_same_scores(plain: Any) -> None:
+    setattr(plain.config, CONFIG_KEY, {"mean": -1.5, "std": 0.25})
+    before = [s.value for s in reward_of(copy.deepcopy(plain), normaliser_of(plain)).score(EPISODES)]
+    raw = [by_hand(plain, [*e.prompt_ids, *e.response_ids]) for e in EPISODES]
+    fold_normaliser(plain)
+    assert normaliser_of(plain) == (0.0, 1.0)
+    folded = [s.value for s in reward_of(plain).score(EPISODES)]
+    assert folded == pytest.approx(before, rel=1e-4, abs=1e-5)
+    assert folded != pytest.approx(raw, abs=0.5)
 
 
 # --- a reward model with a tokenizer of its own -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from danlu.generation.protocol import SamplingParams
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.pipeline.stages import STAGES
-from danlu.rewards.model import ModelReward
+from danlu.rewards.model import CONFIG_KEY, ModelReward
 from danlu.rewards.protocol import Episode, Score
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import compute, tracking
@@ -131,7 +132,7 @@ def test_ppo_raises_a_toy_reward_and_kl_holds_it_back(tmp_path: Path, monkeypatc
     for name, coefficient in (("free", 0.0), ("held", 5.0)):
         options = {"critic_learning_rate": 1e-3, "missing_stop_penalty": 0.0, "kl_coef": coefficient}
         rollout = {"batch": 32, "max_new_tokens": 8}
-        result = train("ppo", tmp_path / name, max_steps=12, learning_rate=3e-2, ppo=options, rollout=rollout)
+        result = train("ppo", tmp_path / name, max_steps=16, learning_rate=3e-2, ppo=options, rollout=rollout)
         assert result.gates[0].code == "G-RATIO" and result.gates[0].value == 0.0
         found[name] = result.metrics
         first = next(r for r in tiny.metrics_of(tmp_path / name) if "score" in r)
@@ -146,6 +147,40 @@ def test_ppo_stops_when_the_policy_leaves_the_reference(tmp_path: Path) -> None:
     options = {"critic_learning_rate": 1e-3, "kl_coef": 0.0, "max_kl": 1e-6}
     with pytest.raises(TrainingError, match=r"max_kl 1e-06"):
         train("ppo", tmp_path, max_steps=5, ppo=options)
+
+
+def test_a_judge_with_a_template_of_its_own_gets_the_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same vocabulary, other template: the policy's ids would mean something else to the judge, so it gets the turns."""
+    judge = shutil.copytree(tiny.reward_model(), tmp_path / "judge")
+    template = judge / "chat_template.jinja"
+    template.write_text(template.read_text("utf-8").replace("<|im_start|>", "<|im_start|>the "), "utf-8")
+    heard: list[Episode] = []
+
+    def listen(self: ModelReward, episodes: Sequence[Episode], **_: Any) -> list[Score]:
+        assert self.template is not None and "the " in self.template.source
+        heard.extend(episodes)
+        return toy_judge(self, episodes)
+
+    monkeypatch.setattr(ModelReward, "score", listen)
+    train("ppo", tmp_path / "out", max_steps=1, reward_model=str(judge))
+    asked = {
+        json.loads(line)["prompt"][-1]["content"] for line in tiny.data()["prompts"].read_text("utf-8").splitlines()
+    }
+    assert heard and all(e.prompt[-1]["role"] == "user" and e.prompt[-1]["content"] in asked for e in heard)
+
+
+def test_the_critic_begins_with_the_judge_s_own_scale(tmp_path: Path) -> None:
+    """Its first values are normalised scores: a raw head would begin wrong by the normaliser's mean and scale."""
+    judge = shutil.copytree(tiny.reward_model(), tmp_path / "judge")
+    config = json.loads((judge / "config.json").read_text("utf-8"))
+    errors = []
+    for name, shift in (("plain", 0.0), ("shifted", 50.0)):
+        # The normalised scores move by 50 and the critic with them: nothing may change.
+        weights = {**config, CONFIG_KEY: {"mean": shift, "std": 1.0}}
+        (judge / "config.json").write_text(json.dumps(weights), "utf-8")
+        train("ppo", tmp_path / name, max_steps=1, reward_model=str(judge), ppo={"score_clip": 1e6})
+        errors.append(next(r for r in tiny.metrics_of(tmp_path / name) if "value_error" in r)["value_error"])
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
 # -- what they leave ----------------------------------------------------------------------------------------------------

@@ -120,16 +120,26 @@ def encode_comparisons(records: Iterable[Comparison], template: ChatTemplate, ma
     return trees
 
 
-def encode_prompts(records: Iterable[Prompt], template: ChatTemplate, max_length: int) -> tuple[list[list[int]], int]:
-    """Ids of prompts up to where the assistant begins to speak, and how many were dropped as too long."""
-    found: list[list[int]] = []
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt up to where the assistant begins to speak: its ids, and the messages that they render."""
+
+    ids: list[int]
+    messages: list[Message]
+
+
+def encode_prompts(
+    records: Iterable[Prompt], template: ChatTemplate, max_length: int
+) -> tuple[list[EncodedPrompt], int]:
+    """Prompts of at most `max_length` tokens (oldest turns go first), and how many were dropped as too long."""
+    found: list[EncodedPrompt] = []
     dropped = 0
     for record in records:
         kept = _fit(list(record.prompt), lambda m: len(template.encode_prompt(m)), max_length)
         if kept is None:
             dropped += 1
         else:
-            found.append(template.encode_prompt(kept))
+            found.append(EncodedPrompt(template.encode_prompt(kept), kept))
     return found, dropped
 
 

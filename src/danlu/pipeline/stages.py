@@ -262,7 +262,7 @@ STAGES: dict[str, Kind] = {
     "pretrain": Kind(run_pretrain, 1, models=("model", "tokenizer")),
     "sft": Kind(run_sft, 1),
     "reward": Kind(run_reward, 1, ("data", "eval_data", "collect.prompts")),
-    "ppo": Kind(run_ppo, 1, models=("model", "reward_model")),
+    "ppo": Kind(run_ppo, 2, models=("model", "reward_model")),
     "eval": Kind(run_eval, 1, ("data",), ("models",)),
     "quantize": Kind(run_quantize, 1, ("eval_data", "questions")),
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from danlu.exceptions import RewardError
+from danlu.models.roles import head_of
 from danlu.models.root import RootModel
 from danlu.rewards.protocol import Episode, Score, never
 from danlu.text.chat_template import ChatTemplate
@@ -91,6 +92,20 @@ def normaliser_of(model: Any) -> tuple[float, float]:
     """Mean and standard deviation that the reward stage stored in the model's configuration; (0, 1) for foreign models."""
     stored = getattr(model.config, CONFIG_KEY, None) or {}
     return float(stored.get("mean", 0.0)), float(stored.get("std", 1.0)) or 1.0
+
+
+def fold_normaliser(model: Any) -> None:
+    """Puts the normaliser into the scalar head, so that the model speaks in the normalised scores that PPO's returns are made of.
+
+    A critic started from the raw reward model would be wrong by the normaliser's mean and scale from the first step on.
+    """
+    mean, std = normaliser_of(model)
+    head = head_of(model)
+    bias = torch.zeros(head.out_features, dtype=head.weight.dtype) if head.bias is None else head.bias.detach()
+    with torch.no_grad():
+        head.weight /= std
+        head.bias = torch.nn.Parameter((bias - mean) / std)
+    setattr(model.config, CONFIG_KEY, {"mean": 0.0, "std": 1.0})
 
 
 def values_of(scores: Sequence[Score], *, name: str) -> list[float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.config import PpoSettings
-from danlu.data.collate import encode_prompts
+from danlu.data.collate import EncodedPrompt, encode_prompts
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import SamplingParams
@@ -29,7 +29,7 @@ from danlu.losses.value import clipped_value
 from danlu.models.load import load_model, save_model
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RoleName, RootModel, TrunkOutput
-from danlu.rewards.model import ModelReward, normaliser_of, values_of
+from danlu.rewards.model import ModelReward, fold_normaliser, normaliser_of, values_of
 from danlu.rewards.protocol import Episode
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
@@ -108,8 +108,9 @@ def train(settings: PpoSettings) -> TrainResult:
             _push_weights(players, root, step)
 
             chosen = [prompts[i] for i in _order(len(prompts), settings.rollout.batch, step, settings.seed)]
-            trajectories = rollout(players.engine, chosen, _sampling(settings, template), seed=settings.seed, step=step)
-            scores = _scores(players, trajectories, settings)
+            asked = [p.ids for p in chosen]
+            trajectories = rollout(players.engine, asked, _sampling(settings, template), seed=settings.seed, step=step)
+            scores = _scores(players, chosen, trajectories, settings)
             parts, stats = _experience(players, trajectories, scores, settings)
 
             updates: list[dict[str, float]] = []
@@ -158,7 +159,9 @@ def train(settings: PpoSettings) -> TrainResult:
 # -- who plays ----------------------------------------------------------------------------------------------------------
 
 
-def _prompts(settings: PpoSettings, template: ChatTemplate) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
+def _prompts(
+    settings: PpoSettings, template: ChatTemplate
+) -> tuple[list[EncodedPrompt], list[EncodedPrompt], dict[str, Any]]:
     train_records, heldout_records, dataset = records_of(settings, "prompt")
     limit = settings.max_length - settings.rollout.max_new_tokens
     if limit < 1:
@@ -186,14 +189,19 @@ def _players(settings: PpoSettings, template: ChatTemplate) -> Players:
             judge_model.config.vocab_size == policy.config.vocab_size
         )
         critic = load_model(reward_path if same else path, scalar=True)
+        if same:
+            fold_normaliser(critic)
         trunks = SeparateModels({"policy": policy, "ref": load_model(path), "critic": critic}, ["policy", "critic"])
     root = RootModel(trunks).to(compute.device).eval()  # dropout stays off in RL
     judge_tokenizer = tokenizer_of(settings.reward_model, stage="ppo")
-    own_text = judge_tokenizer.get_vocab() != template.tokenizer.get_vocab()
+    judge_template = ChatTemplate(judge_tokenizer, settings.template)
+    same_text = (
+        judge_tokenizer.get_vocab() == template.tokenizer.get_vocab() and judge_template.source == template.source
+    )
     judge = ModelReward(
         RootModel(SeparateModels({"reward": judge_model}, [])).to(compute.device).eval(),
         normaliser_of(judge_model),
-        template=ChatTemplate(judge_tokenizer, settings.template) if own_text else None,
+        template=None if same_text else judge_template,
         micro_tokens=settings.micro_tokens,
         device=compute.device,
     )
@@ -230,24 +238,18 @@ def _order(count: int, batch: int, step: int, seed: int) -> list[int]:
     return [int(orders[i // count][i % count]) for i in wanted]
 
 
-def _scores(players: Players, trajectories: Sequence[Trajectory], settings: PpoSettings) -> list[float]:
-    episodes = [_episode(players, t) for t in trajectories]
+def _scores(
+    players: Players, prompts: Sequence[EncodedPrompt], trajectories: Sequence[Trajectory], settings: PpoSettings
+) -> list[float]:
+    decode = players.template.decode
+    episodes = [
+        Episode(t.prompt, t.actions, t.finished, tuple(p.messages), decode(t.actions))
+        for p, t in zip(prompts, trajectories, strict=True)
+    ]
     with players.compute.autocast():
         raw = values_of(players.reward.score(episodes), name=players.reward.name)
     clip, penalty = settings.ppo.score_clip, settings.ppo.missing_stop_penalty
     return [max(-clip, min(clip, v)) - (0.0 if t.finished else penalty) for v, t in zip(raw, trajectories, strict=True)]
-
-
-def _episode(players: Players, trajectory: Trajectory) -> Episode:
-    if players.reward.template is None:
-        return Episode(trajectory.prompt, trajectory.actions, trajectory.finished)
-    tokenizer = players.template.tokenizer
-    # Another tokenizer: the prompt's text goes as one user turn, without this policy's control tokens.
-    prompt = tokenizer.decode(trajectory.prompt, skip_special_tokens=True)
-    answer = players.template.decode(trajectory.actions)
-    return Episode(
-        trajectory.prompt, trajectory.actions, trajectory.finished, ({"role": "user", "content": prompt},), answer
-    )
 
 
 @torch.no_grad()
@@ -383,13 +385,14 @@ def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
 
 
-def _evaluate(players: Players, prompts: list[list[int]], settings: PpoSettings) -> dict[str, float]:
+def _evaluate(players: Players, prompts: list[EncodedPrompt], settings: PpoSettings) -> dict[str, float]:
     """Score, length and stop rate on held-out prompts, with draws that are the same at every evaluation."""
     _push_weights(players, players.root, players.engine.version + 1)
+    asked = [p.ids for p in prompts]
     found = rollout(
-        players.engine, prompts, _sampling(settings, players.template), seed=mix_seed(settings.seed, 0xE7), step=0
+        players.engine, asked, _sampling(settings, players.template), seed=mix_seed(settings.seed, 0xE7), step=0
     )
-    scores = _scores(players, found, settings)
+    scores = _scores(players, prompts, found, settings)
     count = len(found)
     return {
         "eval_score": sum(scores) / count,

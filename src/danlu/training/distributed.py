@@ -7,7 +7,7 @@ gradients are summed (losses are divided by global denominators already), so W p
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -52,14 +52,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         offset += p.numel()
 
 
-def sum_numbers(values: dict[str, float]) -> dict[str, float]:
-    """Adds metrics up over the ranks; a rank that had no micro-batch does not know all names."""
+def combine_numbers(values: dict[str, float], largest: Collection[str]) -> dict[str, float]:
+    """Adds metrics up over the ranks (`largest`: takes the greatest); a rank without a micro-batch does not know all names."""
     size = world()[1]
     if size == 1:
         return values
     parts: list[dict[str, float]] = [{}] * size
     dist.all_gather_object(parts, values)
-    return {name: sum(p.get(name, 0.0) for p in parts) for name in sorted({n for p in parts for n in p})}
+    names = sorted({n for p in parts for n in p})
+    return {name: (max if name in largest else sum)(p.get(name, 0.0) for p in parts) for name in names}
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

@@ -19,6 +19,8 @@ from danlu.training.logprobs import logprobs
 from danlu.tree import TreeBatch
 
 Extra = TypeVar("Extra")
+# Metrics of which the greatest counts; all others are shares of a sum.
+LARGEST = frozenset({"ratio_error"})
 LossFn = Callable[[TrunkOutput, Extra], tuple[Tensor, dict[str, float]]]
 
 
@@ -45,7 +47,7 @@ def accumulate(
         loss_fn: divides by the step's global denominator, so that sums of losses are the step's loss.
 
     Returns:
-        Metrics, summed over micro-batches and ranks, with `loss`.
+        Metrics, summed over micro-batches and ranks (those of `LARGEST`: the greatest of them), with `loss`.
     """
     sums: dict[str, float] = {"loss": 0.0}
     for tree, extra in batches:
@@ -54,9 +56,10 @@ def accumulate(
         loss.backward()
         sums["loss"] += float(loss.detach())
         for key, value in metrics.items():
-            sums[key] = sums.get(key, 0.0) + value
+            so_far = sums.get(key, 0.0)
+            sums[key] = max(so_far, value) if key in LARGEST else so_far + value
     distributed.sum_gradients(root.parameters())
-    return distributed.sum_numbers(sums)
+    return distributed.combine_numbers(sums, LARGEST)
 
 
 def apply(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
