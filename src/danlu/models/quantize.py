@@ -125,6 +125,12 @@ def _materialise_buffers(model: Any, config: Any) -> None:
     """Non-persistent buffers (rotary frequencies) are functions of the configuration: make them again off the meta device."""
     for module in model.modules():
         if any(b.is_meta for b in module.buffers(recurse=False)):
-            fresh = type(module)(config=config)
+            try:
+                fresh = type(module)(config=config)
+            except TypeError as error:
+                raise ModelError(
+                    f"{type(module).__name__} holds buffers that are not in the file and cannot be made from the configuration",
+                    hint="load the unquantised model",
+                ) from error
             for name, value in fresh.named_buffers(recurse=False):
                 setattr(module, name, value)

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -173,7 +175,8 @@ def run_stage(
     _reset_peak_memory()
     begun = time.monotonic()
     try:
-        outcome: Outcome = STAGES[kind].run(settings)
+        with _sigterm_interrupts():
+            outcome: Outcome = STAGES[kind].run(settings)
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         manifest |= {"status": "interrupted" if stopped else "failed", "error": str(error)}
@@ -200,6 +203,19 @@ def run_stage(
     if failed and not force:
         raise _gate_error(name, failed)
     return manifest
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM stops a stage as Ctrl-C does; inside a training loop `Session` saves first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _nothing_made(out: Path, manifest: Mapping[str, Any]) -> bool:
@@ -299,9 +315,9 @@ def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
             if k not in NO_EFFECT and old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)
         ]
         if changed:
-            name = changed[0]
+            name, before, now = _leaf(changed[0], old.get(changed[0]), new[changed[0]])
             raise RunError(
-                f"this run was made with {stage.name}.{name} = {old.get(name)!r}; the recipe now says {new[name]!r}",
+                f"this run was made with {stage.name}.{name} = {before!r}; the recipe now says {now!r}",
                 file=folder,
                 hint=f"keep both: --name OTHER; or delete {folder / stage.folder} and what follows it to do it again",
             )
@@ -323,6 +339,14 @@ def _texts(value: Any) -> list[str]:
     return [str(value)]
 
 
+def _leaf(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The innermost setting that differs, with its dotted name."""
+    while isinstance(old, dict) and isinstance(new, dict):
+        key = next(k for k in [*new, *old] if old.get(k) != new.get(k))
+        name, old, new = f"{name}.{key}", old.get(key), new.get(key)
+    return name, old, new
+
+
 def _what_changed(old: Mapping[str, Any], kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) -> str:
     before = {i["path"]: i["sha256"] for i in old.get("inputs", [])}
     for now in inputs:
@@ -332,7 +356,8 @@ def _what_changed(old: Mapping[str, Any], kind: str, settings: StageSettings, in
     saved = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
     for key, value in settings.model_dump(mode="json").items():
         if key not in NO_EFFECT and saved.get(key) != value:
-            return f"{key} was {saved.get(key)!r}, now {value!r}"
+            name, before_value, now_value = _leaf(key, saved.get(key), value)
+            return f"{name} was {before_value!r}, now {now_value!r}"
     return f"danlu's {kind} stage itself has changed since"
 
 

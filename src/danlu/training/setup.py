@@ -62,6 +62,10 @@ def records_of(settings: TrainSettings, kind: RecordKind) -> tuple[list[Record],
     if settings.max_records is not None:
         train = sample_records(train, settings.max_records, settings.seed)
         heldout = sample_records(heldout, settings.max_records, settings.seed)
+    if settings.early_stopping is not None and not heldout:
+        raise SettingsError(
+            "nothing is held out to watch", field="early_stopping", hint="give eval_data, or raise eval_fraction"
+        )
     return train, heldout, dataset
 
 

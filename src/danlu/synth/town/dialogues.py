@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, Literal
 
+from danlu.evals.rubric import is_correct
 from danlu.synth.annotator import compare
 from danlu.synth.town.phrasings import clause, join, phrasings
 from danlu.synth.town.questions import Question, assistant
@@ -70,6 +71,23 @@ def refusal_comparison(question: Question, rng: Random, error_rate: float) -> di
     """The right answer against claiming not to know it."""
     refusal = rng.choice(phrasings(question.language)["refusals"])
     return _comparison(question, good_answer(question, rng), refusal, rng, error_rate)
+
+
+def aside_comparison(question: Question, elsewhere: Question, rng: Random, error_rate: float) -> dict[str, Any] | None:
+    """The right answer against the right answer to something else; None if that happens to be right here too.
+
+    A judge that has only seen right against wrong values learns what is true in the town, not what was asked.
+    """
+    good, aside = good_answer(question, rng), good_answer(elsewhere, rng)
+    if is_correct(aside, question.reference):
+        return None
+    return _comparison(question, good, aside, rng, error_rate)
+
+
+def half_comparison(question: Question, rng: Random, error_rate: float) -> dict[str, Any]:
+    """Both of the things asked for against one of them alone."""
+    half = rng.choice(question.halves)
+    return _comparison(question, good_answer(question, rng), half, rng, error_rate)
 
 
 def manners_comparison(question: Question, flaw: Flaw, rng: Random, error_rate: float) -> dict[str, Any]:

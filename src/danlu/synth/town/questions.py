@@ -45,6 +45,7 @@ class Question:
         slots: the right value of every slot.
         others: wrong values of every slot.
         invented: whole wrong answers, where there is no slot to fill wrongly.
+        halves: good answers to one half of a question for two things.
         reference: what the rubric judges answers by.
     """
 
@@ -56,6 +57,7 @@ class Question:
     slots: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     invented: tuple[str, ...] = ()
+    halves: tuple[str, ...] = ()
     reference: Mapping[str, Any] = field(default_factory=dict)
 
     def answers(self, rng: Random) -> tuple[str, str]:
@@ -117,6 +119,12 @@ class Questioner:
         if kind == "calendar":
             return self._calendar(language)
         return self._chat(language)
+
+    def beside(self, question: Question) -> Question:
+        """A question for another fact about the same place (any place, if `question` is about none)."""
+        known = [fact for fact in self.town.facts if fact.key == question.key]
+        near = [fact for fact in self.town.facts if known and fact.place == known[0].place and fact.key != question.key]
+        return self._fact(question.language, self.rng.choice(near or self.town.facts))
 
     def _next_fact(self, language: Language) -> Fact:
         if not self._queue[language]:
@@ -182,6 +190,11 @@ class Questioner:
                 ),
                 slots={"v1": values[0], "v2": values[1]},
                 others={"v1": others[0], "v2": others[1]},
+                halves=tuple(
+                    end(fill(table["relations"][half.relation][form], **names, v=half.value.text(language)), language)
+                    for half in (one, two)
+                    for form in ("say_first", "say_second")
+                ),
             ),
             answers=[[value] for value in values],
             forbidden=[*others[0], *others[1]],

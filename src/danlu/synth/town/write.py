@@ -11,7 +11,9 @@ from typing import Any
 
 from danlu.synth.town.dialogues import (
     MANNERS,
+    aside_comparison,
     conversations,
+    half_comparison,
     manners_comparison,
     refusal_comparison,
     value_comparison,
@@ -42,8 +44,12 @@ _EVAL: dict[Kind, int] = {
 # Nineteen of twenty comparisons are about being right: manners are learned from a few hundred, some 340 facts (in two languages)
 # against all the wrong values they could have are not.
 _RIGHT_OR_WRONG: dict[Kind, int] = {
-    "fact": 19000, "two_fact": 1300, "follow_up": 2000, "refuse": 2000, "arithmetic": 400, "calendar": 400,
+    "fact": 15000, "two_fact": 1300, "follow_up": 2000, "refuse": 2000, "arithmetic": 400, "calendar": 400,
 }  # fmt: skip
+_TO_THE_POINT: dict[Kind, int] = {
+    "fact": 2400, "follow_up": 600, "arithmetic": 150, "calendar": 100, "chat": 150,
+}  # fmt: skip
+_WHOLE_OR_HALF: dict[Kind, int] = {"two_fact": 600}
 _KNOWN_OR_REFUSED: dict[Kind, int] = {"fact": 1300}
 _MANNERS: dict[Kind, int] = {
     "fact": 960, "two_fact": 80, "follow_up": 80, "refuse": 64, "arithmetic": 32, "calendar": 16, "chat": 48,
@@ -111,6 +117,14 @@ def _comparisons(town: Town, name: str, pool: Pool, scale: float) -> list[dict[s
     rows = [value_comparison(item, rng, ERROR_RATE) for item in source.batch(_scaled(_RIGHT_OR_WRONG, scale))]
     known = source.batch(_scaled(_KNOWN_OR_REFUSED, scale))
     rows += [refusal_comparison(item, rng, ERROR_RATE) for item in known]
+    asked = source.batch(_scaled(_TO_THE_POINT, scale))
+    # Elsewhere: in turn about the same place (another relation of it), and about anything.
+    for number, item in enumerate(asked):
+        others = [source.beside(item) if number % 2 else source.ask("fact", item.language, rng.choice(town.facts))]
+        others += [source.ask("fact", item.language, fact) for fact in rng.sample(town.facts, 3)]
+        found = (aside_comparison(item, other, rng, ERROR_RATE) for other in others)
+        rows.append(next(row for row in found if row is not None))
+    rows += [half_comparison(item, rng, ERROR_RATE) for item in source.batch(_scaled(_WHOLE_OR_HALF, scale))]
     polite = source.batch(_scaled(_MANNERS, scale))
     rows += [
         manners_comparison(item, flaw, rng, ERROR_RATE) for item, flaw in zip(polite, cycle(MANNERS), strict=False)
