@@ -47,6 +47,7 @@ docs: $(DEV_STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks core
+	$(BIN)/python -m benchmarks data
 
 # Minutes each: not part of `test`.
 slow: $(DEV_STAMP)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks seeds|core [--json FILE]`: what is measured, with ratios taken in one run and their spread."""
+"""`python -m benchmarks seeds|core|data [--json FILE]`: what is measured, with ratios taken in one run and their spread."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import core, seeds
+from benchmarks import core, data, seeds
 
 
 def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = {"seeds": seeds.measure, "core": core.measure}
+    parts = {"seeds": seeds.measure, "core": core.measure, "data": data.measure}
     for name in parts:
         command = commands.add_parser(name)
         command.add_argument("--json", type=Path, default=None, help="also write the rows to this file")

@@ -1,6 +1,6 @@
 """Writes the parts of the documentation that the code already knows, so that they cannot go stale.
 
-docs/settings.md is made from danlu.config, and the table of formats in docs/data.md from the registry of formats.
+docs/settings.md is made from danlu.config, and docs/formats.md from the registry of formats.
 
     python docs/generate.py            write
     python docs/generate.py --check    exit status 1 if a committed page differs
@@ -8,6 +8,7 @@ docs/settings.md is made from danlu.config, and the table of formats in docs/dat
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -18,13 +19,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from danlu.config import KINDS, StageSettings, TrainSettings
-from danlu.data.formats.base import SERVED_BY
-from danlu.data.formats.registry import FORMATS
+from danlu.data.formats.base import Format
+from danlu.data.formats.registry import FORMATS, REFUSED
+from danlu.data.kinds import SERVED_BY
+from danlu.types import RecordKind
 
 DOCS = Path(__file__).parent
 SETTINGS = DOCS / "settings.md"
-DATA = DOCS / "data.md"
-BEGIN, END = "<!-- formats: begin -->", "<!-- formats: end -->"
+FORMATS_PAGE = DOCS / "formats.md"
 
 HEAD = """\
 # Settings
@@ -53,7 +55,7 @@ These belong to `pretrain`, `sft`, `reward` and `ppo`. A stage of its own below 
 def main(arguments: list[str]) -> int:
     """Writes the pages, or compares them with `--check`; returns the exit status."""
     stale = []
-    for path, text in ((SETTINGS, settings_page()), (DATA, data_page(DATA.read_text("utf-8")))):
+    for path, text in ((SETTINGS, settings_page()), (FORMATS_PAGE, formats_page())):
         if path.is_file() and path.read_text("utf-8") == text:
             continue
         stale.append(path.name)
@@ -165,19 +167,83 @@ def _cell(text: str) -> str:
 
 # -- formats ----------------------------------------------------------------------------------------------------------
 
+FORMATS_HEAD = """\
+# Formats
 
-def data_page(page: str) -> str:
-    """docs/data.md with the table between its marks made anew."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"docs/{DATA.name} has lost its marks {BEGIN} and {END}")
-    lines = ["\n| format | a row in short | can be read as |\n|---|---|---|\n"]
-    for entry in FORMATS:
-        kinds = ", ".join(kind for kind, holders in SERVED_BY.items() if entry.holds in holders)
-        shape = f"`{_cell(entry.shape)}`" if entry.shape.startswith("{") else _cell(entry.shape)
-        lines.append(f"| {entry.name} | {shape} | {kinds} |\n")
-    return f"{before}{BEGIN}{''.join(lines)}{END}{after}"
+<!-- Made by docs/generate.py from the registry of formats. Do not edit: run `make docs`. -->
+
+danlu recognises each row by its content, whatever the file is called. Rows are tried against these formats from top to
+bottom; the first that fits is taken, and of several the first that can serve what the stage needs. `--as NAME` forces
+one. For tables of your own, `--map prompt=COLUMN,response=COLUMN` names the columns.
+
+Rows that are known noise of a published set (an empty answer, two equal answers, a tie) are left out and counted by
+reason. A missing field or a wrong type is an error with file, line and field. A row that no format knows is an error;
+nothing is guessed.
+
+## References that a program can check
+
+Prompts may carry a `reference`, which stays with them. Formats of tasks write these keys, and so may your own prompts:
+
+| `verifier` | with | meaning |
+|---|---|---|
+| `number` | `answer`: `"72"` | the number that a right answer ends in |
+| `choice` | `answer`: `"B"`, `choices`: the options | the letter of the right option |
+| `regex` | `pattern` | what a right answer matches |
+| `tests` | `tests`: programs | programs that run without an error if the answer's code is right |
+
+## All formats
+
+| format | holds | a row in short |
+|---|---|---|
+"""
+HOLDS: dict[RecordKind, tuple[str, str]] = {
+    "conversation": ("Conversations", "Messages to imitate."),
+    "comparison": ("Comparisons", "A prompt with a better and a worse answer."),
+    "ranking": ("Rankings", "A prompt with scored or ranked answers, of which comparisons are made."),
+    "unpaired": ("Labelled answers", "A prompt, one answer, and whether somebody liked it."),
+    "prompt": ("Prompts", "Questions without an answer to imitate, some with a reference."),
+    "document": ("Documents", "Text for pre-training."),
+}
+REFUSED_HEAD = """
+## Known and refused
+
+These shapes are recognised so that the error can say what they are and what to do.
+"""
+# Longer examples would hide the rest of the page.
+LONGEST_EXAMPLE = 2000
+
+
+def formats_page() -> str:
+    """docs/formats.md."""
+    readable = [entry for entry in FORMATS if entry not in REFUSED]
+    parts = [FORMATS_HEAD]
+    parts += [f"| [{entry.name}](#{entry.name}) | {entry.holds} | {_code(entry.shape)} |\n" for entry in readable]
+    for kind, (title, what) in HOLDS.items():
+        others = [other for other, holders in SERVED_BY.items() if kind in holders and other != kind]
+        serves = f" They also serve where {_listed(others)} are asked for." if others else ""
+        parts.append(f"\n## {title}\n\n{what}{serves}\n")
+        parts += [_section(entry) for entry in readable if entry.holds == kind]
+    parts.append(REFUSED_HEAD)
+    parts += [_section(entry) for entry in REFUSED]
+    return "".join(parts)
+
+
+def _section(entry: Format) -> str:
+    example = json.dumps(entry.example, ensure_ascii=False)
+    if len(example) > 100:
+        example = json.dumps(entry.example, ensure_ascii=False, indent=2)
+    shown = f"```json\n{example}\n```\n" if len(example) <= LONGEST_EXAMPLE else f"{_code(entry.shape)}\n"
+    return f"\n### {entry.name} {{ #{entry.name} }}\n\n{entry.about}\n\n{shown}"
+
+
+def _code(shape: str) -> str:
+    # Only text that is code from its beginning to its end is set as code.
+    return f"`{_cell(shape)}`" if shape.startswith("{") else _cell(shape)
+
+
+def _listed(kinds: list[RecordKind]) -> str:
+    *first, last = (HOLDS[kind][0].lower() for kind in kinds)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 if __name__ == "__main__":

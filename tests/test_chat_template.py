@@ -160,7 +160,7 @@ def test_turns_with_train_false_carry_no_loss() -> None:
     assert trained_texts(chatml(), messages) == ["two<|im_end|>"]
     encoded = chatml().encode(messages)
     assert [x.stops for x in encoded.answers] == [True, True]
-    assert encoded.ids == chatml().encode([{**m, "train": True} for m in messages]).ids  # type: ignore[typeddict-item]
+    assert encoded.ids == chatml().encode([{**m, "train": True} for m in messages]).ids
 
 
 def test_without_an_answer_there_is_no_loss() -> None:
@@ -321,8 +321,8 @@ def test_a_template_that_refuses_messages_says_why() -> None:
 
 
 def test_template_names() -> None:
-    with pytest.raises(TemplateError, match="'alpaca'"):
-        shipped_template("alpaca")
+    with pytest.raises(TemplateError, match="'alpacca'"):
+        shipped_template("alpacca")
     named = ChatTemplate(copy.deepcopy(CHATML_TOKENIZER), "plain")
     assert (named.name, named.source) == ("plain", shipped_template("plain"))
     bare = copy.deepcopy(CHATML_TOKENIZER)

@@ -16,7 +16,7 @@ from danlu.cli.main import run
 from danlu.data.feedback import FeedbackDatabase, Vote, default_database, preference_rows, vote_rows
 from danlu.data.read import read
 from danlu.exceptions import DataError
-from danlu.types import Comparison, Message
+from danlu.types import Comparison, Conversation, Message
 
 QUESTION: list[Message] = [{"role": "user", "content": "Why?"}]
 
@@ -168,9 +168,11 @@ def test_export(database: FeedbackDatabase, tmp_path: Path, capsys: pytest.Captu
     [row] = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert (row["label"], row["completion"][0]["content"], row["prompt_text"]) == (True, "回答", "<user>Why?")
     assert row == vote_rows(database)[0]
-    with pytest.raises(DataError):  # disliked answers must not be imitated
-        read(out, "conversation")
     cast(database, "no", "down", model="m")
+    assert export(database, out, "--kind", "votes", "--force") == 0
+    liked = read(out, "conversation")  # disliked answers must not be imitated
+    assert [r.messages[-1]["content"] for r in liked.records if isinstance(r, Conversation)] == ["回答"]
+    assert liked.dropped == {"an answer that was not liked": 1}
     capsys.readouterr()
     assert export(database, out) == 1
     assert "--force" in capsys.readouterr().err

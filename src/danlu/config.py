@@ -6,14 +6,22 @@ The command line's flags, a recipe's keys and these fields are the same names.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from danlu.exceptions import SettingsError
 
-Sources = str | list[str]
 S = TypeVar("S", bound="Settings")
 
 
@@ -21,6 +29,49 @@ class Settings(BaseModel):
     """Base: immutable, no unknown keys, defaults are checked too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class Source(Settings):
+    """Data with something to say about it, in place of a bare path."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    path: str = Field(min_length=1, description="file, folder, glob or hf:owner/name[:split]")
+    weight: float = Field(1.0, gt=0, description="how often its records count: 2 is twice, 0.5 a seeded half of them")
+    format: str | None = Field(None, alias="as", description="a format's name, in place of recognising it")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="danlu's field to the table's column, as prompt: content"
+    )
+    source_prefix: str = Field("", description="put before every prompt")
+    licence: str = Field("", description="of the data, where its rows do not say")
+
+
+def _source_shape(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<path>"
+    if isinstance(value, (dict, Source)):
+        return "<source>"
+    return "<list>" if isinstance(value, (list, tuple)) else None
+
+
+def _one_of(what: str) -> Discriminator:
+    return Discriminator(_source_shape, custom_error_type="source", custom_error_message=f"expected {what}")
+
+
+_Path = Annotated[str, Tag("<path>")]
+_Described = Annotated[Source, Tag("<source>")]
+_One = Annotated[_Path | _Described, _one_of("a path, or an object with a path")]
+Sources = Annotated[
+    _Path | _Described | Annotated[list[_One], Tag("<list>")],
+    _one_of("a path, an object with a path, or a list of these"),
+]
+"""What `data:` takes: a path, an object with a path, or a list of these."""
+
+
+def as_list(sources: Sources) -> list[Source]:
+    """Every source as an object; an empty path is left out."""
+    given = sources if isinstance(sources, list) else [sources]
+    return [Source(path=one) if isinstance(one, str) else one for one in given if one != ""]
 
 
 class EarlyStopping(Settings):
@@ -51,11 +102,12 @@ class TrainSettings(StageSettings):
     """What every training stage has."""
 
     model: str = Field("", description="folder, run or hub id to start from")
-    data: Sources = Field("", description="file, folder or glob, or a list of them")
+    data: Sources = Field("", description="file, folder, glob or hf:owner/name[:split]; a list of them; or objects")
     eval_data: Sources | None = Field(None, description="held-out data; none: a share of `data` is held out")
     eval_fraction: float = Field(
         0.02, ge=0, lt=1, description="share of `data` held out (by hash of the prompt) if no eval_data"
     )
+    skip_bad: bool = Field(False, description="leave out faulty rows (counted in the manifest) instead of stopping")
     max_records: int | None = Field(
         None, ge=1, description="use only so many records (the first after a seeded shuffle)"
     )
@@ -104,10 +156,17 @@ class TrainSettings(StageSettings):
 
 
 class TokenizerSettings(StageSettings):
-    """Train a byte-level BPE."""
+    """Train a tokenizer."""
 
-    data: Sources = Field("", description="text to learn from: documents or conversations")
-    vocab_size: int = Field(2048, ge=260, description="256 bytes, 4 special tokens, the rest learned merges")
+    data: Sources = Field("", description="text to learn from: data of any kind")
+    skip_bad: bool = Field(False, description="leave out faulty rows instead of stopping")
+    vocab_size: int = Field(2048, ge=260, description="256 bytes, 4 special tokens, the rest is learned")
+    model_type: Literal["bpe", "sentencepiece", "sentencepiece-bpe"] = Field(
+        "bpe", description="BPE over bytes, or SentencePiece's Unigram or BPE over characters with bytes for the rest"
+    )
+    sample_mb: int = Field(
+        32, ge=1, description="megabytes of text, evenly from all of it, that are learned from; memory grows with them"
+    )
 
 
 class Starter(Settings):
@@ -257,7 +316,7 @@ def parse(cls: type[S], values: Mapping[str, Any], *, file: str | None = None, p
         return cls.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(p) for p in first["loc"]]
+        path = [str(p) for p in first["loc"] if not str(p).startswith("<")]  # <...>: which shape of a union it has
         name = prefix + ".".join(path)
         if first["type"] == "extra_forbidden":
             known = _fields_at(cls, path[:-1])
@@ -274,6 +333,12 @@ def parse(cls: type[S], values: Mapping[str, Any], *, file: str | None = None, p
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
     for name in path:
         found = cls.model_fields.get(name)
-        kinds = [] if found is None else [found.annotation, *getattr(found.annotation, "__args__", ())]
-        cls = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), cls)
-    return list(cls.model_fields)
+        cls = next(_models_in(found.annotation), cls) if found is not None else cls
+    return [field.alias or name for name, field in cls.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

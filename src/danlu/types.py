@@ -1,4 +1,4 @@
-"""Shared vocabulary: messages and the four kinds of records that data files are read into."""
+"""Shared vocabulary: messages and the kinds of records that data files are read into."""
 
 from __future__ import annotations
 
@@ -7,20 +7,43 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
-RecordKind = Literal["conversation", "comparison", "prompt", "document"]
+RecordKind = Literal["conversation", "comparison", "prompt", "document", "ranking", "unpaired"]
+
+
+class FunctionCall(TypedDict):
+    """What is called: a name, and arguments as an object (or as the text that the data has, where it is none)."""
+
+    name: str
+    arguments: dict[str, Any] | str
+
+
+class ToolCall(TypedDict):
+    """One call of a tool, in OpenAI's shape, which chat templates render."""
+
+    type: Literal["function"]
+    function: FunctionCall
+    id: NotRequired[str]
 
 
 class Message(TypedDict):
-    """One turn. `train` (assistant turns only, default true) says whether its tokens carry loss."""
+    """One turn, in OpenAI's shape.
+
+    `train` (assistant turns only, default true) says whether its tokens carry loss; `reasoning_content` holds an assistant's
+    thoughts before the answer; `tool_calls` what it calls; `name` and `tool_call_id` belong to tool turns.
+    """
 
     role: Role
     content: str
     train: NotRequired[bool]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a record came from: file, 1-based line (or row number in a JSON array), and what is known of its licence."""
+    """Where a record came from: file (`archive.zip/member` in archives), 1-based line, and what is known of source and licence."""
 
     file: str
     line: int
@@ -30,10 +53,11 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages to imitate. On disk: `{"messages": [...]}`."""
+    """Messages to imitate. On disk: `{"messages": [...]}`, with `tools` (JSON schemas, as OpenAI has them) if there are any."""
 
     messages: list[Message]
     origin: Origin | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +68,29 @@ class Comparison:
     chosen: list[Message]
     rejected: list[Message]
     margin: float = 0.0
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Scored answers to one prompt, at least one. On disk: `{"prompt": [...], "responses": [...], "scores": [...]}`.
+
+    A higher score is better; where the data ranks (best first), the scores are minus the ranks.
+    """
+
+    prompt: list[Message]
+    responses: list[list[Message]]
+    scores: list[float]
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """One answer that somebody liked or did not. On disk: `{"prompt": [...], "completion": [...], "label": true}`."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
     origin: Origin | None = None
 
 
@@ -67,4 +114,4 @@ class Document:
     origin: Origin | None = None
 
 
-Record = Conversation | Comparison | Prompt | Document
+Record = Conversation | Comparison | Prompt | Document | Ranking | Unpaired

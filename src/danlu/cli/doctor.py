@@ -15,6 +15,8 @@ EXTRAS = {
     "tensorboard": ("curves in TensorBoard", "pip install 'danlu[tracking]'"),
     "wandb": ("curves in Weights & Biases", "pip install 'danlu[tracking]'"),
     "datasets": ("data sets from the hub", "pip install 'danlu[hub]'"),
+    "rensa": ("near duplicates", "pip install 'danlu[dedup]'"),
+    "sentencepiece": ("training SentencePiece tokenizers", "pip install 'danlu[sentencepiece]'"),
 }
 
 

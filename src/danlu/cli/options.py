@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from danlu.exceptions import UsageError
+
+SOURCES = ("data", "eval_data", "questions", "prompts")
 SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target")
 
 
@@ -25,10 +29,12 @@ def options_of(cls: type[BaseModel], prefix: str = "") -> list[click.Option]:
 
 
 def _bare(annotation: Any) -> Any:
-    """The type without `None`."""
+    """The type without `None` and what is noted beside it; of several its first."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         rest = [a for a in get_args(annotation) if a is not type(None)]
-        return rest[0] if rest else str
+        return _bare(rest[0]) if rest else str
     return annotation
 
 
@@ -64,6 +70,8 @@ def given_values(arguments: dict[str, Any]) -> dict[str, Any]:
         if value is None or value == ():
             continue
         plain = list(value) if isinstance(value, tuple) else value
+        if key.rpartition("__")[2] in SOURCES:
+            plain = [_source(one) for one in plain] if isinstance(plain, list) else _source(plain)
         if isinstance(plain, list) and len(plain) == 1 and key in ("data", "eval_data", "questions", "lora__target"):
             plain = plain[0]
         target = values
@@ -72,3 +80,16 @@ def given_values(arguments: dict[str, Any]) -> dict[str, Any]:
             target = target.setdefault(group, {})
         target[last] = plain
     return values
+
+
+def _source(given: Any) -> Any:
+    """A source with more to say than its path is written as in a recipe: `{path: x.csv, weight: 2}`."""
+    if not isinstance(given, str) or not given.startswith("{"):
+        return given
+    try:
+        return yaml.safe_load(given)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"found a source that is not valid YAML: {reason}", hint="--data '{path: x.csv, weight: 2}'"
+        ) from error

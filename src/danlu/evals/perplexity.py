@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from danlu.config import Sources
 from danlu.data.collate import Trees, encode_conversations, encode_documents
-from danlu.data.read import read
+from danlu.data.sources import read_sources
 from danlu.exceptions import DataError
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
@@ -17,14 +18,14 @@ from danlu.training.step import heldout_loss
 MICRO_TOKENS = 4096
 
 
-def encode(data: str | list[str], tokenizer: Any, max_length: int, limit: int | None = None) -> Trees:
+def encode(data: Sources, tokenizer: Any, max_length: int, limit: int | None = None) -> Trees:
     """A file of documents or conversations as trees; what it holds is found out by its content."""
     try:
-        records = read(data, "conversation").records[:limit]
+        records = read_sources(data, "conversation").records[:limit]
         return encode_conversations(records, ChatTemplate(tokenizer), max_length)  # type: ignore[arg-type]
     except DataError as conversation_error:
         try:
-            documents = read(data, "document").records[:limit]
+            documents = read_sources(data, "document").records[:limit]
         except DataError:
             raise conversation_error from None
         return encode_documents(documents, tokenizer, max_length)  # type: ignore[arg-type]

@@ -17,14 +17,16 @@ from danlu.config import (
     RewardSettings,
     Starter,
     TrainSettings,
+    as_list,
 )
-from danlu.data.read import find_files
+from danlu.data.sources import files_of
 from danlu.exceptions import DanluError
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.run import TOWN
 
 BYTES_PER_TOKEN = 3.5  # of a small vocabulary over English; Chinese is near 3
 GZIP = 3.0
+PACKED = (".gz", ".zip", ".parquet")
 TOWN_TOKENS = {"pretrain": 465_000, "sft": 235_000, "comparisons": 1_200_000, "prompts": 60_000, "eval": 20_000}
 # Share of the bare matrix rate that the plain loop reaches on this layout at small sizes (docs/log.md).
 EFFICIENCY = 0.3
@@ -83,17 +85,16 @@ def _folder_parameters(model: str) -> float:
 
 def _tokens(data: Any) -> float:
     total = 0.0
-    for path in data if isinstance(data, list) else [data]:
-        if not path:
-            continue
-        if path.startswith(TOWN):
-            total += TOWN_TOKENS.get(path.removeprefix(TOWN), 50_000)
+    for source in as_list(data):
+        if source.path.startswith(TOWN):
+            total += source.weight * TOWN_TOKENS.get(source.path.removeprefix(TOWN), 50_000)
             continue
         try:
-            files = find_files(path)
+            files = files_of(source)
         except DanluError:
             continue  # a missing file is reported by the run itself, with its name
-        total += sum(f.stat().st_size * (GZIP if f.suffix == ".gz" else 1) for f in files) / BYTES_PER_TOKEN
+        size = sum(f.stat().st_size * (GZIP if f.suffix in PACKED else 1) for f in files)
+        total += source.weight * size / BYTES_PER_TOKEN
     return total
 
 

@@ -25,8 +25,9 @@ import yaml
 
 import danlu
 from danlu import atomic
-from danlu.config import StageSettings
-from danlu.data.read import find_files
+from danlu.config import Source, StageSettings, as_list
+from danlu.data.files import is_hub
+from danlu.data.sources import files_of
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.stages import STAGES, Outcome
@@ -81,12 +82,13 @@ def _refuse_missing_files(recipe: Recipe) -> None:
     """Before anything runs: every data file of every stage is there."""
     for stage in recipe.stages:
         for field, value in _named(stage.settings, STAGES[stage.kind].inputs):
-            for path in value if isinstance(value, list) else [value]:
-                if not path.startswith(TOWN):
-                    find_files(path)
-                elif path.removeprefix(TOWN) not in TOWN_FILES:
+            for source in as_list(value):
+                name = source.path.removeprefix(TOWN)
+                if name == source.path:
+                    files_of(source)
+                elif name not in TOWN_FILES:
                     raise RunError(
-                        f"{stage.name}.{field}: the town has no file '{path.removeprefix(TOWN)}'",
+                        f"{stage.name}.{field}: the town has no file '{name}'",
                         file=recipe.file,
                         hint=f"files: {', '.join(TOWN_FILES)}",
                     )
@@ -190,6 +192,7 @@ def run_stage(
         "status": "done",
         "finished": _now(),
         "metrics": outcome.metrics,
+        "inputs": _with_origins(inputs, outcome.facts.pop("origins", [])),
         "facts": outcome.facts,
         "gates": [g.as_dict() for g in outcome.gates],
         "table": outcome.table,
@@ -259,7 +262,8 @@ class Hashes:
 def _inputs(kind: str, settings: StageSettings, hashes: Hashes) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for path, value in _named(settings, STAGES[kind].inputs):
-        found += [_input(path, f, hashes) for f in find_files(value)]
+        for number, source in enumerate(as_list(value)):
+            found += [_said_of(source, number) | i for i in _source_inputs(path, source, hashes)]
     for path, value in _named(settings, STAGES[kind].models):
         for model in value if isinstance(value, list) else [value]:
             folder = Path(resolve_model(model))
@@ -268,6 +272,18 @@ def _inputs(kind: str, settings: StageSettings, hashes: Hashes) -> list[dict[str
             else:
                 found.append({"field": path, "path": str(model), "sha256": "", "bytes": 0})
     return found
+
+
+def _source_inputs(field: str, source: Source, hashes: Hashes) -> list[dict[str, Any]]:
+    if is_hub(source.path):
+        return [{"field": field, "path": source.path, "sha256": "", "bytes": 0}]
+    return [_input(field, file, hashes) for file in files_of(source)]
+
+
+def _said_of(source: Source, number: int) -> dict[str, Any]:
+    """What the settings say about an input beside its path; it counts for the stage's key."""
+    said = source.model_dump(mode="json", exclude={"path"}, exclude_defaults=True)
+    return {"source": number, "options": said} if said else {}
 
 
 def _named(settings: StageSettings, fields: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -283,6 +299,20 @@ def _input(field: str, file: Path, hashes: Hashes) -> dict[str, Any]:
     return {"field": field, "path": str(file), "sha256": hashes.of(file), "bytes": file.stat().st_size}
 
 
+def _with_origins(inputs: list[dict[str, Any]], origins: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The inputs with how many records they gave and what is known of their licence; an archive's members together."""
+    told = []
+    for given in inputs:
+        own = [o for o in origins if o["file"] == given["path"] or o["file"].startswith(given["path"] + "/")]
+        if given["field"] != "data" or not own:
+            told.append(given)
+            continue
+        words = {k: ", ".join(dict.fromkeys(o[k] for o in own if o[k])) for k in ("licence", "source")}
+        extra = {"records": sum(o["records"] for o in own), "licence": words["licence"], "from": words["source"]}
+        told.append(given | {k: v for k, v in extra.items() if v})
+    return told
+
+
 def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) -> str:
     """See the module."""
     fields = (*STAGES[kind].inputs, *STAGES[kind].models)
@@ -290,7 +320,15 @@ def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) 
     if isinstance(plain.get("collect"), dict):
         plain["collect"].pop("prompts", None)
     # Inputs count by content: a run folder may be moved.
-    content = [[i["field"], Path(i["path"]).name, i["sha256"] or i["path"]] for i in inputs]
+    content = [
+        [
+            i["field"],
+            Path(i["path"]).name,
+            i["sha256"] or i["path"],
+            *([i["source"], i["options"]] if "options" in i else []),
+        ]
+        for i in inputs
+    ]
     document = json.dumps([kind, STAGES[kind].version, plain, content], sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()
 

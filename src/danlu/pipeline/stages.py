@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,15 @@ from danlu.config import (
     QuantizeSettings,
     RewardSettings,
     SftSettings,
+    Source,
+    Sources,
     StageSettings,
     TokenizerSettings,
+    as_list,
 )
-from danlu.data.read import read
+from danlu.data.corpus import stream_texts
+from danlu.data.problems import Collected
+from danlu.data.sources import read_sources
 from danlu.evals import perplexity
 from danlu.evals.generation import Evaluation, evaluate
 from danlu.exceptions import DataError, SettingsError
@@ -30,12 +36,13 @@ from danlu.pipeline import gates
 from danlu.pipeline.gates import Gate
 from danlu.synth.compare import collect
 from danlu.text.chat_template import ChatTemplate
+from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import load_tokenizer, train_tokenizer
 from danlu.trainers import ppo, pretrain, reward_model, sft
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
-from danlu.training.setup import records_of, sources, template_of, tokenizer_of
-from danlu.types import Conversation, Document, Prompt
+from danlu.training.setup import records_of, template_of, tokenizer_of
+from danlu.types import Conversation, Prompt
 
 S = TypeVar("S", bound=StageSettings)
 RENDER_SAMPLE = 50
@@ -67,38 +74,37 @@ class Kind:
 
 
 def run_tokenizer(settings: TokenizerSettings) -> Outcome:
-    """Trains a byte-level BPE on the text of documents and conversations."""
-    texts: list[str] = []
-    for path in [settings.data] if isinstance(settings.data, str) else settings.data:
-        texts += _texts(path)
-    tokenizer = train_tokenizer(texts, settings.vocab_size)
-    folder = Path(settings.out) / "model"
-    tokenizer.save_pretrained(folder)
-    characters = sum(len(t) for t in texts)
-    sample = texts[:: max(1, len(texts) // 2000)]
-    tokens = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in sample)
+    """Trains a tokenizer on the text of data of any kind."""
+    problems = Collected()
+    dropped: Counter[str] = Counter()
+    stream = stream_texts(
+        settings.data,
+        skip_bad=settings.skip_bad,
+        on_problem=problems.add,
+        on_dropped=lambda reason, origin: dropped.update([reason]),
+    )
+    found = sample(stream, settings.sample_mb * MEGABYTE)
+    if problems.counts and not settings.skip_bad:
+        raise problems.error()
+    if not found.texts:
+        raise DataError("there is no text to train a tokenizer on", field="data")
+    tokenizer = train_tokenizer(found.texts, settings.vocab_size, model_type=settings.model_type)
+    tokenizer.save_pretrained(Path(settings.out) / "model")
+    measured = found.texts[:: max(1, len(found.texts) // 2000)]
+    tokens = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in measured)
+    dropped.update({f"faulty row: {code}": count for code, count in problems.counts.items()})
     return Outcome(
         metrics={
             "vocab_size": float(len(tokenizer)),
-            "tokens_per_character": tokens / max(1, sum(len(t) for t in sample)),
+            "tokens_per_character": tokens / sum(len(t) for t in measured),
         },
-        facts={"texts": len(texts), "characters": characters},
+        facts={
+            "texts": found.seen,
+            "characters": found.characters,
+            "texts_learned_from": len(found.texts),
+            "dropped": dict(dropped),
+        },
     )
-
-
-def _texts(path: str) -> list[str]:
-    try:
-        return [r.text for r in read(path, "document").records if isinstance(r, Document)]
-    except DataError as document_error:
-        try:
-            return [
-                m["content"]
-                for r in read(path, "conversation").records
-                if isinstance(r, Conversation)
-                for m in r.messages
-            ]
-        except DataError:
-            raise document_error from None
 
 
 def run_pretrain(settings: PretrainSettings) -> Outcome:
@@ -126,8 +132,7 @@ def run_reward(settings: RewardSettings) -> Outcome:
         collected = Path(settings.out) / "collected.jsonl"
         if not collected.is_file():
             facts["collected"] = _collect(settings, collected)
-        given = [settings.data] if isinstance(settings.data, str) else list(settings.data)
-        settings = settings.model_copy(update={"data": [*[g for g in given if g], str(collected)]})
+        settings = settings.model_copy(update={"data": [*as_list(settings.data), Source(path=str(collected))]})
     result = reward_model.train(settings)
     return Outcome(result.metrics, {**result.facts, **facts}, gates.reward_model(result.metrics, settings))
 
@@ -135,7 +140,7 @@ def run_reward(settings: RewardSettings) -> Outcome:
 def _collect(settings: RewardSettings, path: Path) -> int:
     options = settings.collect
     assert options is not None, "asked for by the caller"
-    prompts = [r for r in read(sources(options.prompts), "prompt").records if isinstance(r, Prompt)]
+    prompts = _questions(options.prompts, settings)
     count = min(options.count, len(prompts)) * options.samples
     with Bar("reward: collecting answers", count) as bar:
         rows = collect(
@@ -170,11 +175,11 @@ def run_eval(settings: EvalSettings) -> Outcome:
         for model in settings.models:
             loaded = danlu.load(model).model
             trees = perplexity.encode(
-                sources(settings.data), tokenizer_of(model, stage="eval"), settings.max_length, settings.limit
+                settings.data, tokenizer_of(model, stage="eval"), settings.max_length, settings.limit
             )
             metrics[f"{label(model)}_perplexity"] = perplexity.perplexity(loaded, trees)
         return Outcome(metrics)
-    prompts = [r for r in read(sources(settings.data), "prompt").records if isinstance(r, Prompt)][: settings.limit]
+    prompts = _questions(settings.data, settings)[: settings.limit]
     found: dict[str, Evaluation] = {}
     for model in settings.models:
         name = label(model)
@@ -194,6 +199,10 @@ def run_eval(settings: EvalSettings) -> Outcome:
     metrics |= {f"{n}_rubric": e.summary["rubric"]["mean"] for n, e in found.items() if "rubric" in e.summary}
     atomic.write_jsonl(folder / "samples.jsonl", _samples(found, prompts, settings))
     return Outcome(metrics, table=table)
+
+
+def _questions(sources: Sources, settings: StageSettings) -> list[Prompt]:
+    return [r for r in read_sources(sources, "prompt", seed=settings.seed).records if isinstance(r, Prompt)]
 
 
 def label(model: str) -> str:
@@ -230,7 +239,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
     trees = None
     before = 0.0
     if settings.eval_data is not None:
-        trees = perplexity.encode(sources(settings.eval_data), tokenizer, settings.max_length, PERPLEXITY_RECORDS)
+        trees = perplexity.encode(settings.eval_data, tokenizer, settings.max_length, PERPLEXITY_RECORDS)
         before = perplexity.perplexity(model, trees)
     folder = save_quantized(quantize_model(model), tokenizer, Path(settings.out) / "model")
     small = danlu.load(folder, dtype="float32", device="cpu")  # as the model it is compared with
@@ -241,7 +250,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
         outcome.metrics |= {"perplexity_before": before, "perplexity": after}
         outcome.gates.append(gates.quantized(before, after, settings))
     if settings.questions is not None:
-        prompts = [r for r in read(sources(settings.questions), "prompt").records if isinstance(r, Prompt)]
+        prompts = _questions(settings.questions, settings)
         with Bar("eval int8", len(prompts)) as bar:
             result = evaluate(
                 small,
@@ -258,7 +267,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
 
 
 STAGES: dict[str, Kind] = {
-    "tokenizer": Kind(run_tokenizer, 1, ("data",), ()),
+    "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
     "pretrain": Kind(run_pretrain, 1, models=("model", "tokenizer")),
     "sft": Kind(run_sft, 1),
     "reward": Kind(run_reward, 1, ("data", "eval_data", "collect.prompts")),

@@ -1,10 +1,10 @@
-"""Tokenizers: train a byte-level BPE, load one from a folder or a hub id."""
+"""Tokenizers: train one, load one from a folder or a hub id."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from danlu.exceptions import ModelError, SettingsError
 
@@ -25,28 +25,59 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, context: int = 2048) -> Any:
-    """A byte-level BPE (Sennrich et al. 2016 over bytes, as GPT-2) with single digits and chat tokens.
+ModelType = Literal["bpe", "sentencepiece", "sentencepiece-bpe"]
 
-    Every text in any language can be encoded and decoded without loss. Documents begin with `<|endoftext|>`; a turn of a
-    chat ends with `<|im_end|>`, which is also the end-of-sequence token.
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, context: int = 2048, model_type: ModelType = "bpe"
+) -> Any:
+    """A tokenizer with single digits and chat tokens. Every text in any language comes back from its tokens as it was.
+
+    Documents begin with `<|endoftext|>`; a turn of a chat ends with `<|im_end|>`, which is also the end-of-sequence token.
 
     Args:
-        texts: what to learn merges from.
-        vocab_size: at least 256 bytes + 4 special tokens.
+        texts: what to learn from. What is learnt from stays in memory: see `text/sample.py`.
+        vocab_size: at least 256 bytes + 4 special tokens, and with SentencePiece 1 unknown token and the characters.
+        context: tokens that a model with it will take.
+        model_type: `bpe` over bytes (Sennrich et al. 2016, as GPT-2); `sentencepiece` is its Unigram (Kudo 2018),
+            `sentencepiece-bpe` its BPE over characters (as Llama), both with bytes for what has no piece.
 
     Returns:
-        A transformers tokenizer.
+        A fast transformers tokenizer.
+
+    Raises:
+        SettingsError: `vocab_size` is too small for the text, or the sentencepiece package is needed and missing.
+        DataError: there is nothing to learn from.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from danlu.text import sentencepiece
     from danlu.text.chat_template import shipped_template
 
     quiet()
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise SettingsError(f"vocab_size is {vocab_size}; at least {smallest} are needed", field="vocab_size")
+    named = {"bos_token": DOCUMENT, "eos_token": TURN_END, "pad_token": PAD}
+    if model_type == "bpe":
+        core = _train_bytes(texts, vocab_size)
+    else:
+        algorithm: Literal["unigram", "bpe"] = "unigram" if model_type == "sentencepiece" else "bpe"
+        core = sentencepiece.train_core(texts, vocab_size, SPECIAL_TOKENS, algorithm)
+        named["unk_token"] = sentencepiece.UNKNOWN
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        **named,
+        extra_special_tokens=[TURN_START],
+        chat_template=shipped_template("chatml"),
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _train_bytes(texts: Iterable[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     core = Tokenizer(models.BPE())
     # use_regex splits at words and keeps a space with the word after it; digits stand alone, so that numbers compose.
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,16 +94,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, context: int = 204
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=DOCUMENT,
-        eos_token=TURN_END,
-        pad_token=PAD,
-        extra_special_tokens=[TURN_START],
-        chat_template=shipped_template("chatml"),
-        model_max_length=context,
-        clean_up_tokenization_spaces=False,
-    )
+    return core
 
 
 def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from danlu.config import PpoSettings
 from danlu.data.collate import EncodedPrompt, encode_prompts
+from danlu.data.packing import micro_batches
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import SamplingParams
@@ -170,7 +171,8 @@ def _prompts(
     heldout, _ = encode_prompts(heldout_records[:HELDOUT_PROMPTS], template, limit)  # type: ignore[arg-type]
     if not prompts:
         raise DataError(f"no prompt is left ({dropped} are longer than {limit} tokens)", hint="raise max_length")
-    return prompts, heldout, {"prompts": len(prompts), "dropped": {**dataset.dropped, "prompt too long": dropped}}
+    left_out = {**dataset.left_out, "prompt too long": dropped}
+    return prompts, heldout, {"prompts": len(prompts), "dropped": left_out, "origins": dataset.origins}
 
 
 def _players(settings: PpoSettings, template: ChatTemplate) -> Players:
@@ -271,11 +273,11 @@ def _experience(
 ) -> tuple[list[list[Experience]], dict[str, float]]:
     """Trajectories as mini-batches of micro-batches with advantages, and the iteration's statistics."""
     options, heat = settings.ppo, settings.rollout.temperature
+    sizes = [sum(len(s.ids) for s in t.segments) for t in trajectories]
     groups = [
-        micro
-        for share in np.array_split(np.arange(len(trajectories)), options.minibatches)
-        if len(share)
-        for micro in [_cut([int(i) for i in share], trajectories, settings.micro_tokens)]
+        micro_batches(share, [sizes[i] for i in share], settings.micro_tokens, ranks=distributed.world()[1])
+        for share in (s.tolist() for s in np.array_split(np.arange(len(trajectories)), options.minibatches))
+        if share
     ]
     read: list[list[tuple[list[int], TreeBatch, Tensor, Tensor, Tensor]]] = []
     entropy = gap = 0.0
@@ -339,19 +341,6 @@ def _part(
     lengths = [a.numel() for a in advantages]
     joined = torch.cat(advantages).to(device), torch.cat(returns).to(device)
     return Experience(tree.to(device), old, ref, values, *joined, lengths)
-
-
-def _cut(indices: list[int], trajectories: Sequence[Trajectory], budget: int) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    used = 0
-    for i in indices:
-        size = sum(len(s.ids) for s in trajectories[i].segments)
-        if parts[-1] and used + size > budget:
-            parts.append([])
-            used = 0
-        parts[-1].append(i)
-        used += size
-    return parts
 
 
 # -- losses -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from danlu.config import PretrainSettings
-from danlu.data.collate import encode_documents, plan_steps, require_items
+from danlu.data.collate import encode_documents, require_items
+from danlu.data.packing import plan_steps
 from danlu.exceptions import SettingsError
 from danlu.models.load import load_model, save_model, starter
 from danlu.models.roles import SeparateModels
@@ -18,6 +19,7 @@ from danlu.training.runs import resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import final_state, lora_roles, records_of, tokenizer_of
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
+from danlu.training.tokens import trees_of
 
 
 def train(settings: PretrainSettings) -> TrainResult:
@@ -43,16 +45,18 @@ def train(settings: PretrainSettings) -> TrainResult:
         model = starter(len(tokenizer), **settings.starter.model_dump(), seed=settings.seed, ids=ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     train_records, heldout_records, dataset = records_of(settings, "document")
-    trees = encode_documents(train_records, tokenizer, settings.max_length)  # type: ignore[arg-type]
-    heldout = encode_documents(heldout_records, tokenizer, settings.max_length)  # type: ignore[arg-type]
+    trees = trees_of(encode_documents, train_records, tokenizer, stage="pretrain", max_length=settings.max_length)
+    heldout = trees_of(encode_documents, heldout_records, tokenizer, stage="pretrain", max_length=settings.max_length)
     require_items(trees, "document", settings.max_length)
+    lengths, weights = trees.lengths, trees.weights
     steps = plan_steps(
-        trees.lengths,
+        lengths,
         tokens_per_step=settings.tokens_per_step,
         micro_tokens=settings.micro_tokens,
         epochs=settings.epochs,
         max_steps=settings.max_steps,
         seed=settings.seed,
+        ranks=distributed.world()[1],
     )
 
     roles = (
@@ -70,13 +74,15 @@ def train(settings: PretrainSettings) -> TrainResult:
             session.extra["first_eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
             root.train()
         for step in session.steps():
-            batches = [trees.batch(indices) for indices in steps[step]]
-            weight = float(sum(b.loss_weight_T.sum() for b in batches))
+            micro = steps[step]
+            items = [i for m in micro for i in m]
+            weight = float(weights[items].sum())
+            batches = [(trees.batch(m), weight) for m in distributed.mine(micro)]
             set_rate(optimizer, settings.learning_rate * rate_factor(step, len(steps), settings))
-            sums = accumulate(root, "policy", [(b, weight) for b in distributed.mine(batches)], language_loss, compute)
+            sums = accumulate(root, "policy", batches, language_loss, compute)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm)
             metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
-            session.log(step, metrics, tokens=sum(b.tokens for b in batches), note=f"loss {sums['loss']:.3f}")
+            session.log(step, metrics, tokens=int(lengths[items].sum()), note=f"loss {sums['loss']:.3f}")
             if heldout.items and session.eval_due(step):
                 root.eval()
                 session.extra["eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
@@ -94,6 +100,7 @@ def train(settings: PretrainSettings) -> TrainResult:
         "records": len(train_records),
         "heldout": len(heldout_records),
         "windows": len(trees.items),
-        "dropped": dataset.dropped,
+        "dropped": dataset.left_out,
+        "origins": dataset.origins,
     }
     return TrainResult(folder, metrics, facts)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from danlu.config import RewardSettings
-from danlu.data.collate import Trees, encode_comparisons, plan_steps, require_items
+from danlu.data.collate import Trees, encode_comparisons, require_items
+from danlu.data.packing import plan_steps
 from danlu.losses.preference import pairwise
 from danlu.models.load import save_model
 from danlu.models.roles import AdapterRoles
@@ -21,6 +22,7 @@ from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.session import Session
 from danlu.training.setup import policy_roles, records_of, template_of
 from danlu.training.step import TrainResult, accumulate, apply, batches_of
+from danlu.training.tokens import trees_of
 
 
 def train(settings: RewardSettings) -> TrainResult:
@@ -28,16 +30,18 @@ def train(settings: RewardSettings) -> TrainResult:
     distributed.start()
     template = template_of(settings.model, settings, stage="reward")
     train_records, heldout_records, dataset = records_of(settings, "comparison")
-    trees = encode_comparisons(train_records, template, settings.max_length)  # type: ignore[arg-type]
-    heldout = encode_comparisons(heldout_records, template, settings.max_length)  # type: ignore[arg-type]
+    trees = trees_of(encode_comparisons, train_records, template, stage="reward", max_length=settings.max_length)
+    heldout = trees_of(encode_comparisons, heldout_records, template, stage="reward", max_length=settings.max_length)
     require_items(trees, "comparison", settings.max_length)
+    lengths = trees.lengths
     steps = plan_steps(
-        trees.lengths,
+        lengths,
         tokens_per_step=settings.tokens_per_step,
         micro_tokens=settings.micro_tokens,
         epochs=settings.epochs,
         max_steps=settings.max_steps,
         seed=settings.seed,
+        ranks=distributed.world()[1],
     )
 
     roles, model = policy_roles(settings, trained="reward")
@@ -60,10 +64,14 @@ def train(settings: RewardSettings) -> TrainResult:
             session.extra["first_eval_loss"] = evaluate(root, heldout, settings.micro_tokens, compute)["eval_loss"]
             root.train()
         for step in session.steps():
-            micro = [(trees.batch(m), torch.tensor([trees.margins[i] for i in m])) for m in steps[step]]
-            pairs = float(sum(len(m) for m in steps[step]))
+            micro = steps[step]
+            items = [i for m in micro for i in m]
+            pairs = float(len(items))
+            batches = [
+                (trees.batch(m), (torch.tensor([trees.margins[i] for i in m]), pairs)) for m in distributed.mine(micro)
+            ]
             set_rate(optimizer, settings.learning_rate * rate_factor(step, len(steps), settings))
-            sums = accumulate(root, "reward", [(b, (m, pairs)) for b, m in distributed.mine(micro)], loss_fn, compute)
+            sums = accumulate(root, "reward", batches, loss_fn, compute)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm)
             metrics = {
                 "loss": sums["loss"],
@@ -73,7 +81,7 @@ def train(settings: RewardSettings) -> TrainResult:
                 "learning_rate": optimizer.param_groups[0]["lr"],
             }
             note = f"loss {sums['loss']:.3f} acc {metrics['accuracy']:.2f}"
-            session.log(step, metrics, tokens=sum(b.tokens for b, _ in micro), note=note)
+            session.log(step, metrics, tokens=int(lengths[items].sum()), note=note)
             if heldout.items and session.eval_due(step):
                 root.eval()
                 held = evaluate(root, heldout, settings.micro_tokens, compute)
@@ -99,7 +107,8 @@ def train(settings: RewardSettings) -> TrainResult:
         "heldout_pairs": len(heldout.items),
         "score_mean": mean,
         "score_std": std,
-        "dropped": {**dataset.dropped, **trees.dropped},
+        "dropped": {**dataset.left_out, **trees.dropped},
+        "origins": dataset.origins,
     }
     return TrainResult(folder, metrics, facts)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from danlu.config import SftSettings
-from danlu.data.collate import Trees, encode_conversations, plan_steps, require_items
+from danlu.data.collate import Trees, encode_conversations, require_items
+from danlu.data.packing import plan_steps
 from danlu.models.load import save_model
 from danlu.models.root import RootModel
 from danlu.training import distributed
@@ -17,6 +18,7 @@ from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.session import Session
 from danlu.training.setup import final_state, policy_roles, records_of, template_of
 from danlu.training.step import TrainResult, accumulate, apply, batches_of, heldout_loss, language_loss
+from danlu.training.tokens import trees_of
 
 STOP_SAMPLE = 64
 
@@ -26,16 +28,18 @@ def train(settings: SftSettings) -> TrainResult:
     distributed.start()
     template = template_of(settings.model, settings, stage="sft")
     train_records, heldout_records, dataset = records_of(settings, "conversation")
-    trees = encode_conversations(train_records, template, settings.max_length)  # type: ignore[arg-type]
-    heldout = encode_conversations(heldout_records, template, settings.max_length)  # type: ignore[arg-type]
+    trees = trees_of(encode_conversations, train_records, template, stage="sft", max_length=settings.max_length)
+    heldout = trees_of(encode_conversations, heldout_records, template, stage="sft", max_length=settings.max_length)
     require_items(trees, "conversation", settings.max_length)
+    lengths, weights = trees.lengths, trees.weights
     steps = plan_steps(
-        trees.lengths,
+        lengths,
         tokens_per_step=settings.tokens_per_step,
         micro_tokens=settings.micro_tokens,
         epochs=settings.epochs,
         max_steps=settings.max_steps,
         seed=settings.seed,
+        ranks=distributed.world()[1],
     )
 
     roles, model = policy_roles(settings)
@@ -50,13 +54,15 @@ def train(settings: SftSettings) -> TrainResult:
             session.extra["first_eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
             root.train()
         for step in session.steps():
-            batches = [trees.batch(indices) for indices in steps[step]]
-            weight = float(sum(b.loss_weight_T.sum() for b in batches))
+            micro = steps[step]
+            items = [i for m in micro for i in m]
+            weight = float(weights[items].sum())
+            batches = [(trees.batch(m), weight) for m in distributed.mine(micro)]
             set_rate(optimizer, settings.learning_rate * rate_factor(step, len(steps), settings))
-            sums = accumulate(root, "policy", [(b, weight) for b in distributed.mine(batches)], language_loss, compute)
+            sums = accumulate(root, "policy", batches, language_loss, compute)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm)
             metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
-            session.log(step, metrics, tokens=sum(b.tokens for b in batches), note=f"loss {sums['loss']:.3f}")
+            session.log(step, metrics, tokens=int(lengths[items].sum()), note=f"loss {sums['loss']:.3f}")
             if heldout.items and session.eval_due(step):
                 root.eval()
                 session.extra["eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
@@ -85,7 +91,8 @@ def train(settings: SftSettings) -> TrainResult:
         "stop_row_learns": bool(stop_rows.requires_grad) or stop_probability >= 0.5,
         "stop_probability": stop_probability,
         "template": template.name,
-        "dropped": {**dataset.dropped, **trees.dropped},
+        "dropped": {**dataset.left_out, **trees.dropped},
+        "origins": dataset.origins,
     }
     return TrainResult(folder, metrics, facts)
 

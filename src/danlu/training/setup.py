@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from danlu.config import Sources, TrainSettings
-from danlu.data.read import Dataset, read
+from danlu.data.read import Dataset
+from danlu.data.sources import read_sources
 from danlu.data.split import split_heldout
 from danlu.exceptions import ModelError, SettingsError
 from danlu.generation.sampling import mix_seed
@@ -54,9 +55,14 @@ def records_of(settings: TrainSettings, kind: RecordKind) -> tuple[list[Record],
     """
     if not settings.data:
         raise SettingsError("no data is given", field="data", hint="give a file, folder or glob")
-    dataset = read(sources(settings.data), kind)
+
+    def read_all(sources: Sources) -> Dataset:
+        margin = bool(getattr(settings, "margin", False))  # the reward model's: scores become margins if it uses them
+        return read_sources(sources, kind, seed=settings.seed, skip_bad=settings.skip_bad, margin=margin)
+
+    dataset = read_all(settings.data)
     if settings.eval_data is not None:
-        train, heldout = list(dataset.records), list(read(sources(settings.eval_data), kind).records)
+        train, heldout = list(dataset.records), list(read_all(settings.eval_data).records)
     else:
         train, heldout = split_heldout(dataset.records, settings.eval_fraction)
     if settings.max_records is not None:
@@ -77,11 +83,6 @@ def sample_records(records: list[Record], count: int, seed: int) -> list[Record]
         return records
     chosen = np.random.default_rng([seed, 0xDA]).choice(len(records), size=count, replace=False)
     return [records[i] for i in sorted(chosen.tolist())]
-
-
-def sources(data: Sources) -> str | list[str]:
-    """Paths as `data.read` takes them."""
-    return data if isinstance(data, str) else list(data)
 
 
 def policy_roles(settings: TrainSettings, *, trained: RoleName = "policy") -> tuple[nn.Module, Any]:

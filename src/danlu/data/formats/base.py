@@ -1,36 +1,21 @@
-"""What a file format is: how to recognise a row, and how to turn it into records of the kind that a stage needs."""
+"""What a file format is: how to recognise a row, and how to turn it into records of its natural kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from danlu.exceptions import DataError
 from danlu.types import Origin, Record, RecordKind
 
 Row = dict[str, Any]
 
-SERVED_BY: Final[dict[RecordKind, frozenset[RecordKind]]] = {
-    "conversation": frozenset({"conversation", "comparison"}),
-    "comparison": frozenset({"comparison"}),
-    "prompt": frozenset({"conversation", "comparison", "prompt"}),
-    "document": frozenset({"document"}),
-}
-"""Which kinds of content can serve a stage that needs the key."""
 
-_PLURAL: Final[dict[RecordKind, str]] = {
-    "conversation": "conversations",
-    "comparison": "comparisons",
-    "prompt": "prompts without answers",
-    "document": "plain text",
-}
-_EXAMPLE: Final[dict[RecordKind, str]] = {
-    "conversation": '{"messages": [...]}',
-    "comparison": '{"prompt": [...], "chosen": [...], "rejected": [...]}',
-    "prompt": '{"prompt": [...]}',
-    "document": '{"text": "..."} or a .txt file',
-}
+# A row that holds one of these has an answer or a verdict: to read it as a mere prompt would lose that silently.
+ANSWER_KEYS: Final[frozenset[str]] = frozenset(
+    {"answer", "answers", "completion", "output", "outputs", "response", "responses", "target", "solution"}
+    | {"chosen", "rejected", "label", "labels", "kto_tag", "ground_truth", "reward_model"}
+)
 
 
 class RowDropped(Exception):  # no error: the reader catches and counts it
@@ -44,31 +29,21 @@ class Format:
     Attributes:
         name: what users write and reports say.
         shape: a row in short, for error messages.
-        holds: the kind of content in such a row.
+        holds: the natural kind of content in such a row; `data/kinds.py` turns it into what a stage needs.
         matches: whether a parsed row has this shape. It looks at key names and at most at the type of a value, so that
             a row with a faulty value is still recognised and its fault can be named.
-        parse: the row as records of the kind asked for, one that `holds` can serve. Raises `DataError` for a missing
-            or ill-typed field and `RowDropped` for known noise. It must cope with any row,
-            since users can force a format.
+        parse: the row as records of the natural kind. Raises `DataError` for a missing or ill-typed field and `RowDropped`
+            for known noise that spoils the row for every use. What spoils only some uses (an empty answer, a pair of
+            equal answers: the prompt is still good) is left to `kinds.as_kind`. It must cope with any row, since users
+            can force a format.
+        about: who publishes it and what is special, for the documents.
+        example: a small invented row, for the documents and their test.
     """
 
     name: str
     shape: str
     holds: RecordKind
     matches: Callable[[Row], bool]
-    parse: Callable[[Row, RecordKind, Origin], list[Record]]
-
-    def serves(self, kind: RecordKind) -> bool:
-        """Whether rows of this format can be read as `kind`."""
-        return self.holds in SERVED_BY[kind]
-
-    def records(self, row: Row, kind: RecordKind, origin: Origin) -> list[Record]:
-        """The records of one row; `DataError` if this format cannot serve `kind`."""
-        if not self.serves(kind):
-            raise DataError(
-                f"found {_PLURAL[self.holds]} (format '{self.name}'), but this stage needs {_PLURAL[kind]}",
-                hint=f"Give a file with rows like {_EXAMPLE[kind]}.",
-                file=origin.file,
-                line=origin.line,
-            )
-        return self.parse(row, kind, origin)
+    parse: Callable[[Row, Origin], list[Record]]
+    about: str = ""
+    example: Row = field(default_factory=dict)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from danlu.data.formats.base import Row
-from danlu.exceptions import DataError
+from danlu.data.problems import RowError
 from danlu.types import Origin
 
 
@@ -20,24 +20,26 @@ def type_name(value: object) -> str:
         return "text"
     if isinstance(value, (int, float)):
         return "a number"
-    return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
-def fault(message: str, origin: Origin, field: str | None, hint: str = "") -> DataError:
-    """A `DataError` at this row."""
-    return DataError(message, hint=hint, file=origin.file, line=origin.line, field=field)
+def fault(message: str, origin: Origin, field: str | None, hint: str = "", *, code: str = "bad-value") -> RowError:
+    """A `DataError` at this row; `code` is the short word by which reports count it."""
+    return RowError(message, code=code, hint=hint, file=origin.file, line=origin.line, field=field)
 
 
-def wrong_type(value: object, expected: str, origin: Origin, field: str) -> DataError:
+def wrong_type(value: object, expected: str, origin: Origin, field: str) -> RowError:
     """The error for a value of another type than `expected`."""
-    return fault(f"found {type_name(value)}, expected {expected}", origin, field)
+    return fault(f"found {type_name(value)}, expected {expected}", origin, field, code="wrong-type")
 
 
 def present(row: Row, field: str, origin: Origin, inside: str = "") -> Any:
     """The value of a field that must be there; `inside` is the path to `row` when that is a part of the row."""
     if field not in row:
         message = f"the field is missing; found {key_list(row)}"
-        raise fault(message, origin, inside + field, "Add the field, or remove the row.")
+        raise fault(message, origin, inside + field, "Add the field, or remove the row.", code="missing-field")
     return row[field]
 
 
@@ -58,7 +60,9 @@ def filled_text(row: Row, field: str, origin: Origin) -> str:
     """A field that must hold text which is not blank."""
     value = text(row, field, origin)
     if not value.strip():
-        raise fault("the field is empty, expected text", origin, field, "Fill it in, or remove the row.")
+        raise fault(
+            "the field is empty, expected text", origin, field, "Fill it in, or remove the row.", code="empty-field"
+        )
     return value
 
 
@@ -68,7 +72,7 @@ def filled_list(row: Row, field: str, origin: Origin) -> list[Any]:
     if not isinstance(value, list):
         raise wrong_type(value, "a list", origin, field)
     if not value:
-        raise fault("the list is empty", origin, field, "Fill it in, or remove the row.")
+        raise fault("the list is empty", origin, field, "Fill it in, or remove the row.", code="empty-field")
     return value
 
 
@@ -83,6 +87,14 @@ def finite(value: object, origin: Origin, field: str) -> float:
     if not math.isfinite(number):
         raise fault("found a number that is not finite", origin, field)
     return number
+
+
+def margin_of(row: Row, origin: Origin) -> float:
+    """By how much the chosen answer is better; absent or null is 0."""
+    margin = 0.0 if row.get("margin") is None else finite(row["margin"], origin, "margin")
+    if margin < 0:
+        raise fault(f"found {margin:g}, expected at least 0", origin, "margin")
+    return margin
 
 
 def key_list(row: Row) -> str:

@@ -10,9 +10,9 @@ import re
 from typing import Final
 
 from danlu.data.formats.base import Format, Row, RowDropped
-from danlu.data.formats.fields import fault, text
-from danlu.data.formats.turns import assistant, comparison_records, published_question, published_turns, user
-from danlu.types import Message, Origin, Record, RecordKind
+from danlu.data.formats.fields import fault, margin_of, text
+from danlu.data.formats.turns import assistant, published_question, published_turns, user
+from danlu.types import Comparison, Message, Origin, Record
 
 SPEAKER: Final = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -48,7 +48,7 @@ def _turns(row: Row, field: str, origin: Origin) -> list[Message]:
     return turns
 
 
-def _parse(row: Row, kind: RecordKind, origin: Origin) -> list[Record]:
+def _parse(row: Row, origin: Origin) -> list[Record]:
     chosen, rejected = _turns(row, "chosen", origin), _turns(row, "rejected", origin)
     shortest = min(len(chosen), len(rejected))
     common = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
@@ -59,7 +59,7 @@ def _parse(row: Row, kind: RecordKind, origin: Origin) -> list[Record]:
     if cut == 0:
         raise RowDropped("no common prompt")
     prompt = published_question(chosen[:cut])
-    return comparison_records(prompt, chosen[cut:], rejected[cut:], kind, origin)
+    return [Comparison(prompt, chosen[cut:], rejected[cut:], margin_of(row, origin), origin)]
 
 
 FORMAT = Format(
@@ -68,4 +68,10 @@ FORMAT = Format(
     "comparison",
     _matches,
     _parse,
+    "Anthropic's helpful and harmless comparisons: two whole dialogues as text. The prompt is their longest common beginning "
+    "before an assistant turn. Equal pairs, empty answers and empty turns are dropped and counted.",
+    {
+        "chosen": "\n\nHuman: Is it raining?\n\nAssistant: I cannot see outside.",
+        "rejected": "\n\nHuman: Is it raining?\n\nAssistant: Yes.",
+    },
 )

@@ -10,10 +10,10 @@ import re
 from typing import Final
 
 from danlu.data.formats.base import Format, Row, RowDropped
-from danlu.data.formats.fields import text
+from danlu.data.formats.fields import margin_of, optional_text, text
 from danlu.data.formats.hh_rlhf import SPEAKER, split_turns
-from danlu.data.formats.turns import assistant, comparison_records, published_question, published_turns, user
-from danlu.types import Message, Origin, Record, RecordKind
+from danlu.data.formats.turns import assistant, history_turns, published_question, published_turns, user
+from danlu.types import Comparison, Message, Origin, Record
 
 _DIALOGUE: Final = re.compile(r"\s*Human:")
 # DeepSpeed-Chat separates turns like HH-RLHF, or by other white space where a set has single rounds only.
@@ -24,7 +24,7 @@ def _matches(row: Row) -> bool:
     return isinstance(row.get("prompt"), str) and ("chosen" in row or "rejected" in row)
 
 
-def _question(prompt: str) -> list[Message]:
+def question_of(prompt: str) -> list[Message]:
     ending = prompt.rstrip()
     if not (_DIALOGUE.match(prompt) and ending.endswith("Assistant:")):
         return [user(prompt)]
@@ -37,12 +37,21 @@ def _question(prompt: str) -> list[Message]:
     return published_turns(turns)
 
 
-def _parse(row: Row, kind: RecordKind, origin: Origin) -> list[Record]:
-    prompt = published_question(_question(text(row, "prompt", origin)))
+def _parse(row: Row, origin: Origin) -> list[Record]:
+    system = optional_text(row, "system", origin)
+    head: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
+    prompt = published_question([*head, *history_turns(row, origin), *question_of(text(row, "prompt", origin))])
     chosen, rejected = text(row, "chosen", origin), text(row, "rejected", origin)
-    return comparison_records(prompt, [assistant(chosen)], [assistant(rejected)], kind, origin)
+    return [Comparison(prompt, [assistant(chosen)], [assistant(rejected)], margin_of(row, origin), origin)]
 
 
 FORMAT = Format(
-    "preference-text", '{"prompt": "...", "chosen": "...", "rejected": "..."}', "comparison", _matches, _parse
+    "preference-text",
+    '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+    "comparison",
+    _matches,
+    _parse,
+    "A question with a better and a worse answer as text, as TRL, OpenRLHF and DeepSpeed-Chat have it. A prompt of exactly the "
+    "form `Human: ... Assistant:` (DeepSpeed-Chat) is split into turns; a `margin` is kept.",
+    {"prompt": "Human: Is 7 prime? Assistant:", "chosen": " Yes.", "rejected": " No."},
 )

@@ -6,10 +6,10 @@ from typing import Final
 
 from danlu.data.formats.base import Format, Row
 from danlu.data.formats.fields import fault, filled_list, optional_text, text, wrong_type
-from danlu.data.formats.turns import published_records
-from danlu.types import Message, Origin, Record, RecordKind, Role
+from danlu.data.formats.turns import published_conversation
+from danlu.types import Message, Origin, Record, Role
 
-_ROLES: Final[dict[str, Role]] = {
+SPEAKERS: Final[dict[str, Role]] = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -30,24 +30,31 @@ def _matches(row: Row) -> bool:
     return "conversations" in row and not row.get("tools") and _OTHERS.isdisjoint(row)
 
 
-def _turn(item: object, field: str, origin: Origin) -> Message:
+def turn_of(item: object, field: str, origin: Origin) -> Message:
     if not isinstance(item, dict):
         raise wrong_type(item, "an object with 'from' and 'value'", origin, field)
     speaker = text(item, "from", origin, f"{field}.")
-    if speaker not in _ROLES:
-        raise fault(f"found '{speaker[:40]}', expected one of {', '.join(_ROLES)}", origin, f"{field}.from")
-    return {"role": _ROLES[speaker], "content": text(item, "value", origin, f"{field}.")}
+    if speaker not in SPEAKERS:
+        raise fault(f"found '{speaker[:40]}', expected one of {', '.join(SPEAKERS)}", origin, f"{field}.from")
+    return {"role": SPEAKERS[speaker], "content": text(item, "value", origin, f"{field}.")}
 
 
-def _parse(row: Row, kind: RecordKind, origin: Origin) -> list[Record]:
+def _parse(row: Row, origin: Origin) -> list[Record]:
     items = filled_list(row, "conversations", origin)
-    turns = [_turn(item, f"conversations[{i}]", origin) for i, item in enumerate(items)]
+    turns = [turn_of(item, f"conversations[{i}]", origin) for i, item in enumerate(items)]
     system = optional_text(row, "system", origin)
     if system.strip():
         turns.insert(0, {"role": "system", "content": system})
-    return published_records(turns, kind, origin)
+    return [published_conversation(turns, origin)]
 
 
 FORMAT = Format(
-    "sharegpt", '{"conversations": [{"from": "human", "value": "..."}, ...]}', "conversation", _matches, _parse
+    "sharegpt",
+    '{"conversations": [{"from": "human", "value": "..."}, ...]}',
+    "conversation",
+    _matches,
+    _parse,
+    "Conversations with ChatGPT that users shared, and the many sets in the same shape (Vicuna, LLaMA-Factory). "
+    "Doubled turns are merged; a conversation that starts with the assistant or ends with the user is dropped and counted.",
+    {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hello, how can I help?"}]},
 )

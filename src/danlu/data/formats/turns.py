@@ -6,11 +6,14 @@ unchanged and have known noise: such rows are dropped and the reason is counted;
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, cast, get_args
 
 from danlu.data.formats.base import Row, RowDropped
-from danlu.data.formats.fields import fault, filled_list, present, type_name, wrong_type
-from danlu.types import Comparison, Conversation, Message, Origin, Prompt, Record, RecordKind, Role
+from danlu.data.formats.fields import fault, filled_list, present, text, type_name, wrong_type
+from danlu.types import Conversation, Message, Origin, Role, ToolCall
 
 _ROLES: Final[tuple[str, ...]] = get_args(Role)
 
@@ -34,7 +37,7 @@ def before_answer(messages: list[Message]) -> list[Message]:
 
 
 def own_messages(row: Row, field: str, origin: Origin) -> list[Message]:
-    """A list of danlu's own messages, each checked; keys other than role, content and train are left out."""
+    """A list of danlu's own messages, each checked; keys that `Message` does not have are left out."""
     return [_own_message(item, f"{field}[{i}]", origin) for i, item in enumerate(filled_list(row, field, origin))]
 
 
@@ -64,26 +67,110 @@ def own_prompt(row: Row, field: str, origin: Origin) -> list[Message]:
 def _own_message(item: Any, field: str, origin: Origin) -> Message:
     if not isinstance(item, dict):
         raise wrong_type(item, "an object with 'role' and 'content'", origin, field)
-    role, content = (present(item, key, origin, f"{field}.") for key in ("role", "content"))
+    role = present(item, "role", origin, f"{field}.")
+    role = "system" if role == "developer" else role
     if role not in _ROLES:
         found = f"'{role[:40]}'" if isinstance(role, str) else type_name(role)
         raise fault(f"found {found}, expected one of {', '.join(_ROLES)}", origin, f"{field}.role")
+    if item.get("function_call"):
+        hint = 'Write it as "tool_calls": [{"type": "function", "function": {"name", "arguments"}}].'
+        raise fault("found OpenAI's old form of a tool call", origin, f"{field}.function_call", hint)
+    calls = own_tool_calls(item, field, origin)
+    # OpenAI writes null, or nothing, where there are only calls.
+    content = item.get("content") or "" if calls else present(item, "content", origin, f"{field}.")
     if not isinstance(content, str):
         raise wrong_type(content, "text", origin, f"{field}.content")
-    # A tool may well return nothing; nobody else says nothing.
-    if not content.strip() and role != "tool":
-        raise fault("the message is empty", origin, f"{field}.content", "Fill it in, or remove it.")
-    for key in ("tool_calls", "function_call"):
-        if item.get(key):
-            raise fault("structured tool calls are not part of this format", origin, f"{field}.{key}")
     message: Message = {"role": cast(Role, role), "content": content}
+    if calls:
+        message["tool_calls"] = calls
+    if is_blank(message):
+        raise fault("the message is empty", origin, f"{field}.content", "Fill it in, or remove it.", code="empty-turn")
+    _add_extras(message, item, field, origin)
+    return message
+
+
+def _add_extras(message: Message, item: Row, field: str, origin: Origin) -> None:
+    """`train`, the thoughts, and what a tool's turn says about its call, each checked."""
+    role = message["role"]
     if "train" in item:
         if not isinstance(item["train"], bool):
             raise wrong_type(item["train"], "true or false", origin, f"{field}.train")
         if role != "assistant":
             raise fault("only assistant turns can be trained on", origin, f"{field}.train", "Remove the key.")
         message["train"] = item["train"]
-    return message
+    elif role == "assistant" and item.get("weight") is not None:
+        # OpenAI's fine-tuning files: weight 0 masks a turn.
+        if item["weight"] not in (0, 1):
+            raise fault("found another weight than 0 and 1", origin, f"{field}.weight", "Use 0, 1 or no weight.")
+        if not item["weight"]:
+            message["train"] = False
+    if item.get("reasoning_content") is not None:
+        thoughts = text(item, "reasoning_content", origin, f"{field}.")
+        if role != "assistant":
+            raise fault("only assistant turns have thoughts", origin, f"{field}.reasoning_content", "Remove the key.")
+        if thoughts.strip():
+            message["reasoning_content"] = thoughts
+    if role == "tool":
+        if item.get("tool_call_id") is not None:
+            message["tool_call_id"] = text(item, "tool_call_id", origin, f"{field}.")
+        if item.get("name") is not None:
+            message["name"] = text(item, "name", origin, f"{field}.")
+
+
+def own_tool_calls(item: Row, field: str, origin: Origin) -> list[ToolCall]:
+    """The checked `tool_calls` of a message; none if absent or null."""
+    calls = item.get("tool_calls")
+    if calls is None or calls == []:
+        return []
+    if not isinstance(calls, list):
+        raise wrong_type(calls, "a list of calls", origin, f"{field}.tool_calls")
+    if item.get("role") != "assistant":
+        raise fault("only assistant turns call tools", origin, f"{field}.tool_calls", "Remove the key.")
+    found: list[ToolCall] = []
+    for i, call in enumerate(calls):
+        inside = f"{field}.tool_calls[{i}]"
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            raise wrong_type(call, 'an object like {"type": "function", "function": {...}}', origin, inside)
+        if call.get("type", "function") != "function":
+            raise fault("only calls of functions are known", origin, f"{inside}.type")
+        name = text(call["function"], "name", origin, f"{inside}.function.")
+        arguments = call["function"].get("arguments")
+        if arguments is not None and not isinstance(arguments, (str, dict)):
+            raise wrong_type(arguments, "an object, or its JSON as text", origin, f"{inside}.function.arguments")
+        known = None if call.get("id") is None else text(call, "id", origin, f"{inside}.")
+        found.append(tool_call(name, {} if arguments is None else arguments, known))
+    return found
+
+
+def tool_call(name: str, arguments: str | dict[str, Any], id: str | None = None) -> ToolCall:
+    """A call of a tool; arguments given as JSON text become the object, other text stays text."""
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(arguments) if arguments.strip() else {}
+            arguments = value if isinstance(value, dict) else arguments
+    call: ToolCall = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if id is not None:
+        call["id"] = id
+    return call
+
+
+def tools_of(row: Row, origin: Origin, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
+    """The tools a conversation may call: a list of objects with a name, or its JSON as text; none if absent or null."""
+    tools = row.get(field)
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise fault("found text that is no JSON, expected a list of tools", origin, field) from error
+    if tools is None or tools in ("", []):
+        return ()
+    if not isinstance(tools, list):
+        raise wrong_type(tools, "a list of tools", origin, field)
+    for i, tool in enumerate(tools):
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise wrong_type(tool, "an object with the name of a function", origin, f"{field}[{i}]")
+    return tuple(tools)
 
 
 def published_turns(turns: list[Message]) -> list[Message]:
@@ -95,8 +182,7 @@ def published_turns(turns: list[Message]) -> list[Message]:
     for turn in turns:
         last = merged[-1] if merged else None
         if last is not None and last["role"] == turn["role"] and turn["role"] in ("user", "assistant"):
-            joined = "\n\n".join(part for part in (last["content"], turn["content"]) if part.strip())
-            merged[-1] = {"role": turn["role"], "content": joined}
+            merged[-1] = _joined(last, turn)
         else:
             merged.append(turn)
     spoken = [turn["role"] for turn in merged if turn["role"] != "system"]
@@ -105,63 +191,41 @@ def published_turns(turns: list[Message]) -> list[Message]:
     return merged
 
 
-def _is_blank(message: Message) -> bool:
-    return message["role"] != "tool" and not message["content"].strip()
+def _joined(first: Message, second: Message) -> Message:
+    joined: Message = {**first, **second}
+    for key in ("content", "reasoning_content"):
+        if key in first or key in second:
+            parts = (first.get(key, ""), second.get(key, ""))
+            joined[key] = "\n\n".join(part for part in parts if part.strip())
+    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+    if calls:
+        joined["tool_calls"] = calls
+    return joined
+
+
+def is_blank(message: Message) -> bool:
+    """Whether a turn says and calls nothing; a tool may well return nothing."""
+    return message["role"] != "tool" and not message["content"].strip() and not message.get("tool_calls")
 
 
 def published_question(messages: list[Message]) -> list[Message]:
     """Check the turns before an answer; `RowDropped` if there is no question or a turn is empty."""
     if all(message["role"] == "system" for message in messages):
         raise RowDropped("no question before the answer")
-    if any(map(_is_blank, messages)):
+    if any(map(is_blank, messages)):
         raise RowDropped("empty question" if len(messages) == 1 else "empty turn")
     return messages
 
 
-def published_records(turns: list[Message], kind: RecordKind, origin: Origin) -> list[Record]:
-    """A published conversation as a `Conversation` or a `Prompt`."""
+def published_conversation(
+    turns: list[Message], origin: Origin, tools: Sequence[Mapping[str, Any]] = ()
+) -> Conversation:
+    """Turns of a published data set as a conversation; an empty last answer is left to `kinds.as_kind`."""
     messages = published_turns(turns)
     if not messages or messages[-1]["role"] != "assistant":
         raise RowDropped("does not end with an assistant turn")
     published_question(messages[:-1])
-    if kind == "conversation" and _is_blank(messages[-1]):
-        raise RowDropped("empty answer")
-    return conversation_records(messages, kind, origin)
-
-
-def conversation_records(messages: list[Message], kind: RecordKind, origin: Origin) -> list[Record]:
-    """A checked conversation as a `Conversation` or, without its last answer, as a `Prompt`."""
-    if kind == "conversation":
-        return [Conversation(messages, origin)]
-    question = before_answer(messages)
-    if all(message["role"] == "system" for message in question):
-        raise RowDropped("no question before the answer")
-    return [Prompt(question, origin=origin)]
-
-
-def comparison_records(
-    prompt: list[Message],
-    chosen: list[Message],
-    rejected: list[Message],
-    kind: RecordKind,
-    origin: Origin,
-    margin: float = 0.0,
-) -> list[Record]:
-    """A pair as a `Comparison`, as a `Conversation` (prompt and chosen) or as a `Prompt`.
-
-    Only what the kind uses is judged: a pair with equal answers still has a good prompt.
-    """
-    if kind == "prompt":
-        return [Prompt(prompt, origin=origin)]
-    if any(map(_is_blank, chosen)):
-        raise RowDropped("empty answer")
-    if kind == "conversation":
-        return [Conversation([*prompt, *chosen], origin)]
-    if any(map(_is_blank, rejected)):
-        raise RowDropped("empty answer")
-    if chosen == rejected:
-        raise RowDropped("chosen equals rejected")
-    return [Comparison(prompt, chosen, rejected, margin, origin)]
+    return Conversation(messages, origin, tuple(tools))
 
 
 def history_turns(row: Row, origin: Origin) -> list[Message]:
