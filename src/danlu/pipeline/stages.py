@@ -39,7 +39,7 @@ from danlu.types import Conversation, Document, Prompt
 
 S = TypeVar("S", bound=StageSettings)
 RENDER_SAMPLE = 50
-PERPLEXITY_RECORDS = 500
+PERPLEXITY_TOKENS = 65_536
 
 
 @dataclass
@@ -230,7 +230,9 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
     trees = None
     before = 0.0
     if settings.eval_data is not None:
-        trees = perplexity.encode(sources(settings.eval_data), tokenizer, settings.max_length, PERPLEXITY_RECORDS)
+        trees = perplexity.encode(
+            sources(settings.eval_data), tokenizer, settings.max_length, max_tokens=PERPLEXITY_TOKENS
+        )
         before = perplexity.perplexity(model, trees)
     folder = save_quantized(quantize_model(model), tokenizer, Path(settings.out) / "model")
     small = danlu.load(folder, dtype="float32", device="cpu")  # as the model it is compared with
@@ -261,8 +263,8 @@ STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 1, ("data",), ()),
     "pretrain": Kind(run_pretrain, 1, models=("model", "tokenizer")),
     "sft": Kind(run_sft, 1),
-    "reward": Kind(run_reward, 1, ("data", "eval_data", "collect.prompts")),
+    "reward": Kind(run_reward, 2, ("data", "eval_data", "collect.prompts")),
     "ppo": Kind(run_ppo, 2, models=("model", "reward_model")),
     "eval": Kind(run_eval, 1, ("data",), ("models",)),
-    "quantize": Kind(run_quantize, 1, ("eval_data", "questions")),
+    "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.session import Session
 from danlu.training.setup import policy_roles, records_of, template_of
 from danlu.training.step import TrainResult, accumulate, apply, batches_of
+
+NORMALISER_PAIRS = 2000
 
 
 def train(settings: RewardSettings) -> TrainResult:
@@ -87,7 +90,8 @@ def train(settings: RewardSettings) -> TrainResult:
             metrics["first_eval_loss"] = session.extra["first_eval_loss"]
 
     root.eval()
-    scores = torch.cat([torch.stack(s, 1).flatten() for s in _all_scores(root, trees, settings.micro_tokens, compute)])
+    sample = _sample(trees, NORMALISER_PAIRS, settings.seed)
+    scores = torch.cat([torch.stack(s, 1).flatten() for s in _all_scores(root, sample, settings.micro_tokens, compute)])
     mean, std = float(scores.mean()), float(scores.std()) or 1.0
     folder = Path(settings.out) / "model"
     if distributed.is_main():
@@ -108,6 +112,14 @@ def pair_scores(out: TrunkOutput) -> tuple[Tensor, Tensor]:
     """Scores of chosen and rejected answers `[B]` of a batch of prompt -> {chosen, rejected} trees."""
     scores = out.scores(out.tree.node_end_N - 1)
     return scores[1::3], scores[2::3]
+
+
+def _sample(trees: Trees, count: int, seed: int) -> Trees:
+    """At most `count` items, drawn by seed: the mean of 4,000 scores is known to 0.02 of their standard deviation."""
+    if len(trees.items) <= count:
+        return trees
+    chosen = sorted(np.random.default_rng([seed, 0x5C]).choice(len(trees.items), count, replace=False).tolist())
+    return replace(trees, items=[trees.items[i] for i in chosen], margins=[trees.margins[i] for i in chosen])
 
 
 @torch.no_grad()
