@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -114,7 +114,9 @@ def _rows(fields: dict[str, FieldInfo], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _bare(annotation: Any) -> Any:
-    """The type without `None`, and `str` for "one or a list of them"."""
+    """The type without `None` and validators, and `str` for "one or a list of them"."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         return next(a for a in get_args(annotation) if a is not type(None))
     return annotation

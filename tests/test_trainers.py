@@ -26,6 +26,7 @@ from danlu.pipeline.stages import STAGES
 from danlu.rewards.model import CONFIG_KEY, ModelReward
 from danlu.rewards.protocol import Episode, Score
 from danlu.text.chat_template import ChatTemplate
+from danlu.trainers import reward_model
 from danlu.training import compute, tracking
 from danlu.training.compute import choose
 from danlu.tree import TreeBatch, conversation, forest
@@ -106,6 +107,15 @@ def test_reward_model_learns_a_separable_preference(tmp_path: Path) -> None:
     assert kind > unkind
     # On its own training answers the score has mean 0 and variance 1 after normalising.
     assert result.facts["score_mean"] == pytest.approx((kind + unkind) / 2, abs=2 * result.facts["score_std"])
+
+
+def test_the_normaliser_is_measured_on_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the pairs gives nearly the same mean and scale as all of them, and the same ones every time."""
+    whole = train("reward", tmp_path / "whole", max_steps=5, learning_rate=1e-2).facts
+    monkeypatch.setattr(reward_model, "NORMALISER_PAIRS", 12)
+    few, again = (train("reward", tmp_path / n, max_steps=5, learning_rate=1e-2).facts for n in ("few", "again"))
+    assert few == again and few["score_mean"] != whole["score_mean"]
+    assert few["score_mean"] == pytest.approx(whole["score_mean"], abs=3 * whole["score_std"] / 24**0.5)
 
 
 def plain_scores(folder: Path, answers: Sequence[str]) -> list[float]:

@@ -122,6 +122,13 @@ class TrainSettings(StageSettings):
         ge=8,
         description="tokens of one conversation: its oldest exchanges are dropped until it fits, or all of it; both are counted",
     )
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="tokens of a prompt at most (comparisons, prompts of RL)"
+    )
+    max_answer_tokens: int | None = Field(None, ge=1, description="tokens of one answer at most")
+    overlength: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what happens to what exceeds a limit: prompts of RL lose their left end when truncated"
+    )
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     tokens_per_step: int = Field(2048, ge=8, description="tokens of an optimizer step, accumulated from micro-batches")

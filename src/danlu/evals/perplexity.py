@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from danlu.config import Sources
@@ -18,17 +20,28 @@ from danlu.training.step import heldout_loss
 MICRO_TOKENS = 4096
 
 
-def encode(data: Sources, tokenizer: Any, max_length: int, limit: int | None = None) -> Trees:
-    """A file of documents or conversations as trees; what it holds is found out by its content."""
+def encode(
+    data: Sources, tokenizer: Any, max_length: int, limit: int | None = None, max_tokens: int | None = None
+) -> Trees:
+    """A file of documents or conversations as trees; what it holds is found out by its content.
+
+    Args:
+        limit: use the first so many records.
+        max_tokens: use the first so many tokens (whole trees, at least one).
+    """
     try:
         records = read_sources(data, "conversation").records[:limit]
-        return encode_conversations(records, ChatTemplate(tokenizer), max_length)  # type: ignore[arg-type]
+        trees = encode_conversations(records, ChatTemplate(tokenizer), max_length)  # type: ignore[arg-type]
     except DataError as conversation_error:
         try:
             documents = read_sources(data, "document").records[:limit]
         except DataError:
             raise conversation_error from None
-        return encode_documents(documents, tokenizer, max_length)  # type: ignore[arg-type]
+        trees = encode_documents(documents, tokenizer, max_length)  # type: ignore[arg-type]
+    if max_tokens is None:
+        return trees
+    used = list(accumulate(trees.lengths))
+    return replace(trees, items=trees.items[: max(1, sum(total <= max_tokens for total in used))])
 
 
 def perplexity(model: Any, trees: Trees) -> float:

@@ -52,17 +52,21 @@ def truncated(facts: Mapping[str, Any]) -> Gate:
 
 def render(training: ChatTemplate, serving: ChatTemplate, records: Sequence[Conversation]) -> Gate:
     """G-RENDER: the prompt that training saw is, text and ids, the prompt that serving renders from the saved folder."""
-    same = 0
+    same = asked = 0
     for record in records:
-        encoded = training.encode(record.messages)
         last = max(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
+        if not last:
+            continue  # an answer to nothing has no prompt that could differ
+        asked += 1
+        encoded = training.encode(record.messages[: last + 1], tools=record.tools)
         prompt = record.messages[:last]
-        text = serving.render(prompt, add_generation_prompt=True)
+        text = serving.render(prompt, add_generation_prompt=True, tools=record.tools)
         seen = encoded.ids[: encoded.answers[-1].start]
-        same += seen == serving.encode_prompt(prompt) and training.render(prompt, add_generation_prompt=True) == text
-    share = same / max(len(records), 1)
-    sentence = f"{same} of {len(records)} sampled prompts are the same in training and in serving"
-    return Gate("G-RENDER", same == len(records), share, 1.0, sentence)
+        same_ids = seen == serving.encode_prompt(prompt, tools=record.tools)
+        same += same_ids and training.render(prompt, add_generation_prompt=True, tools=record.tools) == text
+    share = same / max(asked, 1)
+    sentence = f"{same} of {asked} sampled prompts are the same in training and in serving"
+    return Gate("G-RENDER", same == asked, share, 1.0, sentence)
 
 
 def reward_model(metrics: Mapping[str, float], settings: RewardSettings) -> list[Gate]:

@@ -46,7 +46,7 @@ from danlu.types import Conversation, Prompt
 
 S = TypeVar("S", bound=StageSettings)
 RENDER_SAMPLE = 50
-PERPLEXITY_RECORDS = 500
+PERPLEXITY_TOKENS = 65_536
 
 
 @dataclass
@@ -239,7 +239,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
     trees = None
     before = 0.0
     if settings.eval_data is not None:
-        trees = perplexity.encode(settings.eval_data, tokenizer, settings.max_length, PERPLEXITY_RECORDS)
+        trees = perplexity.encode(settings.eval_data, tokenizer, settings.max_length, max_tokens=PERPLEXITY_TOKENS)
         before = perplexity.perplexity(model, trees)
     folder = save_quantized(quantize_model(model), tokenizer, Path(settings.out) / "model")
     small = danlu.load(folder, dtype="float32", device="cpu")  # as the model it is compared with
@@ -269,9 +269,9 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
     "pretrain": Kind(run_pretrain, 1, models=("model", "tokenizer")),
-    "sft": Kind(run_sft, 1),
-    "reward": Kind(run_reward, 1, ("data", "eval_data", "collect.prompts")),
-    "ppo": Kind(run_ppo, 2, models=("model", "reward_model")),
+    "sft": Kind(run_sft, 2),
+    "reward": Kind(run_reward, 3, ("data", "eval_data", "collect.prompts")),
+    "ppo": Kind(run_ppo, 3, models=("model", "reward_model")),
     "eval": Kind(run_eval, 1, ("data",), ("models",)),
-    "quantize": Kind(run_quantize, 1, ("eval_data", "questions")),
+    "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
 }

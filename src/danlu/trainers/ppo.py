@@ -39,7 +39,7 @@ from danlu.training.logprobs import logprobs
 from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import final_state, lora_roles, records_of, template_of, tokenizer_of
+from danlu.training.setup import final_state, limits_of, lora_roles, records_of, template_of, tokenizer_of
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.tree import Trajectory, TreeBatch, forest
 
@@ -167,8 +167,9 @@ def _prompts(
     limit = settings.max_length - settings.rollout.max_new_tokens
     if limit < 1:
         raise SettingsError(f"max_length {settings.max_length} leaves no room for a prompt", field="max_length")
-    prompts, dropped = encode_prompts(train_records, template, limit)  # type: ignore[arg-type]
-    heldout, _ = encode_prompts(heldout_records[:HELDOUT_PROMPTS], template, limit)  # type: ignore[arg-type]
+    limits = limits_of(settings, limit)
+    prompts, dropped = encode_prompts(train_records, template, limits)  # type: ignore[arg-type]
+    heldout, _ = encode_prompts(heldout_records[:HELDOUT_PROMPTS], template, limits)  # type: ignore[arg-type]
     if not prompts:
         raise DataError(f"no prompt is left ({dropped} are longer than {limit} tokens)", hint="raise max_length")
     left_out = {**dataset.left_out, "prompt too long": dropped}

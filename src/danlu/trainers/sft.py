@@ -16,7 +16,7 @@ from danlu.training.compute import Compute, choose
 from danlu.training.logprobs import logprobs
 from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.session import Session
-from danlu.training.setup import final_state, policy_roles, records_of, template_of
+from danlu.training.setup import final_state, limits_of, policy_roles, records_of, template_of
 from danlu.training.step import TrainResult, accumulate, apply, batches_of, heldout_loss, language_loss
 from danlu.training.tokens import trees_of
 
@@ -28,8 +28,8 @@ def train(settings: SftSettings) -> TrainResult:
     distributed.start()
     template = template_of(settings.model, settings, stage="sft")
     train_records, heldout_records, dataset = records_of(settings, "conversation")
-    trees = trees_of(encode_conversations, train_records, template, stage="sft", max_length=settings.max_length)
-    heldout = trees_of(encode_conversations, heldout_records, template, stage="sft", max_length=settings.max_length)
+    trees = trees_of(encode_conversations, train_records, template, stage="sft", max_length=limits_of(settings))
+    heldout = trees_of(encode_conversations, heldout_records, template, stage="sft", max_length=limits_of(settings))
     require_items(trees, "conversation", settings.max_length)
     lengths, weights = trees.lengths, trees.weights
     steps = plan_steps(

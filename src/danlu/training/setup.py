@@ -10,6 +10,7 @@ from torch import nn
 from danlu.config import Sources, TrainSettings
 from danlu.data.read import Dataset
 from danlu.data.sources import read_sources
+from danlu.data.truncate import Limits
 from danlu.data.split import split_heldout
 from danlu.exceptions import ModelError, SettingsError
 from danlu.generation.sampling import mix_seed
@@ -108,6 +109,13 @@ def lora_roles(
         target=options.target,
         trained=trained if trained is not None else roles,
         seed=mix_seed(settings.seed, 0x10BA),
+    )
+
+
+def limits_of(settings: TrainSettings, total: int | None = None) -> Limits:
+    """The settings' limits; `total` in place of `max_length` where an answer still needs room."""
+    return Limits(
+        total or settings.max_length, settings.max_prompt_tokens, settings.max_answer_tokens, settings.overlength
     )
 
 
