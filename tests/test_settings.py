@@ -15,7 +15,8 @@ from danlu.exceptions import SettingsError
 STAGE = "out seed"
 TRAIN = (
     "model data eval_data eval_fraction skip_bad max_records dtype adapter lora template max_length "
-    "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens learning_rate schedule warmup weight_decay max_grad_norm log_every eval_every "
+    "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens learning_rate "
+    "schedule warmup weight_decay max_grad_norm log_every eval_every "
     "save_every keep_checkpoints early_stopping report_to"
 )
 # A new option is a decision: it is added here too, and an old one is not dropped by accident.

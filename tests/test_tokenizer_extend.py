@@ -191,7 +191,7 @@ ALPHABET = st.sampled_from(
 )
 PLAIN = st.lists(ALPHABET, max_size=12).map("".join)
 WITH_WORDS = st.lists(st.one_of(ALPHABET, st.sampled_from(WORDS)), max_size=12).map("".join)
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -263,7 +263,12 @@ def _told(
         "embedding_rows": loaded.get_input_embeddings().weight.shape[0] if loaded is not None else None,
         "given_words": len(given),
         "added": [
-            {"text": t.text, "id": t.id, "pieces": names(list(t.pieces)), "count": counts.get(t.text)}
+            {
+                "text": t.text,
+                "id": t.id,
+                "pieces": names(list(t.pieces)),
+                "count": counts.get(t.text) or counts.get(t.text.strip()),
+            }
             for t in extension.tokens
         ],
         "skipped": extension.skipped,

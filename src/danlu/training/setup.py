@@ -10,8 +10,8 @@ from torch import nn
 from danlu.config import Sources, TrainSettings
 from danlu.data.read import Dataset
 from danlu.data.sources import read_sources
-from danlu.data.truncate import Limits
 from danlu.data.split import split_heldout
+from danlu.data.truncate import Limits
 from danlu.exceptions import ModelError, SettingsError
 from danlu.generation.sampling import mix_seed
 from danlu.models.load import load_model, resolve
