@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/danlu run recipes/quickstart.yaml
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m "not slow and not browser" -n 2
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 -rs
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
