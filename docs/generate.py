@@ -1,6 +1,6 @@
 """Writes the parts of the documentation that the code already knows, so that they cannot go stale.
 
-docs/settings.md is made from danlu.config, and docs/formats.md from the registry of formats.
+docs/settings.md is made from danlu.config, docs/formats.md and a page for each format from the registry of formats.
 
     python docs/generate.py            write
     python docs/generate.py --check    exit status 1 if a committed page differs
@@ -18,15 +18,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from danlu.config import KINDS, StageSettings, TrainSettings
+from danlu.config import KINDS, Source, StageSettings, TrainSettings
 from danlu.data.formats.base import Format
 from danlu.data.formats.registry import FORMATS, REFUSED
 from danlu.data.kinds import SERVED_BY
-from danlu.types import RecordKind
+from danlu.data.rows_out import row_of
+from danlu.types import Origin, RecordKind
 
 DOCS = Path(__file__).parent
 SETTINGS = DOCS / "settings.md"
 FORMATS_PAGE = DOCS / "formats.md"
+FORMAT_PAGES = DOCS / "formats"
 
 HEAD = """\
 # Settings
@@ -54,18 +56,24 @@ These belong to `pretrain`, `sft`, `reward` and `ppo`. A stage of its own below 
 
 def main(arguments: list[str]) -> int:
     """Writes the pages, or compares them with `--check`; returns the exit status."""
-    stale = []
-    for path, text in ((SETTINGS, settings_page()), (FORMATS_PAGE, formats_page())):
-        if path.is_file() and path.read_text("utf-8") == text:
-            continue
-        stale.append(path.name)
-        if "--check" not in arguments:
-            path.write_text(text, "utf-8")
+    pages = {SETTINGS: settings_page(), FORMATS_PAGE: formats_page()}
+    pages |= {FORMAT_PAGES / f"{entry.name}.md": format_page(entry) for entry in FORMATS}
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text("utf-8") != text]
+    stale += [path for path in sorted(FORMAT_PAGES.glob("*.md")) if path not in pages]
+    if "--check" not in arguments:
+        for path in stale:
+            if path in pages:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(pages[path], "utf-8")
+            else:
+                path.unlink()
     if "--check" in arguments:
-        for name in stale:
+        for path in stale:
+            name = path.relative_to(DOCS)
             print(f"docs/{name} is not what the code says\n  -> run `make docs` and commit it", file=sys.stderr)
         return int(bool(stale))
-    print(f"written: {', '.join(stale) or 'nothing, all pages are up to date'}")
+    names = ", ".join(str(path.relative_to(DOCS)) for path in stale)
+    print(f"written: {names or 'nothing, all pages are up to date'}")
     return 0
 
 
@@ -129,6 +137,8 @@ def _group(annotation: Any) -> type[BaseModel] | None:
 
 def _value(field: FieldInfo) -> str:
     """The type in words, with its range."""
+    if _names_sources(field.annotation):
+        return "[path, or sources](data.md#sources)"
     kind = _bare(field.annotation)
     several = get_origin(kind) is list or (
         get_origin(field.annotation) in (Union, types.UnionType)
@@ -141,6 +151,10 @@ def _value(field: FieldInfo) -> str:
     else:
         words = {int: "whole number", float: "number", bool: "`true`, `false`"}.get(kind, "text")
     return f"{words}, or a list" if several else words + _range(field)
+
+
+def _names_sources(annotation: Any) -> bool:
+    return annotation is Source or any(map(_names_sources, get_args(annotation)))
 
 
 def _range(field: FieldInfo) -> str:
@@ -193,10 +207,7 @@ Prompts may carry a `reference`, which stays with them. Formats of tasks write t
 | `regex` | `pattern` | what a right answer matches |
 | `tests` | `tests`: programs | programs that run without an error if the answer's code is right |
 
-## All formats
-
-| format | holds | a row in short |
-|---|---|---|
+Each format has a page with an example and what danlu makes of it.
 """
 HOLDS: dict[RecordKind, tuple[str, str]] = {
     "conversation": ("Conversations", "Messages to imitate."),
@@ -210,8 +221,10 @@ REFUSED_HEAD = """
 ## Known and refused
 
 These shapes are recognised so that the error can say what they are and what to do.
+
 """
-# Longer examples would hide the rest of the page.
+TABLE_HEAD = "| format | a row in short |\n|---|---|\n"
+# A longer example would hide the rest of its page.
 LONGEST_EXAMPLE = 2000
 
 
@@ -219,23 +232,42 @@ def formats_page() -> str:
     """docs/formats.md."""
     readable = [entry for entry in FORMATS if entry not in REFUSED]
     parts = [FORMATS_HEAD]
-    parts += [f"| [{entry.name}](#{entry.name}) | {entry.holds} | {_code(entry.shape)} |\n" for entry in readable]
     for kind, (title, what) in HOLDS.items():
-        others = [other for other, holders in SERVED_BY.items() if kind in holders and other != kind]
-        serves = f" They also serve where {_listed(others)} are asked for." if others else ""
-        parts.append(f"\n## {title}\n\n{what}{serves}\n")
-        parts += [_section(entry) for entry in readable if entry.holds == kind]
-    parts.append(REFUSED_HEAD)
-    parts += [_section(entry) for entry in REFUSED]
+        parts.append(f"\n## {title}\n\n{what}{_serves(kind)}\n\n{TABLE_HEAD}")
+        parts += [_row(entry) for entry in readable if entry.holds == kind]
+    parts += [REFUSED_HEAD, TABLE_HEAD, *map(_row, REFUSED)]
     return "".join(parts)
 
 
-def _section(entry: Format) -> str:
-    example = json.dumps(entry.example, ensure_ascii=False)
-    if len(example) > 100:
-        example = json.dumps(entry.example, ensure_ascii=False, indent=2)
-    shown = f"```json\n{example}\n```\n" if len(example) <= LONGEST_EXAMPLE else f"{_code(entry.shape)}\n"
-    return f"\n### {entry.name} {{ #{entry.name} }}\n\n{entry.about}\n\n{shown}"
+def format_page(entry: Format) -> str:
+    """A format's own page."""
+    title, what = HOLDS[entry.holds]
+    head = f"# {entry.name}\n\n<!-- Made by docs/generate.py from the registry of formats. Do not edit: run `make docs`. -->\n\n"
+    parts = [head, f"{entry.about}\n\nA row in short: {_code(entry.shape)}\n"]
+    example = _json(entry.example)
+    if len(example) <= LONGEST_EXAMPLE:
+        parts.append(f"\n## Example\n\n{example}")
+    if entry in REFUSED:
+        return "".join([*parts, "\ndanlu recognises this shape to say what it is, and does not read it.\n"])
+    records = entry.parse(entry.example, Origin(f"{entry.name}.jsonl", 1))
+    parts.append(f"\n## What danlu makes of it\n\n[{title}](../formats.md): {what[:1].lower()}{what[1:]}")
+    parts.append(f"{_serves(entry.holds)}\n\n" + "\n".join(_json(row_of(record)) for record in records))
+    parts.append(f"\n`--as {entry.name}` reads a file as this format, whatever it looks like.\n")
+    return "".join(parts)
+
+
+def _serves(kind: RecordKind) -> str:
+    others = [other for other, holders in SERVED_BY.items() if kind in holders and other != kind]
+    return f" They also serve where {_listed(others)} are asked for." if others else ""
+
+
+def _row(entry: Format) -> str:
+    return f"| [{entry.name}](formats/{entry.name}.md) | {_code(entry.shape)} |\n"
+
+
+def _json(value: Any) -> str:
+    short = json.dumps(value, ensure_ascii=False)
+    return f"```json\n{short if len(short) <= 100 else json.dumps(value, ensure_ascii=False, indent=2)}\n```\n"
 
 
 def _code(shape: str) -> str:

@@ -242,6 +242,19 @@ def test_single_rounds_come_back_from_chatllama(question: str, answer: str) -> N
     assert back(asked) == Prompt([u(question)], origin=ORIGIN)
 
 
+@quick
+@given(dialogues())
+def test_dialogues_come_back_from_chatllama(messages: list[Message]) -> None:
+    try:
+        [actor], told = rows_of(Conversation(messages, ORIGIN), "chatllama-actor")
+    except RowError:
+        return  # a system text, or a turn that reads as another
+    assert not told.changed
+    assert back(actor) == Conversation(messages, ORIGIN)
+    [asked] = rows_of(Prompt(messages[:-1], origin=ORIGIN), "chatllama-rlhf")[0]
+    assert back(asked) == Prompt(messages[:-1], origin=ORIGIN)
+
+
 # -- worked by hand -------------------------------------------------------------------------------------------------------
 
 TALK = Conversation([s("Be kind."), u("Hi"), a("Hello"), u("More?"), a("Sure.")], ORIGIN)
@@ -298,9 +311,10 @@ def test_openai_row_with_tools() -> None:
 
 
 def test_chatllama_dialogue_reads_as_hh_rlhf() -> None:
-    [row], told = rows_of(Conversation([u("a"), a("b"), u("c"), a("d")], ORIGIN), "chatllama-actor")
+    talk = Conversation([u("a"), a("b"), u("c"), a("d")], ORIGIN)
+    [row], told = rows_of(talk, "chatllama-actor")
     assert row == {"user_input": "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "completion": "d"}
-    assert list(told.changed) == ["earlier turns and the question written as one dialogue text"]
+    assert back(row) == talk and not told.changed
 
 
 @pytest.mark.parametrize(

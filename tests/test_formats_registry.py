@@ -149,19 +149,22 @@ def test_any_format_copes_with_any_row(row: dict[str, Any]) -> None:
             entry.parse(row, ORIGIN)
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_formats_is_what_the_registry_says() -> None:
+def test_the_pages_of_formats_are_what_the_registry_says() -> None:
     docs = Path(__file__).parents[1] / "docs"
     spec = importlib.util.spec_from_file_location("generate", docs / "generate.py")
     assert spec is not None and spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    page = (docs / "formats.md").read_text("utf-8")
-    assert page == generate.formats_page(), "run `make docs`"
+    assert (docs / "formats.md").read_text("utf-8") == generate.formats_page(), "run `make docs`"
     for entry in FORMATS:
-        section = page.partition(f"\n### {entry.name} {{ #{entry.name} }}\n")[2].partition("\n##")[0]
-        assert entry.about in section
-        if "```json" in section:
-            assert json.loads(section.partition("```json\n")[2].partition("\n```")[0]) == entry.example
+        assert f"[{entry.name}](formats/{entry.name}.md)" in generate.formats_page()
+        page = (docs / "formats" / f"{entry.name}.md").read_text("utf-8")
+        assert page == generate.format_page(entry), "run `make docs`"
+        assert entry.about in page
+        _, marker, example = page.partition("\n## Example\n\n```json\n")
+        if marker:
+            assert json.loads(example.partition("\n```")[0]) == entry.example
+    assert len(list((docs / "formats").glob("*.md"))) == len(FORMATS)

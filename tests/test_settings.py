@@ -31,7 +31,7 @@ FROZEN = {
     "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter",
     "SftSettings": f"{STAGE} {TRAIN}",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
-    "RewardSettings": f"{STAGE} {TRAIN} margin centring collect min_accuracy max_length_correlation",
+    "RewardSettings": f"{STAGE} {TRAIN} pairs margin centring collect min_accuracy max_length_correlation",
     "Rollout": "batch max_new_tokens temperature",
     "Ppo": "kl_coef gamma gae_lambda clip_range value_clip_range epochs minibatches score_clip missing_stop_penalty "
     "critic_learning_rate max_kl",

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from rows import a, u, write
 
 from danlu.cli.options import given_values
-from danlu.config import KINDS, SftSettings, Source, Sources, as_list, parse
+from danlu.config import KINDS, RewardSettings, SftSettings, Source, Sources, as_list, parse
 from danlu.data.formats.containers import RawRow, raw_rows
 from danlu.data.hub import hub_rows
 from danlu.data.problems import RowError
@@ -21,7 +22,8 @@ from danlu.exceptions import DataError, RunError, SettingsError, UsageError
 from danlu.pipeline.recipe import load_recipe
 from danlu.pipeline.run import Hashes, _inputs, _refuse_missing_files, _with_origins, placed, stage_key
 from danlu.training.setup import records_of
-from danlu.types import Document, Record
+from danlu.training.templates import template_facts, template_of
+from danlu.types import Comparison, Document, Record
 
 
 def documents(count: int) -> list[Record]:
@@ -116,6 +118,29 @@ def test_sources_are_read_with_their_own_options(tmp_path: Path) -> None:
         read_sources([Source(path=str(one), weight=0.01)], "conversation")
     # Bare paths are read together: a file that is named twice counts once.
     assert len(read_sources([str(one), str(tmp_path / "one*")], "conversation").records) == 4
+
+
+def test_ranked_answers_become_the_pairs_that_are_asked_for(tmp_path: Path) -> None:
+    row = {"prompt": [u("Q")], "responses": [[a("good")], [a("fair")], [a("bad")]], "scores": [3, 2, 0]}
+    path = str(write(tmp_path, [row]))
+
+    def pairs(**more: Any) -> list[tuple[str, str, float]]:
+        train, _, _ = records_of(RewardSettings(data=path, eval_fraction=0, **more), "comparison")
+        return [
+            (r.chosen[0]["content"], r.rejected[0]["content"], r.margin) for r in train if isinstance(r, Comparison)
+        ]
+
+    assert pairs() == [("good", "bad", 0.0)]
+    assert pairs(pairs="adjacent") == [("good", "fair", 0.0), ("fair", "bad", 0.0)]
+    assert pairs(pairs="all", margin=True) == [("good", "fair", 1.0), ("good", "bad", 3.0), ("fair", "bad", 2.0)]
+
+
+def test_a_template_that_differs_is_said_and_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    template = template_of(str(tiny.tokenizer_folder()), SftSettings(template="vicuna"), stage="sft")
+    assert "'vicuna' was asked for and differs" in capsys.readouterr().err
+    assert template_facts(template) == {"template": "vicuna", "template_note": template.note}
+    plain = template_of(str(tiny.tokenizer_folder()), SftSettings(), stage="sft")
+    assert capsys.readouterr().err == "" and template_facts(plain) == {"template": "tokenizer"}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -175,6 +175,23 @@ def test_any_content_keeps_its_place(name: str, talk: tuple[str, list[tuple[str,
         assert all(w == 0 for i, w in enumerate(encoded.loss_weights) if i not in inside)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(several=st.lists(talks(), min_size=1, max_size=4))
+def test_many_at_once_and_by_shape_are_what_each_is_alone(
+    name: str, several: list[tuple[str, list[tuple[str, str, bool]]]]
+) -> None:
+    template = make(name)
+    samples = [sample for talk in several for sample in template.samples(messages_of(talk))]
+    together = template.encode_many(samples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("danlu.text.layout._around", lambda *_: None)  # every content is found with marks of its own
+        alone = [template.encode(sample) for sample in samples]
+    assert together == alone
+    rows = [(m[:-1], [[m[-1]], [a("other")]]) for m in samples]
+    assert template.encode_branches(rows) == [template.encode_branches([row])[0] for row in rows]
+
+
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 ADD: dict[str, Any] = {

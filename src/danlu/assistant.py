@@ -12,7 +12,8 @@ import torch
 from danlu.exceptions import ModelError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import FinishReason, Request, SamplingParams
-from danlu.models.load import load_model, resolve
+from danlu.models.load import load_model
+from danlu.models.places import resolve
 from danlu.models.quantize import is_quantized, load_quantized, quantize_model
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import load_tokenizer

@@ -219,7 +219,12 @@ class Collect(Settings):
 class RewardSettings(TrainSettings):
     """Pairwise reward model (Bradley-Terry)."""
 
-    margin: bool = Field(False, description="use the comparisons' margins in the loss")
+    pairs: Literal["best-worst", "all", "adjacent"] = Field(
+        "best-worst", description="which comparisons several ranked or scored answers to one prompt give"
+    )
+    margin: bool = Field(
+        False, description="use the comparisons' margins in the loss; those made of scores get the difference"
+    )
     centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2")
     collect: Collect | None = Field(None, description="gather comparisons of the policy's own answers first")
     min_accuracy: float = Field(0.6, ge=0, le=1, description="G-RM: held-out pair accuracy")

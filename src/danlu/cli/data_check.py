@@ -222,9 +222,12 @@ def _template(model: str | None, name: str | None) -> ChatTemplate:
     from danlu.text.chat_template import ChatTemplate
 
     if model is not None:
-        from danlu.training.setup import tokenizer_of
+        from danlu.training.templates import tokenizer_of
 
-        return ChatTemplate(tokenizer_of(model, stage="data check"), name)
+        template = ChatTemplate(tokenizer_of(model, stage="data check"), name)
+        if template.note:
+            say(f"note: {template.note}")
+        return template
     from danlu.data.show import stand_in_tokenizer
 
     return ChatTemplate(stand_in_tokenizer(name or DEFAULT_TEMPLATE), name or DEFAULT_TEMPLATE)

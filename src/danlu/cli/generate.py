@@ -119,7 +119,7 @@ def evaluate(
     result: dict[str, Any] = {"model": model, "data": data, "task": task}
     if task == "perplexity":
         from danlu.evals import perplexity
-        from danlu.training.setup import tokenizer_of
+        from danlu.training.templates import tokenizer_of
 
         trees = perplexity.encode(data, tokenizer_of(model, stage="eval"), max_length, limit)
         assistant = danlu.load(model, bits=bits)

@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "true"
+    )  # said outright, since it warns people about forks otherwise
     try:
         result = root.main(args=arguments, prog_name="danlu", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -202,7 +202,7 @@ def open_base(model: str) -> tuple[Any, str, bool]:
         inner = path / "model"
         here = inner if not has_own_files(path) and inner.is_dir() else path
         return open_tokenizer(path), str(here), True
-    from danlu.models.load import resolve
+    from danlu.models.places import resolve
     from danlu.training.runs import resolve_model
 
     name, local = resolve(resolve_model(model))

@@ -50,7 +50,8 @@ _CODES: Final = {
     "chosen equals rejected": "equal-answers",
     "all scores equal": "tie",
 }
-_LICENCE_REASONS: Final = ("no commercial use", "unknown licence")
+# Said of whole files or sources: the count says it all.
+_ONLY_COUNTED: Final = ("no commercial use", "unknown licence", "more rows like the first one")
 CUT_SHARE: Final = 0.95  # of prose answers must end properly before one that does not is suspicious
 PLACEHOLDER_SHARE: Final = 0.2  # of rows with `{{name}}`: fewer may well speak of templates
 BATCH: Final = 256
@@ -214,7 +215,7 @@ class Checker:
     def dropped(self, reason: str, origin: Origin | None) -> None:
         """A row that is left out as known noise."""
         self.summary.dropped[reason] += 1
-        if not reason.startswith(_LICENCE_REASONS):
+        if not reason.startswith(_ONLY_COUNTED):
             self.findings.warn(_CODES.get(reason, "left-out"), origin, "", reason)
 
     def add(self, entry: Format, record: Record) -> None:

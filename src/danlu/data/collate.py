@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,20 @@ from danlu.data.token_store import StoredItems
 from danlu.data.truncate import Limits, fit_conversation, fit_pair, fit_prompt, trained_answers
 from danlu.exceptions import DataError
 from danlu.text.chat_template import ChatTemplate, Encoded
-from danlu.text.tokenizer import encode_document
+from danlu.text.tokenizer import document_windows
 from danlu.tree import Node, TreeBatch, branches, conversation, forest
 from danlu.types import Comparison, Conversation, Document, Message, Prompt
+
+# Records that go through the tokenizer in one call.
+TOGETHER = 256
+Item = TypeVar("Item")
+
+
+def batched(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """The items in lists of at most `count`."""
+    source = iter(items)
+    while part := list(islice(source, count)):
+        yield part
 
 
 @dataclass
@@ -81,9 +93,11 @@ def encode_conversations(records: Iterable[Conversation], template: ChatTemplate
         DataError: something is longer than its limit and `overlength` is "error".
     """
     trees, limits = Trees(), Limits.of(max_length)
-    for record in records:
-        for messages in template.samples(record.messages):
-            fitted = fit_conversation(messages, template, limits, tools=record.tools, origin=record.origin)
+    samples = ((record, messages) for record in records for messages in template.samples(record.messages))
+    for part in batched(samples, TOGETHER):
+        encoded_part = template.encode_many([messages for _, messages in part], [record.tools for record, _ in part])
+        for (record, messages), whole in zip(part, encoded_part, strict=True):
+            fitted = fit_conversation(messages, template, limits, tools=record.tools, origin=record.origin, whole=whole)
             trees.answers += trained_answers(messages)
             trees.answers_cut += fitted.lost
             encoded = fitted.encoded
@@ -102,8 +116,8 @@ def _learns_stop(encoded: Encoded, start: int, end: int, stops: bool) -> bool:
 def encode_documents(records: Iterable[Document], tokenizer: Any, max_length: int) -> Trees:
     """Documents cut into windows, loss on every token but a window's first."""
     trees = Trees()
-    for record in records:
-        for ids in encode_document(tokenizer, record.text, max_length):
+    for part in batched(records, TOGETHER):
+        for ids in document_windows(tokenizer, [record.text for record in part], max_length):
             if len(ids) > 1:
                 trees._add(conversation(ids, [1.0] * len(ids)))
     return trees
@@ -116,22 +130,29 @@ def encode_comparisons(records: Iterable[Comparison], template: ChatTemplate, ma
         DataError: something is longer than its limit and `overlength` is "error".
     """
     trees, limits = Trees(), Limits.of(max_length)
-    for record in records:
-        trees.answers += 2
-        fitted = fit_pair(record, template, limits)
-        if isinstance(fitted, str):
-            trees.answers_cut += 2
-            trees._drop(fitted)
-            continue
-        ids, answers, cut = fitted
-        trees.answers_cut += cut
-        if answers[0] == answers[1] or not all(answers):
-            trees._drop("equal or empty answers")
-            continue
-        trees.answers_with_stop += sum(a[-1] in template.stop_ids for a in answers)
-        trees._add(branches(ids, answers))
-        trees.margins.append(record.margin)
+    for part in batched(records, TOGETHER):
+        whole = template.encode_branches([(record.prompt, [record.chosen, record.rejected]) for record in part])
+        for record, pair in zip(part, whole, strict=True):
+            _add_pair(trees, record, fit_pair(record, template, limits, whole=pair), template)
     return trees
+
+
+def _add_pair(
+    trees: Trees, record: Comparison, fitted: tuple[list[int], list[list[int]], int] | str, template: ChatTemplate
+) -> None:
+    trees.answers += 2
+    if isinstance(fitted, str):
+        trees.answers_cut += 2
+        trees._drop(fitted)
+        return
+    ids, answers, cut = fitted
+    trees.answers_cut += cut
+    if answers[0] == answers[1] or not all(answers):
+        trees._drop("equal or empty answers")
+        return
+    trees.answers_with_stop += sum(a[-1] in template.stop_ids for a in answers)
+    trees._add(branches(ids, answers))
+    trees.margins.append(record.margin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +173,16 @@ def encode_prompts(
     """
     found: list[EncodedPrompt] = []
     dropped = 0
-    for record in records:
-        kept = fit_prompt(list(record.prompt), template, Limits.of(max_length), origin=record.origin)
-        if kept is None:
-            dropped += 1
-        else:
-            found.append(EncodedPrompt(template.encode_prompt(kept), kept))
+    limits = Limits.of(max_length)
+    for part in batched(records, TOGETHER):
+        whole = template.encode_branches([(record.prompt, []) for record in part])
+        for record, (ids, _) in zip(part, whole, strict=True):
+            messages = list(record.prompt)
+            kept = fit_prompt(messages, template, limits, origin=record.origin, length=len(ids))
+            if kept is None:
+                dropped += 1
+            else:
+                found.append(EncodedPrompt(ids if kept == messages else template.encode_prompt(kept), kept))
     return found, dropped
 
 

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from danlu.data.formats.base import RowDropped
 from danlu.data.formats.registry import detect
-from danlu.data.formats.turns import before_answer
 from danlu.data.kinds import Pairs, as_kind, kind_of, serves
 from danlu.data.problems import Problem, RowError, problem_of
 from danlu.data.rows_out import Row, row_of
@@ -25,7 +24,7 @@ from danlu.data.written import (
     sharegpt_row,
     trl_row,
 )
-from danlu.types import Comparison, Conversation, Document, Message, Ranking, Record, RecordKind, Unpaired
+from danlu.types import Comparison, Conversation, Message, Ranking, Record, RecordKind, Unpaired
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +227,6 @@ def _changes(record: Record, made: list[Record], target: Target, to: str) -> lis
     first = made[0]
     if isinstance(first, Conversation) and to == "openai":
         found += _openai_changes(first.messages)
-    if to.startswith("chatllama-") and not isinstance(first, Document):
-        turns = before_answer(first.messages) if isinstance(first, Conversation) else first.prompt
-        found += ["earlier turns and the question written as one dialogue text"] if len(turns) > 1 else []
     origin = record.origin
     if origin is not None and not target.holds_origin:
         found += [f"{name}s left out" for name in ("source", "licence") if getattr(origin, name)]

@@ -19,7 +19,6 @@ class TokenLengths:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._tokenizer: Any = template.tokenizer
 
     def __call__(self, records: Sequence[Record]) -> list[int]:
         """One length per record.
@@ -37,10 +36,8 @@ class TokenLengths:
             for turns in dialogues(record):
                 rendered.append(self._render(record, turns))
                 owners.append(place)
-        # One call for all: the tokenizer works on several texts at once.
-        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         lengths = [0] * len(records)
-        for place, found in zip(owners, ids, strict=True):
+        for place, found in zip(owners, self._template.text_ids(rendered), strict=True):
             # A document gets a token before and one after it.
             extra = 2 if isinstance(records[place], Document) else 0
             lengths[place] = max(lengths[place], len(found) + extra)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self, cast
+from typing import Any, BinaryIO, Final, Self, cast
 
+from danlu import atomic
 from danlu.exceptions import DataError
 from danlu.types import Comparison, Conversation, Document, Prompt, Ranking, Record, Unpaired
 
@@ -79,17 +80,16 @@ class RowFile:
         self.path = path
         self.rows = 0
         self._array = ".json" in path.suffixes or path.name.lower().endswith((".json", ".json.gz"))
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._raw = self._temporary.open("wb")
-        except OSError as error:
-            raise DataError(f"the file cannot be written: {error.strerror}", file=self.path) from error
-        # No name and no time inside: the same rows give the same bytes.
-        packed = gzip.GzipFile("", "wb", 6, self._raw, mtime=0) if self.path.name.lower().endswith(".gz") else None
-        self._file: IO[bytes] = cast(IO[bytes], packed) if packed is not None else self._raw
+        with self._named_fault():
+            self._file = self._open.enter_context(atomic.opened(self.path))
+        if self.path.name.lower().endswith(".gz"):
+            # No name and no time inside: the same rows give the same bytes.
+            packed = gzip.GzipFile("", "wb", 6, self._file, mtime=0)
+            self._file = cast(BinaryIO, self._open.enter_context(packed))
+        self._open.push(self._end)
         return self
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -99,27 +99,23 @@ class RowFile:
     def write_line(self, line: str) -> None:
         """One row that is JSON already."""
         before = ("[\n" if not self.rows else ",\n") if self._array else ""
-        try:
+        with self._named_fault():
             self._file.write(f"{before}{line}{'' if self._array else chr(10)}".encode())
-        except OSError as error:
-            raise DataError(f"the file cannot be written: {error.strerror}", file=self.path) from error
         self.rows += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with self._named_fault():
+            self._open.__exit__(kind, error, trace)
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and self._array:
+            self._file.write(b"\n]\n" if self.rows else b"[]\n")
+
+    @contextmanager
+    def _named_fault(self) -> Iterator[None]:
         try:
-            if kind is None and self._array:
-                self._file.write(b"\n]\n" if self.rows else b"[]\n")
-            if self._file is not self._raw:
-                self._file.close()
-            self._raw.flush()
-            os.fsync(self._raw.fileno())
-            self._raw.close()
-            if kind is None:
-                self._temporary.replace(self.path)
+            yield
         except OSError as fault:
             raise DataError(f"the file cannot be written: {fault.strerror}", file=self.path) from fault
-        finally:
-            self._raw.close()
-            self._temporary.unlink(missing_ok=True)

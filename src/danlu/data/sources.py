@@ -10,6 +10,7 @@ import numpy as np
 
 from danlu.config import Source, Sources, as_list
 from danlu.data.files import find_files, is_hub
+from danlu.data.kinds import Pairs
 from danlu.data.read import Dataset, ReadOptions, read
 from danlu.exceptions import DataError
 from danlu.types import Record, RecordKind
@@ -32,7 +33,13 @@ def files_of(source: Source) -> list[Path]:
 
 
 def read_sources(
-    sources: Sources, kind: RecordKind, *, seed: int = 0, skip_bad: bool = False, margin: bool = False
+    sources: Sources,
+    kind: RecordKind,
+    *,
+    seed: int = 0,
+    skip_bad: bool = False,
+    pairs: Pairs = "best-worst",
+    margin: bool = False,
 ) -> Dataset:
     """Read everything that settings name as records of one kind.
 
@@ -42,7 +49,7 @@ def read_sources(
         kind: what the stage needs.
         seed: chooses which records of a source with a broken weight are taken.
         skip_bad: leave out faulty rows, and count them.
-        margin: see `read`.
+        pairs, margin: see `read`.
 
     Raises:
         DataError: see `read`.
@@ -50,8 +57,10 @@ def read_sources(
     given = as_list(sources)
     plain = ReadOptions(skip_bad=skip_bad)
     if all(source == Source(path=source.path) for source in given):
-        return read([source.path for source in given], kind, plain, margin=margin)
-    parts = [read(source.path, kind, options_of(source, skip_bad=skip_bad), margin=margin) for source in given]
+        return read([source.path for source in given], kind, plain, pairs=pairs, margin=margin)
+    parts = [
+        read(source.path, kind, options_of(source, skip_bad=skip_bad), pairs=pairs, margin=margin) for source in given
+    ]
     weighted = [
         weigh(part.records, source.weight, seed, number)
         for number, (source, part) in enumerate(zip(given, parts, strict=True))

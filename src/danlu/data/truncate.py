@@ -144,13 +144,19 @@ def fit_prompt(
     *,
     tools: Tools = (),
     origin: Origin | None = None,
+    length: int | None = None,
 ) -> list[Message] | None:
     """A prompt of at most `limits.longest_prompt` tokens, or None when it is to be dropped.
+
+    Args:
+        length: its tokens, if they have been counted already.
 
     Raises:
         DataError: it is longer and `overlength` is "error".
     """
     limit = limits.longest_prompt
+    if length is not None and length <= limit:
+        return messages
 
     def size(prompt: list[Message]) -> int:
         return len(template.encode_prompt(prompt, tools=tools))
@@ -172,44 +178,64 @@ def fit_conversation(
     *,
     tools: Tools = (),
     origin: Origin | None = None,
+    whole: Encoded | None = None,
 ) -> Fitted:
     """A conversation within limits, encoded.
+
+    Args:
+        whole: the conversation as it is, if it has been encoded already.
 
     Raises:
         DataError: something is longer than its limit and `overlength` is "error".
     """
     before = trained_answers(messages)
-    seen: dict[int, Encoded] = {}  # by number of messages, so that what fits need not be encoded again
+    # By number of messages, so that nothing is encoded twice.
+    seen: dict[int, Encoded] = {} if whole is None else {len(messages): whole}
+
+    def encoded_once(candidate: list[Message]) -> Encoded:
+        if len(candidate) not in seen:
+            seen[len(candidate)] = template.encode(candidate, tools=tools)
+        return seen[len(candidate)]
 
     def fits(candidate: list[Message]) -> bool:
-        found = seen[len(candidate)] = template.encode(candidate, tools=tools)
+        found = encoded_once(candidate)
         return len(found.ids) <= limits.total and (limits.prompt is None or _prompt_size(found) <= limits.prompt)
 
     if limits.overlength == "error":
-        _refuse(template.encode(messages, tools=tools), limits, origin)
+        _refuse(encoded_once(messages), limits, origin)
     kept = newest_exchanges(messages, fits)
     if kept is None and limits.overlength == "truncate":
         kept = _fit_newest(newest_exchange(messages), template, limits, tools)
         seen.clear()
     if kept is None:
         return Fitted(None, messages, before, limits.too_long)
-    encoded, lost = _fit_answers(seen.get(len(kept)) or template.encode(kept, tools=tools), limits)
+    encoded, lost = _fit_answers(encoded_once(kept), limits)
     lost += before - trained_answers(kept)
     if before and not any(encoded.loss_weights):
         return Fitted(None, kept, before, "answers longer than max_answer_tokens")
     return Fitted(encoded, kept, lost)
 
 
-def fit_pair(pair: Comparison, template: ChatTemplate, limits: Limits) -> tuple[list[int], list[list[int]], int] | str:
+Branches = tuple[list[int], list[list[int]]]
+"""Ids of a prompt and of the answers to it."""
+
+
+def fit_pair(
+    pair: Comparison, template: ChatTemplate, limits: Limits, *, whole: Branches | None = None
+) -> tuple[list[int], list[list[int]], int] | str:
     """Ids of a prompt, of its chosen and its rejected answer, and how many of these are not whole; or why the pair is dropped.
+
+    Args:
+        whole: the pair as it is, if it has been encoded already.
 
     Raises:
         DataError: something is longer than its limit and `overlength` is "error".
     """
 
-    def encode(prompt: list[Message]) -> tuple[list[int], list[list[int]]]:
-        ids, chosen = template.encode_answer(prompt, pair.chosen)
-        return ids, [chosen, template.encode_answer(prompt, pair.rejected)[1]]
+    def encode(prompt: list[Message]) -> Branches:
+        if whole is not None and len(prompt) == len(pair.prompt):
+            return whole
+        return template.encode_branches([(prompt, [pair.chosen, pair.rejected])])[0]
 
     def fits(prompt: list[Message]) -> bool:
         ids, answers = encode(prompt)

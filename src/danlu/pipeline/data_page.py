@@ -104,7 +104,7 @@ def histogram(key: str, title: str, curves: Sequence[Curve]) -> Plot:
     limit = max((int(np.quantile(values, CLIPPED)) for _, values in drawn), default=1)
     lowest = min((int(values.min()) for _, values in drawn), default=0)
     edges = np.linspace(lowest, max(limit, lowest + 1), BINS + 1)
-    with report_charts._style():
+    with report_charts.style():
         figure = Figure(figsize=(WIDTH, 2.2))
         axes = figure.add_axes((0.135, 0.17, 0.845, 0.79))
         for curve, values in drawn:
@@ -119,7 +119,7 @@ def histogram(key: str, title: str, curves: Sequence[Curve]) -> Plot:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        svg = report_charts._svg(figure, key, title)
+        svg = report_charts.svg(figure, key, title)
     return Plot(title, svg, [curve for curve, _ in drawn] if len(drawn) > 1 else [])
 
 
@@ -129,7 +129,7 @@ def bars(key: str, title: str, counts: Sequence[tuple[str, int]]) -> Plot:
 
     height = 0.2 + BAR_HEIGHT * max(len(counts), 1)
     total = max(sum(count for _, count in counts), 1)
-    with report_charts._style():
+    with report_charts.style():
         figure: Any = Figure(figsize=(WIDTH, height))
         axes = figure.add_axes((0.3, 0.02, 0.46, 0.96))
         places = range(len(counts))
@@ -145,10 +145,10 @@ def bars(key: str, title: str, counts: Sequence[tuple[str, int]]) -> Plot:
                 color=INK["soft"],
                 fontsize=8.5,
             )
-        axes.set_yticks(list(places), [report_charts._short(name, 20) for name, _ in counts])
+        axes.set_yticks(list(places), [report_charts.short(name, 20) for name, _ in counts])
         axes.set_ylim(len(counts) - 0.4, -0.6)
         axes.set_xticks([])
         axes.spines[["top", "left", "right", "bottom"]].set_visible(False)
         axes.tick_params(length=0, pad=5)
-        svg = report_charts._svg(figure, key, title)
+        svg = report_charts.svg(figure, key, title)
     return Plot(title, svg, [])

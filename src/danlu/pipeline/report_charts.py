@@ -87,7 +87,7 @@ def lines(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.add_axes((0.135, 0.2, 0.845, 0.76))
         if level is not None:
@@ -108,7 +108,7 @@ def lines(
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: number(round(value, 6), percent=True))
         axes.set_xlabel(x_label, fontsize=8.5, loc="right", labelpad=1)
-        return _svg(figure, key, title)
+        return svg(figure, key, title)
 
 
 def _draw(axes: Any, one: Series) -> None:
@@ -128,10 +128,10 @@ def whiskers(key: str, title: str, intervals: Sequence[Interval]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    names = [_short(i.label) for i in intervals]
+    names = [short(i.label) for i in intervals]
     left = min(0.36, 0.06 + 0.021 * max((_width(n) for n in names), default=0))
     height = 0.5 + 0.34 * len(intervals)
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, height))
         axes = figure.add_axes((left, 0.32 / height, 0.94 - left, 1 - 0.42 / height))
         rows = [-i for i in range(len(intervals))]
@@ -152,7 +152,7 @@ def whiskers(key: str, title: str, intervals: Sequence[Interval]) -> str:
         axes.spines[["top", "left", "right", "bottom"]].set_visible(False)
         axes.tick_params(length=0, pad=6)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        return _svg(figure, key, title)
+        return svg(figure, key, title)
 
 
 _Plan = tuple[str, list[Series], dict[str, Any]]  # title, series, options of `lines`
@@ -193,13 +193,13 @@ def stage_charts(key: str, kind: str, rows: Rows) -> list[Chart]:
     return drawn
 
 
-def _style() -> Any:
+def style() -> Any:
     import matplotlib
 
     return matplotlib.rc_context(_RC)
 
 
-def _svg(figure: Any, key: str, title: str) -> str:
+def svg(figure: Any, key: str, title: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.BytesIO()
@@ -253,7 +253,7 @@ def _width(text: str) -> int:
     return sum(2 if ord(c) > 0x2E80 else 1 for c in text)
 
 
-def _short(text: str, limit: int = 14) -> str:
+def short(text: str, limit: int = 14) -> str:
     text = " ".join(text.split())
     while _width(text) > limit:
         text = text.removesuffix("…")[:-1] + "…"

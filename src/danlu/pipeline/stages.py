@@ -30,7 +30,8 @@ from danlu.data.sources import read_sources
 from danlu.evals import perplexity
 from danlu.evals.generation import Evaluation, evaluate
 from danlu.exceptions import DataError, SettingsError
-from danlu.models.load import load_model, resolve
+from danlu.models.load import load_model
+from danlu.models.places import resolve
 from danlu.models.quantize import quantize_model, save_quantized
 from danlu.pipeline import gates
 from danlu.pipeline.gates import Gate
@@ -41,7 +42,8 @@ from danlu.text.tokenizer import load_tokenizer, train_tokenizer
 from danlu.trainers import ppo, pretrain, reward_model, sft
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
-from danlu.training.setup import records_of, template_of, tokenizer_of
+from danlu.training.setup import records_of
+from danlu.training.templates import template_of, tokenizer_of
 from danlu.types import Conversation, Prompt
 
 S = TypeVar("S", bound=StageSettings)

@@ -17,6 +17,8 @@ from danlu.text.tool_text import Shown, Tools
 
 Path = tuple[Any, ...]
 Risky = Callable[[str, str], bool]  # (role, text) -> does it hold a control token that must not be read as one?
+PLAIN_FIELDS = {"role", "content"}
+MOST_SHAPES = 1024  # a long conversation has one for each of its answers
 PRIVATE = range(0xE000, 0xF900)  # private-use characters: marks are made of two that no text of the conversation has
 
 
@@ -80,9 +82,30 @@ def lay_out(renderer: Renderer, shown: Sequence[Shown], tools: Tools, risky: Ris
     Raises:
         TemplateError: an answer cannot be told apart from its prompt in this template.
     """
-    fields = [s.fields for s in shown]
-    text = renderer.text(fields, tools, generation=generation)
+    text = renderer.text([s.fields for s in shown], tools, generation=generation)
     answers = _answers(renderer, shown, generation)
+    by_shape = _found_by_shape(renderer, shown, tools, text, generation=generation)
+    spelled = [text[f.start : f.end] for f in by_shape] if by_shape is not None else None
+    found = by_shape or _found_by_marks(renderer, shown, tools, text, answers, risky, generation=generation)
+    turns = _turns(renderer, shown, tools, text, answers, found, spelled, trains=not generation)
+    if turns and not generation and turns[-1].number == len(shown) - 1:
+        text = text[: turns[-1].end]
+    plain = [Plain(f.start, f.end, _role(f.leaf, shown)) for f in found if risky(_role(f.leaf, shown), f.leaf.value)]
+    return Layout(text, turns, [p for p in plain if p.start < len(text)])
+
+
+def _found_by_marks(
+    renderer: Renderer,
+    shown: Sequence[Shown],
+    tools: Tools,
+    text: str,
+    answers: Sequence[int],
+    risky: Risky,
+    *,
+    generation: bool,
+) -> list[_Found]:
+    """Where answers and risky contents are: the conversation is rendered again with marks in their places."""
+    fields = [s.fields for s in shown]
     leaves = [
         *(leaf for leaf in _leaves(list(tools), -1) if risky("tools", leaf.value)),
         *(
@@ -98,13 +121,55 @@ def lay_out(renderer: Renderer, shown: Sequence[Shown], tools: Tools, risky: Ris
         return renderer.text(marked, marked_tools, generation=generation)
 
     found = _find(text, leaves, render) if leaves else []
-    if found is None:
-        found = _find_one_by_one(text, leaves, render, shown)
-    turns = _turns(renderer, shown, tools, text, answers, found, trains=not generation)
-    if turns and not generation and turns[-1].number == len(shown) - 1:
-        text = text[: turns[-1].end]
-    plain = [Plain(f.start, f.end, _role(f.leaf, shown)) for f in found if risky(_role(f.leaf, shown), f.leaf.value)]
-    return Layout(text, turns, [p for p in plain if p.start < len(text)])
+    return found if found is not None else _find_one_by_one(text, leaves, render, shown)
+
+
+# -- shapes -------------------------------------------------------------------------------------------------------------
+
+
+def _found_by_shape(
+    renderer: Renderer, shown: Sequence[Shown], tools: Tools, text: str, *, generation: bool
+) -> list[_Found] | None:
+    """Where all contents are, if this text is what the template makes of conversations of this shape; else None.
+
+    Most conversations are turns with text alone. What a template writes around these depends on who speaks, so each sequence of
+    roles is rendered with marks once; that this text is of that form is seen by comparing all of it.
+    """
+    pieces = _around(renderer, shown, tools, generation)
+    if pieces is None or not text.startswith(pieces[0]):
+        return None
+    found = []
+    cursor = len(pieces[0])
+    for number, (turn, after) in enumerate(zip(shown, pieces[1:], strict=True)):
+        content: str = turn.fields["content"]
+        for spelling in (content, content.strip()):
+            end = cursor + len(spelling)
+            if text.startswith(spelling, cursor) and text.startswith(after, end):
+                break
+        else:
+            return None
+        found.append(_Found(_Leaf(number, ("content",), content), cursor, end))
+        cursor = end + len(after)
+    return found if cursor == len(text) else None
+
+
+def _around(renderer: Renderer, shown: Sequence[Shown], tools: Tools, generation: bool) -> list[str] | None:
+    """What the template writes before, between and after the contents; None if there is more to this than the roles."""
+    if tools or any(turn.fields.keys() != PLAIN_FIELDS for turn in shown):
+        return None
+    shape = (tuple(turn.role for turn in shown), generation)
+    if shape not in renderer.shapes:
+        if len(renderer.shapes) >= MOST_SHAPES:
+            renderer.shapes.clear()
+        renderer.shapes[shape] = _pieces_of(renderer, *shape)
+    return renderer.shapes[shape]
+
+
+def _pieces_of(renderer: Renderer, roles: Sequence[str], generation: bool) -> list[str] | None:
+    marks = _marks(len(roles), "")
+    marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    pieces, order = _split(renderer.attempt(*marked, generation=generation), marks)
+    return pieces if order == list(range(len(roles))) else None
 
 
 def _answers(renderer: Renderer, shown: Sequence[Shown], generation: bool) -> list[int]:
@@ -129,17 +194,21 @@ def _turns(
     text: str,
     answers: Sequence[int],
     found: Sequence[_Found],
+    spelled: Sequence[str] | None,
     *,
     trains: bool,
 ) -> list[Turn]:
     """The assistant's turns. One that cannot be told apart is context, unless it is to be trained.
+
+    Args:
+        spelled: the contents as they stand in the text, if it is of its shape's form.
 
     Raises:
         TemplateError: a turn that is to be trained cannot be told apart.
     """
     places: list[tuple[int, int, int]] = []
     for number in answers:
-        start = _start(renderer, shown, tools, text, number)
+        start = _start(renderer, shown, tools, text, number, spelled)
         end = _content_end(shown[number], found, number, start)
         if start is None and trains and shown[number].train:
             raise TemplateError(
@@ -163,9 +232,16 @@ def _turns(
     return turns
 
 
-def _start(renderer: Renderer, shown: Sequence[Shown], tools: Tools, text: str, number: int) -> int | None:
+def _start(
+    renderer: Renderer, shown: Sequence[Shown], tools: Tools, text: str, number: int, spelled: Sequence[str] | None
+) -> int | None:
     """Where a turn begins: where the prompt before it ends, as serving renders it. None if that does not begin the text."""
-    prompt = renderer.text([s.fields for s in shown[:number]], tools, generation=True)
+    before = shown[:number]
+    around = _around(renderer, before, tools, True) if spelled is not None else None
+    if around is None or spelled is None:
+        prompt = renderer.text([s.fields for s in before], tools, generation=True)
+    else:
+        prompt = around[0] + "".join(map("".join, zip(spelled, around[1:], strict=False)))
     return len(prompt) if text.startswith(prompt) else None
 
 

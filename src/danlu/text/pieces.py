@@ -10,12 +10,29 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from danlu.text.rendering import control_tokens
 
 LONGEST_TOKEN = 64  # characters of text before a piece that are looked at for a control token
 FRONT = "\ue0ff"  # stands for ordinary text before a piece; no tokenizer merges it with what follows
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a text.
+
+    Attributes:
+        before: the end of the text before it.
+        plain: read control tokens in it as ordinary text; `role` is who wrote it.
+    """
+
+    text: str
+    before: str
+    plain: bool = False
+    role: str = ""
 
 
 class PieceEncoder:
@@ -36,6 +53,7 @@ class PieceEncoder:
         self._marks = _any_of({t for t in added if t in source and len(t) > 2 and set(t) & set("<>[]{}|")})
         self._control = _any_of(special | added)
         self._ends_in_control = re.compile(f"(?:{self._control.pattern})\\Z") if self._control else None
+        self._direct = self._is_direct(special | added)
         self._depends = self._needs_context(special | added)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,22 +74,11 @@ class PieceEncoder:
             return True
         return role in ("user", "tool") and self._marks is not None and self._marks.search(text) is not None
 
-    def ids(self, piece: str, before: str, *, plain: bool = False, role: str = "") -> list[int]:
-        """Ids of a piece of a text.
-
-        Args:
-            before: the text before it.
-            plain: read control tokens in it as ordinary text; `role` is who wrote it.
-        """
-        if not piece:
-            return []
-        if not plain:
-            return self._after(piece, before, plain=False)
-        ids: list[int] = []
-        for part in self._broken(piece) if role in ("user", "tool") else [piece]:
-            ids += self._after(part, before, plain=True)
-            before = part
-        return ids
+    def ids(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Ids of each piece; many at once take a fraction of the time of each alone."""
+        parts = [self._parts(piece) for piece in pieces]
+        found = iter(self._after([part for group in parts for part in group]))
+        return [[token for _ in group for token in next(found)] for group in parts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids from the middle of a text, without special tokens."""
@@ -79,7 +86,7 @@ class PieceEncoder:
         if not self._depends:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             return text
-        front = self._after(FRONT, "", plain=False)
+        front = self._front(FRONT, plain=False)
         text = self.tokenizer.decode(front + ids, skip_special_tokens=True)
         shown: str = self.tokenizer.decode(front, skip_special_tokens=True)
         return text[len(shown) :] if text.startswith(shown) else self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -94,31 +101,79 @@ class PieceEncoder:
             cursor = hit.start() + 1
         return [part for part in [*parts, text[cursor:]] if part]
 
-    def _after(self, piece: str, before: str, *, plain: bool) -> list[int]:
-        if not self._depends or not before:
-            return self._encode(piece, plain=plain)
-        control = self._ends_in_control.search(before[-LONGEST_TOKEN:]) if self._ends_in_control and not plain else None
-        front = control.group() if control else FRONT
-        if (front, plain) not in self._fronts:
-            self._fronts[front, plain] = self._encode(front, plain=plain)
-        together, alone = self._encode(front + piece, plain=plain), self._fronts[front, plain]
-        if together[: len(alone)] != alone:
-            return self._encode(piece, plain=plain)
-        return together[len(alone) :]
+    def _parts(self, piece: Piece) -> list[Piece]:
+        """The piece, or what it is cut into so that no control token is whole; nothing if it is empty."""
+        if not piece.plain or piece.role not in ("user", "tool"):
+            return [piece] if piece.text else []
+        texts = self._broken(piece.text)
+        befores = [piece.before, *texts]
+        return [Piece(text, before, True, piece.role) for text, before in zip(texts, befores, strict=False)]
 
-    def _encode(self, text: str, *, plain: bool) -> list[int]:
+    def _after(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Ids of pieces, each behind what stands before it."""
+        fronts = [self._front_text(piece) for piece in pieces]
+        found: list[list[int]] = [[]] * len(pieces)
+        for plain in (False, True):
+            places = [n for n, piece in enumerate(pieces) if piece.plain == plain]
+            texts = [fronts[n] + pieces[n].text for n in places]
+            for n, ids in zip(places, self._encode(texts, plain=plain), strict=True):
+                alone = self._front(fronts[n], plain=plain)
+                if ids[: len(alone)] == alone:
+                    found[n] = ids[len(alone) :]
+                else:
+                    (found[n],) = self._encode([pieces[n].text], plain=plain)
+        return found
+
+    def _front_text(self, piece: Piece) -> str:
+        """What a piece is encoded behind: the control token that it follows, or something ordinary."""
+        if not self._depends or not piece.before:
+            return ""
+        control = (
+            self._ends_in_control.search(piece.before[-LONGEST_TOKEN:])
+            if self._ends_in_control and not piece.plain
+            else None
+        )
+        return control.group() if control else FRONT
+
+    def _front(self, front: str, *, plain: bool) -> list[int]:
+        if not front:
+            return []
+        if (front, plain) not in self._fronts:
+            (self._fronts[front, plain],) = self._encode([front], plain=plain)
+        return self._fronts[front, plain]
+
+    def _encode(self, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
+        if not texts:
+            return []
         # split_special_tokens is a switch on the shared tokenizer: two threads must not turn it at once.
         with self._lock:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+            return self._backend_ids(texts, plain) if self._direct else self._called_ids(texts, plain)
+
+    def _called_ids(self, texts: Sequence[str], plain: bool) -> list[list[int]]:
+        found = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain)
+        ids: list[list[int]] = found["input_ids"]
         return ids
+
+    def _backend_ids(self, texts: Sequence[str], plain: bool) -> list[list[int]]:
+        """From the library under the tokenizer: without the offsets and masks that a call makes, in half the time."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = plain
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _is_direct(self, control: set[str]) -> bool:
+        """Whether the library under the tokenizer gives the ids that a call does: tokenizers may do more in a call."""
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            return False
+        probes = ["", " a  b\n", "7日，Ａ é", *(f"x {token} y" for token in sorted(control)[:4])]
+        return all(self._called_ids(probes, plain) == self._backend_ids(probes, plain) for plain in (False, True))
 
     def _needs_context(self, control: set[str]) -> bool:
         fronts = [FRONT, *sorted(control, key=len)[:1]]
         swallows = any(t.rstrip or t.lstrip for t in self.tokenizer.added_tokens_decoder.values())
         probe = "a b"
-        alone = self._encode(probe, plain=False)
+        (alone,) = self._encode([probe], plain=False)
         return swallows or any(
-            self._encode(f + probe, plain=False) != self._encode(f, plain=False) + alone for f in fronts
+            self._encode([front + probe], plain=False) != [self._front(front, plain=False) + alone] for front in fronts
         )
 
 

@@ -55,6 +55,8 @@ class Renderer:
     def __init__(self, tokenizer: Any, source: str, tool_source: str | None = None) -> None:
         self.tokenizer, self.source, self.tool_source = tokenizer, source, tool_source or source
         self.special, self.added = control_tokens(tokenizer)
+        # What the template writes around contents, by roles and `generation`; see `text/layout.py`.
+        self.shapes: dict[tuple[tuple[str, ...], bool], list[str] | None] = {}
         self.can = _abilities(self)
         self.endings = _endings(self)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,14 +117,14 @@ def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:
         raise ModelError(f"the tokenizer cannot be loaded: {first}", file=model) from error
 
 
-def encode_document(tokenizer: Any, text: str, max_length: int) -> list[list[int]]:
-    """A text as windows of at most `max_length` ids: document start, text, document end.
+def document_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
+    """Texts as windows of at most `max_length` ids: of each document start, text, document end.
 
     A long text is cut into windows that each begin with the last id of the window before, so that no token goes unpredicted.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     end = tokenizer.convert_tokens_to_ids(DOCUMENT) if DOCUMENT in tokenizer.get_vocab() else tokenizer.eos_token_id
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = ([start] if start is not None else []) + ids + ([end] if end is not None else [])
     step = max(max_length - 1, 1)
-    return [ids[i : i + max_length] for i in range(0, max(len(ids) - 1, 1), step)]
+    for found in tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []:
+        ids = ([start] if start is not None else []) + found + ([end] if end is not None else [])
+        yield from (ids[i : i + max_length] for i in range(0, max(len(ids) - 1, 1), step))

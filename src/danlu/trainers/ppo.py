@@ -39,8 +39,9 @@ from danlu.training.logprobs import logprobs
 from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import final_state, limits_of, lora_roles, records_of, template_of, tokenizer_of
+from danlu.training.setup import final_state, limits_of, lora_roles, records_of
 from danlu.training.step import TrainResult, accumulate, apply
+from danlu.training.templates import template_facts, template_of, tokenizer_of
 from danlu.tree import Trajectory, TreeBatch, forest
 
 HELDOUT_PROMPTS = 128
@@ -148,7 +149,7 @@ def train(settings: PpoSettings) -> TrainResult:
         metrics |= best
         if "first_eval_score" in session.extra:
             metrics["first_eval_score"] = session.extra["first_eval_score"]
-        facts |= {"first": session.extra.get("first", {})}
+        facts |= {"first": session.extra.get("first", {}), **template_facts(template)}
 
     folder = Path(settings.out) / "model"
     if distributed.is_main():

@@ -17,8 +17,9 @@ from danlu.training.compute import choose
 from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import final_state, lora_roles, records_of, tokenizer_of
+from danlu.training.setup import final_state, lora_roles, records_of
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
+from danlu.training.templates import tokenizer_of
 from danlu.training.tokens import trees_of
 
 

@@ -21,8 +21,9 @@ from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.session import Session
-from danlu.training.setup import limits_of, policy_roles, records_of, template_of
+from danlu.training.setup import limits_of, policy_roles, records_of
 from danlu.training.step import TrainResult, accumulate, apply, batches_of
+from danlu.training.templates import template_facts, template_of
 from danlu.training.tokens import trees_of
 
 NORMALISER_PAIRS = 2000
@@ -111,6 +112,7 @@ def train(settings: RewardSettings) -> TrainResult:
         "heldout_pairs": len(heldout.items),
         "score_mean": mean,
         "score_std": std,
+        **template_facts(template),
         "dropped": {**dataset.left_out, **trees.dropped},
         "origins": dataset.origins,
     }

@@ -16,8 +16,9 @@ from danlu.training.compute import Compute, choose
 from danlu.training.logprobs import logprobs
 from danlu.training.optim import adamw, rate_factor, set_rate
 from danlu.training.session import Session
-from danlu.training.setup import final_state, limits_of, policy_roles, records_of, template_of
+from danlu.training.setup import final_state, limits_of, policy_roles, records_of
 from danlu.training.step import TrainResult, accumulate, apply, batches_of, heldout_loss, language_loss
+from danlu.training.templates import template_facts, template_of
 from danlu.training.tokens import trees_of
 
 STOP_SAMPLE = 64
@@ -90,7 +91,7 @@ def train(settings: SftSettings) -> TrainResult:
         # With adapters the head is frozen: then a stop token must be one that the base already produces.
         "stop_row_learns": bool(stop_rows.requires_grad) or stop_probability >= 0.5,
         "stop_probability": stop_probability,
-        "template": template.name,
+        **template_facts(template),
         "dropped": {**dataset.left_out, **trees.dropped},
         "origins": dataset.origins,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,41 +11,13 @@ from danlu.data.read import Dataset
 from danlu.data.sources import read_sources
 from danlu.data.split import split_heldout
 from danlu.data.truncate import Limits
-from danlu.exceptions import ModelError, SettingsError
+from danlu.exceptions import SettingsError
 from danlu.generation.sampling import mix_seed
-from danlu.models.load import load_model, resolve
+from danlu.models.load import load_model
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RoleName
-from danlu.text.chat_template import ChatTemplate
-from danlu.text.tokenizer import load_tokenizer
 from danlu.training.runs import resolve_model
 from danlu.types import Record, RecordKind
-
-
-def tokenizer_of(model: str, *, stage: str) -> Any:
-    """The tokenizer of a model, which this stage cannot do without.
-
-    Raises:
-        ModelError: the folder has none.
-    """
-    folder = resolve_model(model)
-    if not folder:
-        raise ModelError("no model is given", hint="--model FOLDER, or `model:` in the recipe")
-    # A tokenizer may stand in a folder of its own, without a model.
-    name, local = (folder, True) if (Path(folder) / "tokenizer.json").is_file() else resolve(folder)
-    tokenizer = load_tokenizer(name, local=local)
-    if tokenizer is None:
-        raise ModelError(
-            f"this model folder has no tokenizer files, and {stage} needs text",
-            file=name,
-            hint="copy tokenizer.json and tokenizer_config.json of the model beside config.json",
-        )
-    return tokenizer
-
-
-def template_of(model: str, settings: TrainSettings, *, stage: str) -> ChatTemplate:
-    """The chat seam of a model."""
-    return ChatTemplate(tokenizer_of(model, stage=stage), settings.template)
 
 
 def records_of(settings: TrainSettings, kind: RecordKind) -> tuple[list[Record], list[Record], Dataset]:
@@ -58,8 +29,9 @@ def records_of(settings: TrainSettings, kind: RecordKind) -> tuple[list[Record],
         raise SettingsError("no data is given", field="data", hint="give a file, folder or glob")
 
     def read_all(sources: Sources) -> Dataset:
-        margin = bool(getattr(settings, "margin", False))  # the reward model's: scores become margins if it uses them
-        return read_sources(sources, kind, seed=settings.seed, skip_bad=settings.skip_bad, margin=margin)
+        # What becomes of scored answers only stages that compare have a say in.
+        compared = {name: getattr(settings, name) for name in ("pairs", "margin") if hasattr(settings, name)}
+        return read_sources(sources, kind, seed=settings.seed, skip_bad=settings.skip_bad, **compared)
 
     dataset = read_all(settings.data)
     if settings.eval_data is not None:

@@ -1,11 +1,15 @@
-"""ChatLLaMA's three files: examples for the actor, scored answers for the reward model, questions for RLHF."""
+"""ChatLLaMA's three files: examples for the actor, scored answers for the reward model, questions for RLHF.
+
+ChatLLaMA makes them of HH-RLHF, too: a question of exactly the form `Human: ... Assistant:` is split into turns.
+"""
 
 from __future__ import annotations
 
 from danlu.data.formats.base import Format, Row, RowDropped
 from danlu.data.formats.cells import optional_number
 from danlu.data.formats.fields import text
-from danlu.data.formats.turns import assistant, published_conversation, published_question, user
+from danlu.data.formats.preference_text import question_of
+from danlu.data.formats.turns import assistant, published_conversation, published_question
 from danlu.types import Message, Origin, Prompt, Ranking, Record
 
 
@@ -14,11 +18,11 @@ def _is_rlhf(row: Row) -> bool:
 
 
 def _question(row: Row, origin: Origin) -> list[Message]:
-    return published_question([user(text(row, "user_input", origin))])
+    return published_question(question_of(text(row, "user_input", origin)))
 
 
 def _parse_actor(row: Row, origin: Origin) -> list[Record]:
-    turns = [user(text(row, "user_input", origin)), assistant(text(row, "completion", origin))]
+    turns = [*question_of(text(row, "user_input", origin)), assistant(text(row, "completion", origin))]
     return [published_conversation(turns, origin)]
 
 

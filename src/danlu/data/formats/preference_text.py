@@ -25,6 +25,7 @@ def _matches(row: Row) -> bool:
 
 
 def question_of(prompt: str) -> list[Message]:
+    """The turns of a prompt; it is one user turn unless it is exactly a dialogue that waits for its answer."""
     ending = prompt.rstrip()
     if not (_DIALOGUE.match(prompt) and ending.endswith("Assistant:")):
         return [user(prompt)]

@@ -1,0 +1,49 @@
+"""The tokenizer and the chat template that a model brings, or that the settings ask for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from danlu.config import TrainSettings
+from danlu.exceptions import ModelError
+from danlu.models.places import resolve
+from danlu.text.chat_template import ChatTemplate
+from danlu.text.tokenizer import load_tokenizer
+from danlu.training import distributed
+from danlu.training.runs import resolve_model
+
+
+def tokenizer_of(model: str, *, stage: str) -> Any:
+    """The tokenizer of a model, which this stage cannot do without.
+
+    Raises:
+        ModelError: the folder has none.
+    """
+    folder = resolve_model(model)
+    if not folder:
+        raise ModelError("no model is given", hint="--model FOLDER, or `model:` in the recipe")
+    # A tokenizer may stand in a folder of its own, without a model.
+    name, local = (folder, True) if (Path(folder) / "tokenizer.json").is_file() else resolve(folder)
+    tokenizer = load_tokenizer(name, local=local)
+    if tokenizer is None:
+        raise ModelError(
+            f"this model folder has no tokenizer files, and {stage} needs text",
+            file=name,
+            hint="copy tokenizer.json and tokenizer_config.json of the model beside config.json",
+        )
+    return tokenizer
+
+
+def template_of(model: str, settings: TrainSettings, *, stage: str) -> ChatTemplate:
+    """The chat seam of a model. What people should know about the choice of template is said on stderr."""
+    template = ChatTemplate(tokenizer_of(model, stage=stage), settings.template)
+    if template.note and distributed.is_main():
+        print(f"{stage}: {template.note}", file=sys.stderr)
+    return template
+
+
+def template_facts(template: ChatTemplate) -> dict[str, str]:
+    """For the manifest: which template it was, and what people should know about that choice."""
+    return {"template": template.name} | ({"template_note": template.note} if template.note else {})
