@@ -50,7 +50,7 @@ EVERY = """
 TRAINING = """
 ## Every training stage
 
-These belong to `pretrain`, `sft`, `reward` and `ppo`. A stage of its own below shows only what it adds or changes.
+These belong to `pretrain`, `sft`, `reward`, `dpo`, `ppo` and `grpo`. A stage of its own below shows only what it adds or changes.
 """
 
 

@@ -14,9 +14,6 @@ from torch import Tensor
 # Two torch processes with two threads each on two cores slow one another down a hundredfold (pytest-xdist starts two).
 torch.set_num_threads(1)
 
-# Warnings are errors, except this one: peft 0.21 reads an attribute that transformers 5.23 renamed.
-PEFT_READS_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-
 VOCAB, CONTEXT = 61, 64
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -46,10 +43,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     ),
 }
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", PEFT_READS_OLD_NAME)
 
 
 def make_tiny(family: str, *, seed: int = 0, scalar: bool = False, **options: Any) -> Any:

@@ -296,7 +296,7 @@ def test_no_model_and_no_data(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         (["stf"], "stf"),
         (["sft", "--max-step", "3"], "--max-step"),
         (["sft", "--max-steps", "many"], "many"),
-        (["sft", "--dtype", "float16", "--out", "o"], "float16"),
+        (["sft", "--dtype", "float8", "--out", "o"], "float8"),
         (["sft", "--data", "x"], "--out"),
         (["sft", "--out", "o", "--learning-rate", "-1"], "learning_rate"),
         (["sft", "--out", "o", "--max-length", "600", "--micro-tokens", "500"], "micro_tokens"),

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from danlu.exceptions import EngineError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Completion, Request, SamplingParams, generate
 from danlu.generation.rollout import rollout
-from danlu.generation.sampling import mix_seed, sample, uniform
-from danlu.models.attention import TreePlan
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.text.tokenizer import train_tokenizer
@@ -33,7 +25,6 @@ from danlu.tree import TreeBatch, branches
 Tiny = Callable[..., Any]
 Near = Callable[..., None]
 PROMPTS = [[5, 6, 7], [8], list(range(3, 43)), [9, 9], [30, 31, 32, 33]]
-DRAWS = 20_000
 
 
 @pytest.fixture(params=["llama", "bloom"], ids=["own cache", "transformers' cache"])
@@ -113,19 +104,6 @@ def test_seeds_make_the_difference(model: Any) -> None:
     first, again, other = generate(engine, [request_for([5, 6], seed=s) for s in (1, 1, 2)])
     assert first.ids == again.ids and first.logprobs == again.logprobs
     assert first.ids != other.ids
-
-
-def test_equal_prompts_are_read_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
-    expected = [tokens(alone(model, request_for(p, seed=s))) for s in range(3) for p in ([5, 6, 7], [8, 9])]
-    engine = LocalEngine(model)
-    read: list[int] = []
-    monkeypatch.setattr(
-        "danlu.generation.engine.TreePlan", lambda tree: read.append(tree.input_ids_T.numel()) or TreePlan(tree)
-    )
-    done = generate(engine, [request_for(p, seed=s) for s in range(3) for p in ([5, 6, 7], [8, 9])])
-    assert read == [5]  # two prompts of 3 and 2 tokens, not six
-    assert [tokens(c) for c in done] == expected
 
 
 # --- slots ------------------------------------------------------------------------------------------------------------
@@ -208,15 +186,16 @@ def test_a_failing_step_does_not_leave_others_waiting_for_ever(tiny: Tiny, monke
     """Out of memory while prompts are read: every request of that admission must end, with the error or without."""
     engine = LocalEngine(tiny("llama"))
     ids = [engine.submit(request_for(p)) for p in PROMPTS[:2]]
-    trunk = engine._trunk
+    runner = engine._runner()
+    read = runner.read
     failures = iter([True])
 
     def fails_once(*args: Any) -> Any:
         if next(failures, False):
             raise RuntimeError("out of memory")
-        return trunk(*args)
+        return read(*args)
 
-    monkeypatch.setattr(engine, "_trunk", fails_once)
+    monkeypatch.setattr(runner, "read", fails_once)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.result(ids[0])
     ended = threading.Event()
@@ -350,107 +329,3 @@ def test_rollouts_are_a_function_of_seed_step_and_sample(tiny: Tiny) -> None:
     for trajectory in first:
         assert trajectory.finished == (trajectory.actions[-1] in params.stop_ids)
         assert len(trajectory.logprobs) == len(trajectory.actions)
-
-
-# --- the sampler ------------------------------------------------------------------------------------------------------
-
-
-def draw(probabilities: list[float], **options: Any) -> tuple[list[int], list[float]]:
-    """Many draws from one distribution: one row, many token indices."""
-    logits = torch.tensor([probabilities]).log().expand(DRAWS, -1)
-    return sample(logits, [SamplingParams(seed=11, **options)] * DRAWS, list(range(DRAWS)), [[]] * DRAWS)
-
-
-def assert_distribution(drawn: list[int], logp: list[float], expected: list[float]) -> None:
-    """Chi-square of the counts within 5 standard deviations of its mean, and log-probabilities of the same distribution."""
-    counts = Counter(drawn)
-    alive = [i for i, p in enumerate(expected) if p > 0]
-    assert set(counts) <= set(alive)
-    chi = sum((counts[i] - DRAWS * expected[i]) ** 2 / (DRAWS * expected[i]) for i in alive)
-    freedom = len(alive) - 1
-    assert chi <= freedom + 5 * math.sqrt(2 * freedom)
-    assert all(abs(p - math.log(expected[i])) < 1e-5 for i, p in list(zip(drawn, logp, strict=True))[:500])
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.4, 0.1, 0.3, 0.2]),
-        # squares 16, 1, 9, 4 of 30
-        ({"temperature": 0.5}, [16 / 30, 1 / 30, 9 / 30, 4 / 30]),
-        ({"top_k": 2}, [4 / 7, 0, 3 / 7, 0]),
-        ({"top_k": 9}, [0.4, 0.1, 0.3, 0.2]),
-        # 0.4 + 0.3 reaches 0.65; 0.4 alone reaches 0.35
-        ({"top_p": 0.65}, [4 / 7, 0, 3 / 7, 0]),
-        ({"top_p": 0.35}, [1, 0, 0, 0]),
-        ({"top_p": 0.75}, [4 / 9, 0, 3 / 9, 2 / 9]),
-        # temperature first: 16/30 + 9/30 reaches 0.8, which 0.4 + 0.3 would not
-        ({"temperature": 0.5, "top_p": 0.8}, [16 / 25, 0, 9 / 25, 0]),
-        ({"top_k": 3, "top_p": 0.65}, [4 / 7, 0, 3 / 7, 0]),
-    ],
-)
-def test_draws_follow_the_distribution(options: dict[str, Any], expected: list[float]) -> None:
-    assert_distribution(*draw([0.4, 0.1, 0.3, 0.2], **options), expected)
-
-
-def test_rows_do_not_share_their_parameters() -> None:
-    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log().expand(4, -1)
-    params = [
-        SamplingParams(temperature=0),
-        SamplingParams(top_k=1),
-        SamplingParams(top_p=0.1),
-        SamplingParams(temperature=1e-5),
-    ]
-    picked, logp = sample(logits, params, [0] * 4, [[]] * 4)
-    assert picked == [0, 0, 0, 0]
-    # Greedy: of the plain softmax. Truncated to one token: certain.
-    assert logp == pytest.approx([math.log(0.4), 0.0, 0.0, math.log(0.4)], abs=1e-6)
-
-
-def test_repetition_penalty() -> None:
-    # Seen tokens: 2 / 2 = 1 and -1 * 2 = -2; unseen ones keep 1.5 and 0.
-    logits = torch.tensor([[2.0, 1.5, -1.0, 0.0]])
-    penalised = torch.log_softmax(torch.tensor([1.0, 1.5, -2.0, 0.0]), -1)
-    params = SamplingParams(temperature=0, repetition_penalty=2.0)
-    picked, logp = sample(logits, [params], [0], [[0, 2, 2]])
-    assert picked == [1] and logp[0] == pytest.approx(float(penalised[1]))
-    assert sample(logits, [replace(params, repetition_penalty=1.0)], [0], [[0, 2]])[0] == [0]
-    assert logits.tolist() == [[2.0, 1.5, -1.0, 0.0]]
-
-
-def test_repetition_penalty_sees_prompt_and_answer(tiny: Tiny) -> None:
-    params = {"temperature": 0, "repetition_penalty": 1e6, "max_new_tokens": 20}
-    done = alone(tiny("llama"), request_for([5, 6, 7], **params))
-    assert len({*done.ids, 5, 6, 7}) == 23
-
-
-def test_logits_out_of_range_of_a_draw() -> None:
-    """Half precision, a huge gap, and the largest draw there is."""
-    logits = torch.tensor([[-1e4, 5.0, 5.0]], dtype=torch.bfloat16)
-    for step in range(50):
-        [token], [logp] = sample(logits, [SamplingParams()], [step], [[]])
-        assert token in (1, 2) and logp == pytest.approx(math.log(0.5))
-
-
-def test_uniform_is_well_spread() -> None:
-    # A million would show finer flaws; this shows constants, short cycles and steps of neighbouring seeds.
-    by_index = np.array([uniform(7, n) for n in range(DRAWS)])
-    by_seed = np.array([uniform(n, 3) for n in range(DRAWS)])
-    for numbers in (by_index, by_seed):
-        assert numbers.min() >= 0 and numbers.max() < 1 and len(set(numbers)) == DRAWS
-        counts = np.histogram(numbers, 50, (0, 1))[0]
-        chi = float(((counts - DRAWS / 50) ** 2 / (DRAWS / 50)).sum())
-        assert chi <= 49 + 5 * math.sqrt(98)
-        assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 5 / math.sqrt(DRAWS)
-
-
-@given(st.integers(-(2**70), 2**70), st.integers(0, 2**40))
-def test_uniform_takes_any_seed(seed: int, index: int) -> None:
-    assert 0 <= uniform(seed, index) < 1
-    assert uniform(seed, index) == uniform(seed, index)
-
-
-@given(st.lists(st.integers(-(2**63), 2**64), min_size=1, max_size=4))
-def test_mixed_seeds_fit_63_bits(parts: list[int]) -> None:
-    assert 0 <= mix_seed(*parts) < 1 << 63
-    assert mix_seed(*parts) == mix_seed(*parts) != mix_seed(*parts, 1)

@@ -66,6 +66,10 @@ FIRES: list[tuple[str, str, list[Row], dict[str, float]]] = [
     ("stops-less", "ppo", rows(stop_rate=line(0.98, 0.7)), {}),
     ("entropy-collapse", "ppo", rows(entropy=fall(1.2, 0.02, 10)), {}),
     ("held-out-falls", "ppo", rows(score=line(0, 2), eval_score=lambda t: 0.8 - 2 * (t - 0.4) ** 2), {}),
+    ("chosen-falls", "dpo", rows(eval_chosen_reward=line(0, -3)), {}),
+    ("overfitting", "dpo", rows(loss=line(0.69, 0.2), eval_loss=lambda t: 0.6 + (t - 0.4) ** 2), {}),
+    ("equal-groups", "grpo", rows(equal_groups=line(0.2, 0.9)), {}),
+    ("kl-runaway", "grpo", rows(kl=lambda t: 30 * t * t), {}),
 ]
 
 SILENT: list[tuple[str, str, list[Row], dict[str, float]]] = [
@@ -97,6 +101,8 @@ SILENT: list[tuple[str, str, list[Row], dict[str, float]]] = [
     ("stops-less", "ppo", rows(stop_rate=noisy(lambda t: 0.97, 0.02)), {}),
     ("entropy-collapse", "ppo", rows(entropy=line(1.2, 0.6)), {}),
     ("held-out-falls", "ppo", rows(score=line(0, 2), eval_score=line(0, 1.5)), {}),
+    ("chosen-falls", "dpo", rows(eval_chosen_reward=line(0, -0.5)), {}),
+    ("equal-groups", "grpo", rows(equal_groups=line(0.9, 0.2)), {}),
 ]
 
 
@@ -121,7 +127,7 @@ def test_a_healthy_stage_gets_no_hint(kind: str, seed: int) -> None:
     assert codes(kind, logged) == set()
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "ppo", "eval", "tokenizer", "?"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "tokenizer", "?"])
 @pytest.mark.parametrize(
     "logged", [[], [{"step": 1, "loss": 3.0, "kl": 0.0}], [{"step": 1, "loss": math.nan, "score": math.inf}, {"x": 1}]]
 )

@@ -1,4 +1,4 @@
-"""The invariants of the token tree (design, section 3), against plain transformers on one row per path."""
+"""The invariants of the token tree (design, section 3), against plain transformers on one row per path; more: test_families."""
 
 from __future__ import annotations
 
@@ -219,23 +219,7 @@ def test_cached_decoding_equals_full_forward(family: str, tiny: Tiny) -> None:
         assert list(completion.ids) == text[len(prompt) :]
 
 
-# --- what must be refused, and bf16 -----------------------------------------------------------------------------------
-
-
-def test_text_longer_than_the_sliding_window_is_refused(tiny: Tiny, near: Near) -> None:
-    root = root_of(tiny("mistral"))  # a window of 8
-    short = [Node(ids(1, 8), [0.0] * 8)]
-    near(logits_TV(root, short), plain_logits_TV(tiny("mistral"), short))
-    with pytest.raises(ModelError, match="9 tokens exceed the sliding window of 8"):
-        logits_TV(root, branches(ids(1, 8), [[5]]))
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotary_positions_that_depend_on_the_batch_are_refused(kind: str, tiny: Tiny) -> None:
-    model = tiny("llama")
-    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(ModelError, match=kind):
-        prepare(model)
+# --- dropout, and bf16 -----------------------------------------------------------------------------------------------
 
 
 def test_attention_dropout_is_refused_in_training(tiny: Tiny) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from danlu.losses.advantages import gae, token_rewards, whiten
-from danlu.losses.cross_entropy import cross_entropy
 from danlu.losses.logprobs import token_logprobs
 from danlu.losses.policy import clipped_policy, kl_k1, kl_k3
 from danlu.losses.preference import pairwise
@@ -37,22 +36,7 @@ def log_t(*values: float) -> Tensor:
     return torch.tensor([math.log(v) for v in values], requires_grad=True)
 
 
-# --- cross entropy ----------------------------------------------------------------------------------------------------
-
-
-def test_cross_entropy_by_hand() -> None:
-    # p = 1/2, 1/4, 1/8 and weights 1, 0, 2: (1 * ln 2 + 0 * ln 4 + 2 * ln 8) / 5 = (1 + 0 + 6) ln 2 / 5 = 1.4 ln 2
-    loss, metrics = cross_entropy(log_t(0.5, 0.25, 0.125), t(1, 0, 2), 5.0)
-    assert loss.item() == pytest.approx(1.4 * math.log(2), rel=1e-6)
-    assert metrics == {"loss_sum": pytest.approx(7 * math.log(2), rel=1e-6)}
-
-
-def test_micro_batches_add_up_to_the_step() -> None:
-    logp, weights = log_t(0.5, 0.25, 0.125, 0.9), t(1, 0.5, 2, 1)
-    whole = cross_entropy(logp, weights, 4.5)[0]
-    # 1 + 0.5 + 2 + 1 = 4.5; parts of 1 and 3 tokens, each divided by the step's 4.5 and not by its own sum
-    parts = cross_entropy(logp[:1], weights[:1], 4.5)[0] + cross_entropy(logp[1:], weights[1:], 4.5)[0]
-    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+# --- the normaliser ---------------------------------------------------------------------------------------------------
 
 
 def test_weighted_sum_adds_up_in_fp32() -> None:

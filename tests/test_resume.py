@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from danlu.cli.main import run
@@ -23,7 +25,7 @@ from danlu.exceptions import CheckpointError
 from danlu.training import checkpoint
 
 # Steps of a whole stage, and between checkpoints: no divisor of it, so that a kill falls between two of them.
-LENGTHS = {"pretrain": (60, 7), "sft": (60, 7), "reward": (60, 7), "ppo": (12, 2)}
+LENGTHS = {"pretrain": (60, 7), "sft": (60, 7), "reward": (60, 7), "dpo": (40, 7), "ppo": (12, 2), "grpo": (16, 2)}
 KINDS = tuple(LENGTHS)
 
 
@@ -94,6 +96,43 @@ def test_a_stage_killed_again_and_again(kind: str, trial: int, tmp_path: Path) -
     assert_same_stage(out, uninterrupted(kind))
 
 
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+def _killed_at_change(arguments: list[str], out: str, number: int, log: str) -> None:
+    """`danlu ARGUMENTS` until it is about to make the number-th change to a file or folder under `out`."""
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        reading = event == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wax+"))
+        if event in CHANGES and not reading and str(args[0]).startswith(out):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    tiny._in_child(arguments, log, {})
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+def test_killed_while_files_are_written(kind: str, tmp_path: Path) -> None:
+    """Before any change to the stage's folder: manifest, metrics, in the middle of a checkpoint, of pruning, of the model."""
+    call, out = command(kind, tmp_path / "out", save_every=2, keep_checkpoints=1), tmp_path / "out"
+    rng = random.Random(f"writing/{kind}")
+    for _ in range(3):
+        number = rng.randint(10, 30)
+        child = tiny._server().Process(
+            target=_killed_at_change, args=(call, str(out), number, str(tmp_path / "log")), daemon=True
+        )
+        child.start()
+        child.join(120)
+        assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text("utf-8")
+    assert run(call) == 0
+    assert_all_steps(out, kind)
+    assert_same_stage(out, uninterrupted(kind))
+
+
 def test_killed_with_adapters_and_dropout(tmp_path: Path) -> None:
     """Dropout draws are a function of (seed, step), not of what was drawn before."""
     lora = {"adapter": "lora", "lora": {"r": 4, "dropout": 0.3}}
@@ -116,7 +155,7 @@ def test_killed_before_the_first_checkpoint(tmp_path: Path) -> None:
 
 def test_killed_with_early_stopping(tmp_path: Path) -> None:
     """The best value so far, the patience left and the best weights survive."""
-    rule = {"early_stopping": {"monitor": "eval_loss", "patience": 2}, "learning_rate": 0.05}
+    rule = {"early_stopping": {"monitor": "eval_loss", "patience": 1}, "learning_rate": 0.2}
     assert run(command("sft", tmp_path / "whole", **rule)) == 0
     whole = tiny.steps_of(tmp_path / "whole")
     assert 20 < whole[-1] < 60, "it does stop early"
@@ -259,3 +298,53 @@ def test_a_checkpoint_gives_back_weights_optimizer_and_counters(tmp_path: Path) 
     assert (found.step, found.extra) == (1, {"best": 0.5})
     step([one, other])
     assert torch.equal(one[0].weight, other[0].weight) and torch.equal(one[0].bias, other[0].bias)
+
+
+# -- best weights ---------------------------------------------------------------------------------------------------------
+
+RESTLESS = {"learning_rate": 0.2, "max_steps": 24, "eval_every": 3, "save_every": 5, "schedule": "constant"}
+
+
+def heldout(out: Path, metric: str = "eval_loss") -> dict[int, float]:
+    return {r["step"]: r[metric] for r in tiny.metrics_of(out) if metric in r}
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_the_best_weights_are_kept(restore: bool, tmp_path: Path) -> None:
+    rule = [] if restore else ["--no-checkpoint-best.restore"]
+    call = command("sft", tmp_path / "out", checkpoint_best={"keep": 2}, **RESTLESS)
+    assert run([*call, *rule]) == 0
+    held = heldout(tmp_path / "out")
+    best = sorted(held, key=lambda step: (held[step], step))[:2]
+    assert best[0] != 24, "the last weights are not the best ones, or the test shows nothing"
+    kept = sorted((tmp_path / "out" / "checkpoints").glob("best-*"))
+    assert [p.name for p in kept] == [f"best-{step:08d}" for step in sorted(best)]
+    metrics = json.loads((tmp_path / "out" / "manifest.json").read_text("utf-8"))["metrics"]
+    assert metrics["eval_loss"] == held[best[0] if restore else 24]
+    saved = load_file(tmp_path / "out" / "checkpoints" / f"best-{best[0]:08d}" / "weights.safetensors")
+    model = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    same = [torch.equal(w, model[n.removeprefix("trunks.models.policy.")]) for n, w in saved.items()]
+    assert all(same) if restore else not any(same)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "pick"), [("eval_accuracy", "max", max), ("eval_margin", "min", min), ("grad_norm", "min", min)]
+)
+def test_the_best_by_any_metric(monitor: str, mode: str, pick: Callable[..., float], tmp_path: Path) -> None:
+    """Of the held-out evaluation, or of the training step before it."""
+    call = command("reward", tmp_path, checkpoint_best={"monitor": monitor, "mode": mode}, **RESTLESS)
+    assert run([*call, "--force"]) == 0
+    rows = {r["step"]: r[monitor] for r in tiny.metrics_of(tmp_path) if monitor in r and r["step"] % 3 == 0}
+    best = next(step for step, value in rows.items() if value == pick(rows.values()))
+    assert [p.name for p in (tmp_path / "checkpoints").glob("best-*")] == [f"best-{best:08d}"]
+
+
+def test_killed_with_best_weights(tmp_path: Path) -> None:
+    rule = {**RESTLESS, "checkpoint_best": {"keep": 2}}
+    assert run(command("sft", tmp_path / "whole", **rule)) == 0
+    call = command("sft", tmp_path / "out", **rule)
+    kill_at(14, call, tmp_path / "out")
+    assert run(call) == 0
+    assert_same_stage(tmp_path / "out", tmp_path / "whole")
+    names = [sorted(p.name for p in (tmp_path / n / "checkpoints").iterdir()) for n in ("out", "whole")]
+    assert names[0] == names[1]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import make
 from torch import Tensor
 from torch.func import functional_call
 
 from danlu.exceptions import ModelError
-from danlu.models.roles import AdapterRoles, SeparateModels, head_of
+from danlu.models.heads import head_of
+from danlu.models.load import save_model
+from danlu.models.recompute import recompute_layers
+from danlu.models.roles import AdapterRoles, SeparateModels, reference_model
 from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.training.logprobs import logprobs
 from danlu.tree import TreeBatch, branches
@@ -27,7 +32,10 @@ ROLES: list[RoleName] = ["policy", "critic"]
 
 def make_roles(tiny: Tiny, roles: list[RoleName], *, family: str = "llama", **options: Any) -> AdapterRoles:
     """Adapters whose every weight is random: LoRA's own start (B = 0) would hide a wrong adapter."""
-    made = AdapterRoles(tiny(family), roles, rank=RANK, alpha=ALPHA, **options)
+    return randomise(AdapterRoles(tiny(family), roles, rank=RANK, alpha=ALPHA, **options))
+
+
+def randomise(made: AdapterRoles) -> AdapterRoles:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -104,6 +112,61 @@ def test_every_role_gets_the_gradient_of_a_model_of_its_own(
     assert found.keys() == expected.keys() and len(found) == 2 * 14 * 2 + 1
     for name, gradient in expected.items():
         near(found[name], gradient)
+
+
+@pytest.mark.parametrize("family", ["stablelm", "bloom", "gptj"])
+def test_layers_that_drop_arguments_are_recomputed_under_their_role(family: str, near: Near) -> None:
+    """Joint backward with checkpointing: the first role's layers are computed again while the second is selected."""
+    found = []
+    for checkpointing in (False, True):
+        roles = randomise(AdapterRoles(make(family), ROLES, rank=RANK, alpha=ALPHA))
+        if checkpointing:
+            recompute_layers(roles)
+        backward(roles, joint=True)
+        found.append({n: p.grad for n, p in roles.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any(".policy." in n for n in found[0])
+    for name, gradient in found[0].items():
+        near(found[1][name], gradient)
+
+
+def test_four_roles_hold_one_base_in_memory(tiny: Tiny) -> None:
+    def storages(module: torch.nn.Module) -> dict[int, int]:
+        return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
+
+    base = storages(tiny("llama"))
+    roles = AdapterRoles(tiny("llama"), ["policy", "ref", "critic", "reward"], rank=2)
+    whole = storages(roles)
+    adapters = sum(p.numel() for n, p in roles.named_parameters() if "lora_" in n)
+    # Three adapters and two heads of one number beside one base; the reference is the base itself.
+    assert sum(whole.values()) == sum(base.values()) + 4 * (adapters + 2 * 32)
+    assert 3 * 2 * sum(m.weight.shape[0] + m.weight.shape[1] for m in linears(tiny("llama"))) == adapters
+
+
+def linears(model: Any) -> list[torch.nn.Linear]:
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def test_a_reference_in_8_bits_is_frozen_small_and_near(tiny: Tiny, tmp_path: Path, near: Near) -> None:
+    save_model(tiny("llama"), None, tmp_path / "model")
+    index = TREE.action_index()
+    found = []
+    for bits in (32, 8):
+        ref = reference_model(str(tmp_path / "model"), bits)
+        roles = SeparateModels({"policy": tiny("llama"), "ref": ref}, ["policy"])
+        assert not any(p.requires_grad for p in roles.models["ref"].parameters())
+        held = [*ref.model.layers.parameters(), *ref.model.layers.buffers()]
+        found.append(
+            (sum(x.numel() * x.element_size() for x in held), RootModel(roles)(TREE, "ref", policy_rows(index)))
+        )
+    (whole, exact), (small, rough) = found
+    assert small < 0.4 * whole
+    assert not torch.equal(rough, exact)
+    near(rough, exact, 0.02)
+
+
+def policy_rows(index: Tensor) -> Callable[[TrunkOutput], Tensor]:
+    return lambda out: logprobs(out, index)[0].detach()
 
 
 def test_ref_is_the_base_without_adapters(tiny: Tiny, near: Near) -> None:

@@ -165,6 +165,45 @@ def test_logprobs(client: openai.OpenAI, assistant: Assistant) -> None:
     assert chat(client).choices[0].logprobs is None
 
 
+def test_top_logprobs(client: openai.OpenAI, assistant: Assistant) -> None:
+    options = {"temperature": 0.9, "top_k": 3, "seed": 1}
+    answer = chat(client, logprobs=True, top_logprobs=4, extra_body={"top_k": 3}, temperature=0.9)
+    params = _params(assistant, **options, top_p=assistant.defaults.top_p, max_new_tokens=12, logprobs=4)
+    [expected] = assistant.generate([HELLO], params)
+    for entry, top in zip(answer.choices[0].logprobs.content, expected.top_logprobs, strict=True):
+        assert [round(t.logprob, 4) for t in entry.top_logprobs] == [round(p, 4) for _, p in top]
+        assert [t.token for t in entry.top_logprobs] == [assistant.tokenizer.decode([i]) for i, _ in top]
+        assert 1 <= len(entry.top_logprobs) <= 3
+        assert entry.token in {t.token for t in entry.top_logprobs}
+    assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+
+
+def test_every_sampling_field_acts(client: openai.OpenAI, assistant: Assistant) -> None:
+    plain = {"temperature": 1.0, "max_tokens": 20}
+    assistant_params = {"temperature": 1.0, "max_new_tokens": 20, "seed": 1}
+    fields: dict[str, Any] = {
+        "presence_penalty": 2.0,
+        "frequency_penalty": 2.0,
+        "min_p": 0.9,
+        "typical_p": 0.01,
+        "top_k": 1,
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "logit_bias": {"40": 50.0},
+    }
+    base = chat(client, **plain).choices[0].message.content
+    for name, value in fields.items():
+        text = chat(client, **plain, extra_body={name: value}).choices[0].message.content
+        own = {40: 50.0} if name == "logit_bias" else value
+        [expected] = assistant.generate([HELLO], _params(assistant, **assistant_params, **{name: own}))
+        assert text == expected.text != base, name
+    stop = [i for i in range(len(assistant.tokenizer)) if i not in assistant.template.stop_ids]
+    short = chat(client, max_tokens=6, extra_body={"logit_bias": dict.fromkeys(map(str, stop), -100)})
+    assert short.usage.completion_tokens == 1
+    minimum = {"logit_bias": dict.fromkeys(map(str, stop), -100), "min_tokens": 4}
+    assert chat(client, max_tokens=6, extra_body=minimum).usage.completion_tokens == 5
+
+
 def test_content_parts_developer_and_unknown_fields(client: openai.OpenAI) -> None:
     parts = [{"type": "text", "text": "你好, how "}, {"type": "text", "text": "are you?"}]
     same = chat(client, messages=[{"role": "user", "content": parts}], user="me", extra_body={"strange": {"a": 1}})
@@ -207,7 +246,19 @@ def _params(assistant: Assistant, **changes: Any) -> Any:
         ({"n": 9}, "n"),
         ({"n": 2, "stream": True}, "n"),
         ({"stream": True, "logprobs": True}, "logprobs"),
-        ({"logprobs": True, "top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"3": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": [3]}, "logit_bias"),
+        ({"min_tokens": 5, "max_tokens": 4}, None),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )

@@ -14,15 +14,17 @@ from danlu.exceptions import SettingsError
 
 STAGE = "out seed"
 TRAIN = (
-    "model data eval_data eval_fraction skip_bad max_records dtype adapter lora template max_length "
-    "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens learning_rate "
-    "schedule warmup weight_decay max_grad_norm log_every eval_every "
-    "save_every keep_checkpoints early_stopping report_to"
+    "model data eval_data eval_fraction skip_bad max_records dtype adapter lora processes strategy template max_length "
+    "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens optimizer "
+    "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "
+    "save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
 # A new option is a decision: it is added here too, and an old one is not dropped by accident.
 FROZEN = {
     "Source": "path weight format columns source_prefix licence",
     "EarlyStopping": "monitor mode patience",
+    "Best": "monitor mode keep restore",
+    "Defence": "on spike_z window patience cooldown_steps cooldown_rate max_skipped max_rollbacks",
     "Lora": "r alpha dropout target",
     "StageSettings": STAGE,
     "TrainSettings": f"{STAGE} {TRAIN}",
@@ -31,11 +33,15 @@ FROZEN = {
     "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter",
     "SftSettings": f"{STAGE} {TRAIN}",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
-    "RewardSettings": f"{STAGE} {TRAIN} pairs margin centring collect min_accuracy max_length_correlation",
+    "EngineSettings": "slots cache_gib speculate guesses",
+    "RewardSettings": f"{STAGE} {TRAIN} loss pairs margin centring collect min_accuracy max_length_correlation",
+    "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta label_smoothing reference ref_bits",
     "Rollout": "batch max_new_tokens temperature",
     "Ppo": "kl_coef gamma gae_lambda clip_range value_clip_range epochs minibatches score_clip missing_stop_penalty "
     "critic_learning_rate max_kl",
-    "PpoSettings": f"{STAGE} {TRAIN} reward_model rollout ppo",
+    "PpoSettings": f"{STAGE} {TRAIN} reward_model rollout ppo ref_bits",
+    "Grpo": "group_size kl_coef clip_range loss_average epochs minibatches missing_stop_penalty max_kl",
+    "GrpoSettings": f"{STAGE} {TRAIN} method reward_model verifier verifier_weight rollout grpo ref_bits",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
     "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
     "max_length",
@@ -102,7 +108,8 @@ def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, fie
         ("sft", {"max_steps": "many"}, "sft.max_steps", "'many'"),
         ("sft", {"learning_rate": 0}, "sft.learning_rate", "greater than 0"),
         ("sft", {"learning_rate": [1]}, "sft.learning_rate", "[1]"),
-        ("sft", {"dtype": "float16"}, "sft.dtype", "'float16'"),
+        ("sft", {"dtype": "float8"}, "sft.dtype", "'float8'"),
+        ("sft", {"processes": 0}, "sft.processes", "a number from 1 on, or auto"),
         ("sft", {"eval_fraction": 1.0}, "sft.eval_fraction", "less than 1"),
         ("sft", {"report_to": ["tensorbord"]}, "sft.report_to.0", "tensorbord"),
         ("sft", {"seed": -1}, "sft.seed", "-1"),
@@ -122,6 +129,9 @@ def test_a_wrong_value_is_named_with_what_was_expected(kind: str, values: Any, f
 def test_rules_between_options() -> None:
     error = refused("sft", max_length=512, micro_tokens=256)
     assert "micro_tokens (256)" in error.message and "max_length (512)" in error.message
+    assert "needs loss: pairwise" in refused("reward", loss="kwise", margin=True).message
+    assert "whole groups" in refused("grpo", rollout={"batch": 12}).message  # of 8
+    assert "whole groups" in refused("grpo", rollout={"batch": 8}, grpo={"minibatches": 2}).message
     assert "multiple of heads" in refused("pretrain", starter={"hidden_size": 32, "heads": 3}).message
 
 

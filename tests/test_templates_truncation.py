@@ -205,6 +205,8 @@ def test_pairs() -> None:
     assert nodes(talk, Limits(99, answer=5)) == ([], 2, {"answers longer than max_answer_tokens": 1})
     cut = nodes(talk, Limits(99, answer=5, overlength="truncate"))
     assert cut == ([whole, "three", "tree<e>"], 1, {})
+    alone = pair([u("123456789")], "three", "tree")
+    assert nodes(alone, Limits(14, overlength="truncate")) == (["<q>456789<a>", "three<e>", "tree<e>"], 0, {})
     same = pair([u("1")], "abcX", "abcY")
     assert nodes(same, Limits(99, answer=3, overlength="truncate")) == ([], 2, {"equal or empty answers": 1})
     with pytest.raises(DataError, match=r"rows\.jsonl:7: this prompt with an answer has 33 tokens, 32 are allowed"):

@@ -135,7 +135,8 @@ SMALL = {
 
 def stage(kind: str, out: Path, **changes: Any) -> dict[str, Any]:
     """Settings of a small stage on `toy` data."""
-    inputs = {"pretrain": "documents", "sft": "conversations", "reward": "comparisons", "ppo": "prompts"}
+    inputs = {"pretrain": "documents", "sft": "conversations", "reward": "comparisons", "dpo": "comparisons"}
+    inputs |= {"ppo": "prompts", "grpo": "prompts"}
     values: dict[str, Any] = {"out": str(out), "data": str(data()[inputs[kind]]), **SMALL}
     if kind == "pretrain":
         values |= {"tokenizer": str(tokenizer_folder()), "starter": SHAPE}
@@ -144,6 +145,9 @@ def stage(kind: str, out: Path, **changes: Any) -> dict[str, Any]:
     if kind == "ppo":
         values |= {"reward_model": str(reward_model()), "rollout": {"batch": 8, "max_new_tokens": 8}}
         values |= {"ppo": {"critic_learning_rate": 1e-3}}
+    if kind == "grpo":
+        values |= {"reward_model": str(reward_model()), "rollout": {"batch": 8, "max_new_tokens": 8}}
+        values |= {"grpo": {"group_size": 4}}
     return values | changes
 
 

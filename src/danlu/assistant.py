@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from danlu.config import EngineSettings
 from danlu.exceptions import ModelError
 from danlu.generation.engine import LocalEngine
-from danlu.generation.protocol import FinishReason, Request, SamplingParams
+from danlu.generation.protocol import FinishReason, Request, SamplingParams, TopLogprobs, generate
+from danlu.generation.speculative import drafter_of
 from danlu.models.load import load_model
 from danlu.models.places import resolve
 from danlu.models.quantize import is_quantized, load_quantized, quantize_model
@@ -27,13 +29,14 @@ History = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One finished answer: its text, its ids with the stop token, and how it ended."""
+    """One finished answer: its text, its ids with the stop token, and how it ended; see `Completion` for the log-probabilities."""
 
     text: str
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     prompt_ids: tuple[int, ...]
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 class Assistant:
@@ -48,13 +51,26 @@ class Assistant:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any | None, *, name: str = "", defaults: SamplingParams | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any | None,
+        *,
+        name: str = "",
+        defaults: SamplingParams | None = None,
+        engine: EngineSettings | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.template = ChatTemplate(tokenizer) if tokenizer is not None else None
-        self.engine = LocalEngine(model, tokenizer)
+        used = engine or EngineSettings()
+        self.engine = LocalEngine(
+            model,
+            tokenizer,
+            max_slots=used.slots,
+            memory=int(used.cache_gib * 2**30) or None,
+            drafter=drafter_of(used.speculate, used.guesses, model),
+        )
         self.defaults = defaults or SamplingParams(max_new_tokens=512, temperature=0.7, top_p=0.9)
 
     @property
@@ -83,7 +99,7 @@ class Assistant:
         conversations: Sequence[Sequence[Message]] | Sequence[Message],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Reply]:
-        """Answers to several conversations, together.
+        """Answers to several conversations, together; n in a row for one whose parameters ask for n.
 
         Args:
             conversations: each a list of messages that ends with a user turn; one such list alone will do too.
@@ -94,19 +110,14 @@ class Assistant:
         several: list[Any] = [conversations] if alone else list(conversations)
         each = list(params) if isinstance(params, Sequence) else [params] * len(several)
         requests = [self.request(m, p) for m, p in zip(several, each, strict=True)]
-        ids: list[str] = []
+        results = iter(generate(self.engine, requests))
         replies = []
-        try:
-            for request in requests:
-                ids.append(self.engine.submit(request))  # noqa: PERF401 (known one by one, should a later one be refused)
-            results = [self.engine.result(i) for i in ids]
-        except BaseException:
-            for request_id in ids:
-                self.engine.cancel(request_id)
-            raise
-        for request, done in zip(requests, results, strict=True):
+        for request in (r for r in requests for _ in range(r.params.n)):
+            done = next(results)
             text = cut_at_stop(template.decode(done.ids), request.params.stop)
-            replies.append(Reply(text, done.ids, done.logprobs, done.finish_reason, tuple(request.prompt_ids)))
+            replies.append(
+                Reply(text, done.ids, done.logprobs, done.finish_reason, tuple(request.prompt_ids), done.top_logprobs)
+            )
         return replies
 
     def stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
@@ -195,7 +206,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(
-    path: str | Path, dtype: str | torch.dtype | None = None, bits: int | None = None, device: str | None = None
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    bits: int | None = None,
+    device: str | None = None,
+    engine: EngineSettings | None = None,
 ) -> Assistant:
     """Loads a model folder, a hub id or a run and makes it ready to chat.
 
@@ -204,6 +219,7 @@ def load(
         dtype: "float32", "bfloat16" or a torch dtype. Default: bfloat16 on CUDA, float32 on a CPU.
         bits: 8 quantises the weights while loading; None keeps what the folder holds.
         device: "cpu", "cuda", ... Default: CUDA if there is one.
+        engine: slots, memory and speculation; None: the defaults.
 
     Returns:
         An `Assistant`. Without tokenizer files `.tokenizer` is None, and `chat` says what is missing.
@@ -231,4 +247,4 @@ def load(
         model = load_model(folder, dtype=chosen)
         if bits == 8:
             model = quantize_model(model)
-    return Assistant(model.to(place), tokenizer, name=str(path))
+    return Assistant(model.to(place), tokenizer, name=str(path), engine=engine)

@@ -91,6 +91,10 @@ class TrainingError(DanluError):
     """Training cannot go on (diverged, nothing to train on, ...)."""
 
 
+class PeerLost(TrainingError):
+    """Another process that shares the work has ended."""
+
+
 class GateError(DanluError):
     """A gate between two stages does not hold and `--force` was not given."""
 

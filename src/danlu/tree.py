@@ -233,3 +233,9 @@ class Trajectory:
         actions = [s.is_action for s in tail for _ in s.ids]
         prompt = Node(self.prompt, [0.0] * len(self.prompt), is_action=[False] * len(self.prompt))
         return [prompt, Node(ids, [float(a) for a in actions], parent=0, is_action=actions)]
+
+
+def group(trajectories: Sequence[Trajectory]) -> list[Node]:
+    """Roll-outs of one prompt as one tree: the prompt, and below it what followed in each."""
+    nodes = [t.nodes() for t in trajectories]
+    return [nodes[0][0], *(tail for _, tail in nodes)]

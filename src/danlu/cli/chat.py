@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from danlu.cli.console import people
+from danlu.cli.sampling import chosen, sampling_options
 from danlu.exceptions import EngineError, TemplateError
 
 if TYPE_CHECKING:
@@ -35,11 +36,7 @@ def command(verb: str) -> click.Command:
 @click.argument("model")
 @click.option("--prompt", help="Answer this on stdout and leave.")
 @click.option("--system", help="A system message that stays in front of the conversation.")
-@click.option("--temperature", type=click.FloatRange(0, 10), help="0 takes the most likely token.")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest tokens of this mass."
-)
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer.")
+@sampling_options(searches=False)
 @click.option("--seed", type=int, help="The same seed gives the same answers. Default: another one each turn.")
 @click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
 def chat(
@@ -52,7 +49,7 @@ def chat(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
     loaded = assistant.load(model, bits=int(bits) if bits else None)
-    params = replace(loaded.defaults, **{name: value for name, value in sampling.items() if value is not None})
+    params = chosen(loaded.defaults, sampling)
     conversation = Conversation(loaded, params, system=system, seed=seed)
     if prompt is not None:
         if conversation.answer(prompt) == "cancelled":

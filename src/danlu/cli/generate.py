@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from danlu.cli.console import people, print_json
+from danlu.cli.sampling import chosen, sampling_options
 from danlu.exceptions import DataError, UsageError
+
+TOGETHER = 256  # prompts that the engine gets at once
 
 
 def command(verb: str) -> click.Command:
@@ -22,31 +26,23 @@ def command(verb: str) -> click.Command:
     "--data", required=True, help="Prompts, comparisons or conversations (their last answer becomes the label)."
 )
 @click.option("--out", required=True, help="JSON Lines file to write: prompt, label, prediction.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@sampling_options(searches=True)
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same answers.")
 @click.option("--limit", default=None, type=int, help="Only the first so many prompts.")
 @click.option("--bits", default=None, type=int, help="8: quantise while loading.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def generate(
-    model: str,
-    data: str,
-    out: str,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    limit: int | None,
-    bits: int | None,
-    force: bool,
+    model: str, data: str, out: str, seed: int, limit: int | None, bits: int | None, force: bool, **sampling: Any
 ) -> None:
-    """Answers for a file of prompts."""
+    """Answers for a file of prompts, the likeliest ones unless a temperature is given; n rows in a row where --n asks for n."""
     target = Path(out)
     if target.exists() and not force:
         raise UsageError(f"{out} exists", hint="--force overwrites it")
     import danlu
     from danlu import atomic
     from danlu.data.read import read
-    from danlu.evals.generation import answer
+    from danlu.generation.protocol import SamplingParams
+    from danlu.generation.seeds import mix_seed
     from danlu.training.progress import Bar
     from danlu.types import Conversation, Prompt
 
@@ -64,24 +60,20 @@ def generate(
         elif isinstance(record, Prompt):
             prompts.append(record)
             labels.append(record.reference.get("answers"))
+    params = chosen(SamplingParams(max_new_tokens=256, temperature=0.0), sampling)
+    assistant = danlu.load(model, bits=bits)
+    rows: list[dict[str, Any]] = []
     with Bar("generate", len(prompts)) as bar:
-
-        def done(count: int) -> None:
-            while bar.done < count:
+        for start in range(0, len(prompts), TOGETHER):
+            part = prompts[start : start + TOGETHER]
+            own = [replace(params, seed=mix_seed(seed, start + n)) for n in range(len(part))]
+            replies = assistant.generate([p.prompt for p in part], own)
+            for n, reply in enumerate(replies):
+                at = start + n // params.n
+                row = {"prompt": prompts[at].prompt, "label": labels[at], "prediction": reply.text}
+                rows.append(row | {"finish_reason": reply.finish_reason})
+            while bar.done < start + len(part):
                 bar.advance(0, "answers")
-
-        replies = answer(
-            danlu.load(model, bits=bits),
-            prompts,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            on_done=done,
-        )
-    rows: list[dict[str, Any]] = [
-        {"prompt": p.prompt, "label": label, "prediction": r.text, "finish_reason": r.finish_reason}
-        for p, label, r in zip(prompts, labels, replies, strict=True)
-    ]
     atomic.write_jsonl(target, rows)
     people.print(f"{len(rows)} answers written to {out}")
 

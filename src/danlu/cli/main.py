@@ -23,7 +23,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("stages", "Pre-train on plain text, from nothing or from a model"),
     "sft": ("stages", "Supervised fine-tuning on conversations"),
     "reward": ("stages", "Train a reward model on comparisons"),
+    "dpo": ("stages", "DPO: align a policy with comparisons, without a reward model"),
     "ppo": ("stages", "PPO: align a policy with a reward model"),
+    "grpo": ("stages", "GRPO: align a policy with a reward model or a verifier, by groups of answers"),
     "quantize": ("stages", "Make a model small: int8 weights"),
     "chat": ("chat", "Talk to a model in the terminal"),
     "serve": ("serve", "Serve a model: OpenAI-compatible API and a chat page"),
@@ -78,12 +80,19 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "true"
-    )  # said outright, since it warns people about forks otherwise
-    try:
+    # Said outright, since it warns people about forks otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+    def verb() -> int:
         result = root.main(args=arguments, prog_name="danlu", standalone_mode=False)
         return result if isinstance(result, int) else 0
+
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return verb()
+        from danlu.pipeline.ranks import lead_or_follow  # torchrun started several of us
+
+        return lead_or_follow(verb)
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.Abort:  # click's name for Ctrl-C

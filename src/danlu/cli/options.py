@@ -34,6 +34,8 @@ def _bare(annotation: Any) -> Any:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         rest = [a for a in get_args(annotation) if a is not type(None)]
+        if int in rest and len(rest) > 1:  # a number or a word
+            return str
         return _bare(rest[0]) if rest else str
     return annotation
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,13 +29,23 @@ def command(verb: str) -> click.Command:
 )
 @click.option("--name", default=None, help="Name of the run (default: the recipe's file name).")
 @click.option("--until", default=None, metavar="STAGE", help="Stop after this stage.")
+@click.option(
+    "--processes", default=None, metavar="N", help="Processes that share the work of training: a number, or auto."
+)
 @click.option("--force", is_flag=True, help="Go on although a gate does not hold.")
-def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: str | None, force: bool) -> None:
+def run(
+    recipe_file: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    until: str | None,
+    processes: str | None,
+    force: bool,
+) -> None:
     """Run a recipe: the whole chain. Finished stages are not run again; an interrupted one goes on."""
     from danlu.pipeline.recipe import load_recipe
     from danlu.training.runs import RECIPE, runs_root
 
-    recipe = load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, overrides, processes=processes)
     given = Path(recipe_file)
     # The recipe inside a run folder is that run's own: going on must not begin another.
     inside = given.name == RECIPE and given.resolve().parent.parent == runs_root().resolve()
@@ -60,7 +71,7 @@ def run(recipe_file: str, overrides: tuple[str, ...], name: str | None, until: s
         people.print(results_table(found))
     people.print(f"\n{found['seconds']:.0f} s in all stages. Report: [bold]{report}[/bold]")
     people.print("Try next:")
-    me = "danlu" if shutil.which("danlu") else sys.argv[0]
+    me = "danlu" if shutil.which("danlu") else f"{Path(sys.executable).name} -m danlu"
     people.print(f"  {me} chat {folder}")
     people.print(f"  {me} serve {folder}")
 
@@ -80,19 +91,35 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table("stage", "parameters", "tokens", "memory", "time", title="A rough plan for this machine")
+    table = Table(
+        "stage", "parameters", "tokens", "tokens/parameter", "memory", "time", title="A plan for this machine"
+    )
     for row in rows:
         table.add_row(
             row["stage"],
             f"{row['parameters'] / 1e6:,.1f} M" if row["parameters"] else "",
             f"{row['tokens'] / 1e6:,.2f} M" if row["tokens"] else "",
-            f"{row['memory_mb']:,.0f} MB",
+            f"{row['tokens_per_parameter']:,.2f}" if row["tokens_per_parameter"] else "",
+            _room(row),
             f"{row['seconds'] / 60:,.1f} min",
         )
     people.print(table)
+    trained = [row for row in rows if row["strategies"]]
+    if trained:
+        names = [s["strategy"] for s in trained[0]["strategies"]]
+        table = Table("stage", *names, title="Peak memory of a process, by strategy (ZeRO: over several processes)")
+        for row in trained:
+            table.add_row(row["stage"], *(_room(s) for s in row["strategies"]))
+        people.print(table)
     people.print(
-        "Estimates: matrix rate measured now, text sizes from the files, lengths from averages; expect a factor of two."
+        "Red: does not fit this machine. Memory is counted, times follow from the matrix rate measured now, tokens from the "
+        "sizes of the files: expect a factor of two for time."
     )
+
+
+def _room(row: dict[str, Any]) -> str:
+    text = f"{row['memory_mb']:,.0f} MB"
+    return text if row["fits"] else f"[red]{text}[/red]"
 
 
 @click.command("recipes")

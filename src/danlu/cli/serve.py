@@ -23,14 +23,37 @@ def command(verb: str) -> click.Command:
 @click.option("--api-key", envvar="DANLU_API_KEY", show_envvar=True, help="Wanted from clients as a bearer token.")
 @click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
 @click.option(
+    "--slots", type=click.IntRange(1), default=64, show_default=True, help="Answers that are written at once."
+)
+@click.option(
+    "--cache-gib", type=click.FloatRange(0), default=0.0, help="Memory for keys and values. Default: by what is free."
+)
+@click.option(
+    "--speculate",
+    default="off",
+    show_default=True,
+    help="Guess tokens ahead: off, ngram, or a smaller model's folder. Answers stay the same.",
+)
+@click.option(
     "--database",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where votes go. Default: feedback.sqlite3 in the run's folder, else here.",
 )
-def serve(model: str, host: str, port: int, api_key: str | None, bits: str | None, database: Path | None) -> None:
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    bits: str | None,
+    slots: int,
+    cache_gib: float,
+    speculate: str,
+    database: Path | None,
+) -> None:
     """Serve MODEL (a folder, a run or a hub id): an OpenAI-compatible API and a chat page."""
     from rich.markup import escape
 
+    from danlu.config import EngineSettings
     from danlu.data.feedback import FeedbackDatabase, default_database
     from danlu.serve.app import create_app, listen, make_server
     from danlu.serve.guard import check_exposure, is_loopback
@@ -42,7 +65,8 @@ def serve(model: str, host: str, port: int, api_key: str | None, bits: str | Non
 
         feedback = FeedbackDatabase(database or default_database(model), create=True)
         people.print(f"[dim]loading {escape(model)} ...[/dim]")
-        loaded = assistant.load(model, bits=int(bits) if bits else None)
+        engine = EngineSettings(slots=slots, cache_gib=cache_gib, speculate=speculate)
+        loaded = assistant.load(model, bits=int(bits) if bits else None, engine=engine)
         app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host))
         name = f"[{host.strip('[]')}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"

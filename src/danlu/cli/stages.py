@@ -1,4 +1,4 @@
-"""`danlu tokenizer|pretrain|sft|reward|ppo|quantize`: one stage, with the same settings as in a recipe."""
+"""`danlu tokenizer|pretrain|sft|reward|dpo|ppo|grpo|quantize`: one stage, with the same settings as in a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_OUT = "out"
 
 def command(verb: str) -> click.Command:
     """The command of a stage kind."""
-    from danlu.config import KINDS
+    from danlu.config import KINDS, POLICY_KINDS
 
     cls = KINDS[verb]
     options: list[click.Parameter] = list(options_of(cls))
@@ -36,7 +36,7 @@ def command(verb: str) -> click.Command:
             raise UsageError(str(error)) from None
         run_stage(verb, verb, settings, force=force, say=say)
         say(f"written to {values['out']}")
-        if verb in ("pretrain", "sft", "ppo", "quantize"):
+        if verb in (*POLICY_KINDS, "quantize"):
             say(f"try it: danlu chat {values['out']}/model")
 
     head = (cls.__doc__ or "").strip().split("\n")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, TypeVar
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from danlu.data.token_store import StoredItems
-from danlu.data.truncate import Limits, fit_conversation, fit_pair, fit_prompt, trained_answers
+from danlu.data.truncate import FittedAnswers, Limits, fit_answers, fit_conversation, fit_prompt, trained_answers
 from danlu.exceptions import DataError
 from danlu.text.chat_template import ChatTemplate, Encoded
 from danlu.text.tokenizer import document_windows
 from danlu.tree import Node, TreeBatch, branches, conversation, forest
-from danlu.types import Comparison, Conversation, Document, Message, Prompt
+from danlu.types import Comparison, Conversation, Document, Message, Prompt, Ranking
 
 # Records that go through the tokenizer in one call.
 TOGETHER = 256
@@ -126,6 +126,8 @@ def encode_documents(records: Iterable[Document], tokenizer: Any, max_length: in
 def encode_comparisons(records: Iterable[Comparison], template: ChatTemplate, max_length: int | Limits) -> Trees:
     """Pairs as prompt -> {chosen, rejected}, each answer with its stop token.
 
+    The loss weight of an answer's tokens is its rank: 2 for the chosen one, 1 for the rejected one.
+
     Raises:
         DataError: something is longer than its limit and `overlength` is "error".
     """
@@ -133,13 +135,13 @@ def encode_comparisons(records: Iterable[Comparison], template: ChatTemplate, ma
     for part in batched(records, TOGETHER):
         whole = template.encode_branches([(record.prompt, [record.chosen, record.rejected]) for record in part])
         for record, pair in zip(part, whole, strict=True):
-            _add_pair(trees, record, fit_pair(record, template, limits, whole=pair), template)
+            answers = [record.chosen, record.rejected]
+            fitted = fit_answers(record.prompt, answers, template, limits, origin=record.origin, whole=pair)
+            _add_pair(trees, record, fitted, template)
     return trees
 
 
-def _add_pair(
-    trees: Trees, record: Comparison, fitted: tuple[list[int], list[list[int]], int] | str, template: ChatTemplate
-) -> None:
+def _add_pair(trees: Trees, record: Comparison, fitted: FittedAnswers | str, template: ChatTemplate) -> None:
     trees.answers += 2
     if isinstance(fitted, str):
         trees.answers_cut += 2
@@ -151,16 +153,54 @@ def _add_pair(
         trees._drop("equal or empty answers")
         return
     trees.answers_with_stop += sum(a[-1] in template.stop_ids for a in answers)
-    trees._add(branches(ids, answers))
+    trees._add(branches(ids, answers, [2.0, 1.0]))
     trees.margins.append(record.margin)
+
+
+def encode_rankings(records: Iterable[Ranking], template: ChatTemplate, max_length: int | Limits) -> Trees:
+    """Rankings as prompt -> {answer} * K, each answer with its stop token; of equal answers the best stays.
+
+    The loss weight of an answer's tokens is its rank among the scores of its prompt: 1 for the worst, equal scores share one.
+
+    Raises:
+        DataError: something is longer than its limit and `overlength` is "error".
+    """
+    trees, limits = Trees(), Limits.of(max_length)
+    for part in batched(records, TOGETHER):
+        whole = template.encode_branches([(record.prompt, record.responses) for record in part])
+        for record, ranking in zip(part, whole, strict=True):
+            fitted = fit_answers(record.prompt, record.responses, template, limits, origin=record.origin, whole=ranking)
+            _add_ranking(trees, record, fitted, template)
+    return trees
+
+
+def _add_ranking(trees: Trees, record: Ranking, fitted: FittedAnswers | str, template: ChatTemplate) -> None:
+    trees.answers += len(record.responses)
+    if isinstance(fitted, str):
+        trees.answers_cut += len(record.responses)
+        trees._drop(fitted)
+        return
+    ids, answers, cut = fitted
+    trees.answers_cut += cut
+    best: dict[tuple[int, ...], float] = {}
+    for answer, score in zip(answers, record.scores, strict=True):
+        if answer:
+            best[tuple(answer)] = max(score, best.get(tuple(answer), score))
+    ranks = {score: float(rank) for rank, score in enumerate(sorted(set(best.values())), start=1)}
+    if len(ranks) < 2:
+        trees._drop("all scores equal" if len(best) > 1 else "only one answer to this prompt")
+        return
+    trees.answers_with_stop += sum(a[-1] in template.stop_ids for a in best)
+    trees._add(branches(ids, [list(a) for a in best], [ranks[score] for score in best.values()]))
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt up to where the assistant begins to speak: its ids, and the messages that they render."""
+    """A prompt up to where the assistant begins to speak: its ids, the messages that they render, and the prompt's reference."""
 
     ids: list[int]
     messages: list[Message]
+    reference: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode_prompts(
@@ -181,8 +221,9 @@ def encode_prompts(
             kept = fit_prompt(messages, template, limits, origin=record.origin, length=len(ids))
             if kept is None:
                 dropped += 1
-            else:
-                found.append(EncodedPrompt(ids if kept == messages else template.encode_prompt(kept), kept))
+                continue
+            kept_ids = ids if kept == messages else template.encode_prompt(kept)
+            found.append(EncodedPrompt(kept_ids, kept, record.reference))
     return found, dropped
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from danlu.config import Pairs
 from danlu.data.formats.base import RowDropped
 from danlu.data.formats.registry import detect
-from danlu.data.kinds import Pairs, as_kind, kind_of, serves
+from danlu.data.kinds import as_kind, kind_of, serves
 from danlu.data.problems import Problem, RowError, problem_of
 from danlu.data.rows_out import Row, row_of
 from danlu.data.written import (

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from itertools import combinations, pairwise
-from typing import Final, Literal, cast
+from typing import Final, cast
 
+from danlu.config import Pairs
 from danlu.data.formats.base import RowDropped
 from danlu.data.formats.turns import before_answer, is_blank
 from danlu.data.problems import RowError
 from danlu.types import Comparison, Conversation, Message, Origin, Prompt, Ranking, Record, RecordKind, Unpaired
-
-Pairs = Literal["best-worst", "all", "adjacent"]
-"""Which comparisons a ranking gives: the best against the worst answer, all pairs, or neighbours in order of score."""
 
 SERVED_BY: Final[dict[RecordKind, frozenset[RecordKind]]] = {
     "conversation": frozenset({"conversation", "comparison", "ranking", "unpaired"}),

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from danlu.config import Pairs
 from danlu.data.columns import format_of, map_columns, naming_columns
 from danlu.data.files import find_files, is_hub
 from danlu.data.formats import plain_text
@@ -17,7 +18,7 @@ from danlu.data.formats.containers import RawRow, raw_rows
 from danlu.data.formats.fields import fault, key_list, type_name
 from danlu.data.formats.registry import FORMATS, REFUSED, by_name, detect
 from danlu.data.hub import hub_rows
-from danlu.data.kinds import Pairs, as_kind, pool_singles, serves, wrong_kind
+from danlu.data.kinds import as_kind, pool_singles, serves, wrong_kind
 from danlu.data.licences import commercial_use
 from danlu.data.problems import FILE_WIDE, Collected, Problem, RowError, problem_of
 from danlu.exceptions import DataError

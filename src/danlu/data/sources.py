@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from danlu.config import Source, Sources, as_list
+from danlu.config import Pairs, Source, Sources, as_list
 from danlu.data.files import find_files, is_hub
-from danlu.data.kinds import Pairs
 from danlu.data.read import Dataset, ReadOptions, read
 from danlu.exceptions import DataError
 from danlu.types import Record, RecordKind

@@ -14,7 +14,7 @@ from typing import Literal
 from danlu.exceptions import DataError
 from danlu.text.chat_template import Answer, ChatTemplate, Encoded
 from danlu.text.tool_text import Tools
-from danlu.types import Comparison, Message, Origin
+from danlu.types import Message, Origin
 
 Overlength = Literal["drop", "truncate", "error"]
 Size = Callable[[list[Message]], int]
@@ -218,31 +218,39 @@ def fit_conversation(
 
 Branches = tuple[list[int], list[list[int]]]
 """Ids of a prompt and of the answers to it."""
+FittedAnswers = tuple[list[int], list[list[int]], int]
+"""Ids of a prompt and of the answers to it, and how many of these are not whole."""
 
 
-def fit_pair(
-    pair: Comparison, template: ChatTemplate, limits: Limits, *, whole: Branches | None = None
-) -> tuple[list[int], list[list[int]], int] | str:
-    """Ids of a prompt, of its chosen and its rejected answer, and how many of these are not whole; or why the pair is dropped.
+def fit_answers(
+    asked: list[Message],
+    given: Sequence[list[Message]],
+    template: ChatTemplate,
+    limits: Limits,
+    *,
+    origin: Origin | None = None,
+    whole: Branches | None = None,
+) -> FittedAnswers | str:
+    """A prompt and its answers within limits, or why all of it is dropped.
 
     Args:
-        whole: the pair as it is, if it has been encoded already.
+        whole: all of it as it is, if it has been encoded already.
 
     Raises:
         DataError: something is longer than its limit and `overlength` is "error".
     """
 
     def encode(prompt: list[Message]) -> Branches:
-        if whole is not None and len(prompt) == len(pair.prompt):
+        if whole is not None and prompt == asked:
             return whole
-        return template.encode_branches([(prompt, [pair.chosen, pair.rejected])])[0]
+        return template.encode_branches([(prompt, given)])[0]
 
     def fits(prompt: list[Message]) -> bool:
         ids, answers = encode(prompt)
         return len(ids) <= limits.longest_prompt and len(ids) + max(map(len, answers)) <= limits.total
 
     if limits.overlength == "error":
-        ids, answers = encode(pair.prompt)
+        ids, answers = encode(asked)
         longest = max(map(len, answers))
         for what, length, limit in (
             ("this prompt", len(ids), limits.prompt),
@@ -250,11 +258,11 @@ def fit_pair(
             ("this prompt with an answer", len(ids) + longest, limits.total),
         ):
             if limit is not None and length > limit:
-                raise too_long(what, length, limit, pair.origin)
+                raise too_long(what, length, limit, origin)
         return ids, answers, 0
-    kept = newest_exchanges(pair.prompt, fits)
+    kept = newest_exchanges(asked, fits)
     if kept is None and limits.overlength == "truncate":
-        newest = newest_exchange(pair.prompt)
+        newest = newest_exchange(asked)
         ids, answers = encode(newest)
         share, _ = limits.shares(len(ids), max(map(len, answers)))
         kept = without_left_end(newest, lambda m: len(template.encode_prompt(m)), share)

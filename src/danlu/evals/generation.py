@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from danlu.assistant import Assistant, Reply
 from danlu.evals.rubric import is_correct, score
 from danlu.exceptions import DataError
 from danlu.generation.protocol import SamplingParams
-from danlu.generation.sampling import mix_seed
+from danlu.generation.seeds import mix_seed
+from danlu.rewards.verifiers import exact
 from danlu.types import Prompt
 
 BOOTSTRAP_SAMPLES = 2000
@@ -38,12 +38,17 @@ def answer(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    numbers: Sequence[int] | None = None,
     on_done: Callable[[int], None] = lambda _: None,
 ) -> list[Reply]:
-    """One answer per prompt; the draws are a function of (seed, index), so that models are compared on equal luck."""
+    """One answer per prompt; the draws are a function of (seed, number), so that models are compared on equal luck.
+
+    Args:
+        numbers: of the prompts; default 0, 1, 2, ...
+    """
     params = [
-        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=mix_seed(seed, i))
-        for i in range(len(prompts))
+        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=mix_seed(seed, number))
+        for number in (range(len(prompts)) if numbers is None else numbers)
     ]
     replies: list[Reply] = []
     chunk = 256
@@ -100,7 +105,7 @@ def evaluate(
             row["rubric"] = score(reply.text, prompt.reference, finished).total
             row["correct"] = float(is_correct(reply.text, prompt.reference))
         else:
-            row["correct"] = float(_exact(reply.text, prompt.reference))
+            row["correct"] = float(exact(reply.text, prompt.reference))
         rows.append(row)
     summary: dict[str, Any] = {
         "correct": interval([r["correct"] for r in rows], seed),
@@ -120,13 +125,3 @@ def interval(values: Sequence[float], seed: int) -> dict[str, float]:
     means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(BOOTSTRAP_SAMPLES)])
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(data.mean()), "low": float(low), "high": float(high)}
-
-
-def _exact(text: str, reference: Any) -> bool:
-    items = reference.get("answers") or [[reference.get("answer", "")]]
-    wanted = {_plain(str(v)) for v in items[0]}
-    return _plain(text) in wanted
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split())

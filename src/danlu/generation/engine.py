@@ -1,81 +1,124 @@
-"""danlu's own engine: continuous batching over a slotted cache, on any model that transformers can run.
+"""danlu's own engine: continuous batching on any model that transformers can run.
 
-Rows join as soon as a slot is free and leave at their stop token; equal prompts of one admission are read once. There is no
-background thread: whoever waits for a token takes the lock and moves every running request one step on.
+Requests start in their order as soon as a slot and memory are free. Every step is one forward: each running request gets one
+token (or several that were guessed), and what is left of the step goes to prompts, so that long ones are read in pieces and keep
+nobody waiting. What another prompt has read before is not read again. There is no background thread: whoever waits for a token
+takes the lock and moves every running request one step on.
+
+A request's tokens do not depend on what else runs (bit for bit in fp32 on a CPU; see `kv_cache.py` for how).
 """
 
 from __future__ import annotations
 
 import threading
 import uuid
+from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from danlu.exceptions import EngineError, GenerationFailed
-from danlu.generation.kv_cache import DecodePlan, SlotCache
-from danlu.generation.protocol import Completion, FinishReason, Request, Token
+from danlu.generation.kv_cache import Lane, Read
+from danlu.generation.memory import default_memory
+from danlu.generation.past import PastRunner
+from danlu.generation.protocol import Completion, FinishReason, Request, Token, TopLogprobs, require_single
+from danlu.generation.runner import CachedRunner
 from danlu.generation.sampling import sample
-from danlu.models.attention import PLAN_ARGUMENT, TreePlan
+from danlu.generation.search import Search, search_of
+from danlu.generation.speculative import Drafter, Guessing
+from danlu.models.families import context_of
 from danlu.models.root import prepare
-from danlu.tree import Node, TreeBatch
 
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 4096  # of prompts in one step
+PREFILL_BESIDE_DECODING = 512  # the same while others wait for their next token
+LIKELY_SHARED = 16  # ids after what two prompts have read that make them worth reading once
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """The state of one request."""
 
     request: Request
     id: str
     limit: int
+    text: array[int]  # prompt and answer
+    search: Search | None = None
+    lanes: list[Lane] = field(default_factory=list)
+    next_tokens: list[int] = field(default_factory=list)  # of a search: what its lanes read next
+    hidden: list[Tensor] = field(default_factory=list)  # of a search that wants it: the prompt's, as far as it is read
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[TopLogprobs] = field(default_factory=list)
     finished: FinishReason | None = None
     read: int = 0
     version: int = 0
     error: BaseException | None = None
-    past: Any = None  # transformers' cache, for families without pluggable attention
 
     @property
-    def length(self) -> int:
-        return len(self.request.prompt_ids) + len(self.ids)
+    def prompt(self) -> int:
+        return len(self.request.prompt_ids)
 
-    def history(self) -> list[int]:
-        return [*self.request.prompt_ids, *self.ids]
+    @property
+    def width(self) -> int:
+        return self.search.width if self.search is not None else 1
+
+
+class _Part(NamedTuple):
+    """The reads `start:end` of a step, and their first hidden state, belong to a row; `guesses` were read after its last token."""
+
+    row: _Row
+    start: int
+    end: int
+    first: int
+    guesses: Sequence[int] = ()
 
 
 class LocalEngine:
     """Generates with a transformers model in this process.
 
     Args:
-        model: a causal language model; the engine owns it from now on (evaluation mode, no gradients).
+        model: a causal language model; the engine owns it from now on (evaluation mode, no gradients). Who changes its weights
+            otherwise than by `update_weights` must call `forget_prompts`.
         tokenizer: needed for stop texts only.
-        max_slots: how many requests run at once.
+        max_slots: how many sequences run at once (a beam search takes one for each beam).
+        memory: bytes for keys and values of running and remembered prompts; fewer requests run at once where it is short.
+            Default: a quarter of what is free, at most 4 GiB on a CPU and 32 GiB on a GPU.
+        drafter: guesses tokens ahead (`speculative.py`); results are the same with and without. For models on the fast path.
     """
 
-    def __init__(self, model: Any, tokenizer: Any | None = None, *, max_slots: int = 64) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        max_slots: int = 64,
+        memory: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.model = prepare(model).eval()
         self.tokenizer = tokenizer
         self.max_slots = max_slots
         self.version = 0
-        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20)
+        self.context = context_of(model.config)
+        self.drafter = drafter if model.base_model.danlu_fast_path else None
+        self._memory = memory
         self._lock = threading.RLock()
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
         self._rows: dict[str, _Row] = {}
-        self._cache: SlotCache | None = None
+        self._made: CachedRunner | PastRunner | None = None
 
     # -- protocol -------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def submit(self, request: Request) -> str:
         """See `Engine.submit`."""
-        prompt = len(request.prompt_ids)
+        prompt, params = len(request.prompt_ids), request.params
+        require_single(params)
         if prompt == 0:
             raise EngineError("the prompt is empty")
         if prompt >= self.context:
@@ -83,10 +126,18 @@ class LocalEngine:
                 f"the prompt has {prompt} tokens and the model's context holds {self.context}",
                 hint="shorten the conversation",
             )
-        if request.params.stop and self.tokenizer is None:
+        if params.stop and self.tokenizer is None:
             raise EngineError("stop texts need a tokenizer")
-        row = _Row(request, uuid.uuid4().hex, min(request.params.max_new_tokens, self.context - prompt))
+        limit = min(params.max_new_tokens, self.context - prompt)
+        row = _Row(request, uuid.uuid4().hex, limit, array("q", request.prompt_ids))
+        row.search = search_of(request.prompt_ids, params, limit, lambda ids: self._ends(row, ids))
+        if row.width > self.max_slots:
+            raise EngineError(
+                f"the search needs {row.width} slots and the engine has {self.max_slots}",
+                hint="fewer beams or candidates (num_beams, top_k)",
+            )
         with self._lock:
+            self._runner().require(prompt + limit, row.width)
             self._rows[row.id] = row
             self._waiting.append(row)
         return row.id
@@ -99,8 +150,9 @@ class LocalEngine:
                 # Looked at before the tokens: another thread may append the last one and finish the row in between.
                 error, finished = row.error, row.finished
                 while row.read < len(row.ids):
+                    at = row.read
                     row.read += 1
-                    yield Token(row.ids[row.read - 1], row.logprobs[row.read - 1])
+                    yield Token(row.ids[at], row.logprobs[at], row.tops[at] if at < len(row.tops) else ())
                 if error is not None:
                     raise GenerationFailed(f"generation failed: {error}") from error
                 if finished is not None:
@@ -122,7 +174,9 @@ class LocalEngine:
                 self._rows.pop(request_id, None)
         if row.error is not None:
             raise GenerationFailed(f"generation failed: {row.error}") from row.error
-        return Completion(row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version)
+        return Completion(
+            row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version, top_logprobs=tuple(row.tops)
+        )
 
     @torch.inference_mode()
     def cancel(self, request_id: str) -> None:
@@ -135,7 +189,7 @@ class LocalEngine:
             if row in self._waiting:
                 self._waiting.remove(row)
             else:
-                self._leave(self._running.index(row))
+                self._leave(row)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Engine.update_weights`."""
@@ -143,6 +197,7 @@ class LocalEngine:
             if self._running or self._waiting:
                 raise EngineError("weights cannot change while requests are running")
             own = dict(self.model.named_parameters())
+            self.forget_prompts()
             for name, tensor in named_tensors:
                 if name in own:
                     own[name].copy_(tensor)
@@ -150,7 +205,22 @@ class LocalEngine:
                     raise EngineError(f"the engine's model has no parameter named '{name}'")
             self.version = version
 
+    def forget_prompts(self) -> None:
+        """Drops what was kept of earlier prompts; needed after the model's weights were changed in place."""
+        with self._lock:
+            if self._made is not None:
+                self._made.forget_prompts()
+
     # -- scheduling -----------------------------------------------------------------------------------------------------
+
+    def _runner(self) -> CachedRunner | PastRunner:
+        if self._made is None:
+            memory = self._memory
+            if memory is None:
+                memory = default_memory(next(self.model.parameters()).device)
+            kind = CachedRunner if self.model.base_model.danlu_fast_path else PastRunner
+            self._made = kind(self.model, memory)
+        return self._made
 
     def _row(self, request_id: str) -> _Row:
         row = self._rows.get(request_id)
@@ -166,133 +236,199 @@ class LocalEngine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admits waiting requests and samples one token for every running one."""
+        """One forward: a token for every running request, and a piece of the prompts that are still to be read."""
         with self._lock:
-            new = self._next_rows()
+            if not self._running and not self._waiting:
+                return
             try:
-                if new:
-                    self._admit(new)
-                elif self._running:
-                    self._decode()
+                self._admit()
+                reads, parts = self._next_reads()
+                hidden = self._runner().read(reads)
+                self._remember(parts)
+                self._take(hidden, parts)
             except BaseException as error:  # Ctrl-C too
                 # Whoever waits for one of these rows must hear of it: their place in the cache is not to be trusted.
-                for row in {id(r): r for r in [*new, *self._running]}.values():
+                for row in self._running:
+                    row.lanes.clear()
                     row.error, row.finished = error, row.finished or "cancelled"
+                    if self.drafter is not None:
+                        self.drafter.forget(row.id)
                 self._running.clear()
+                self._runner().reset()
                 raise
 
-    def _next_rows(self) -> list[_Row]:
-        """As many waiting requests as fit into the slots and one reading."""
-        new: list[_Row] = []
-        tokens = 0
-        while self._waiting and len(self._running) + len(new) < self.max_slots:
-            tokens += len(self._waiting[0].request.prompt_ids)
-            if new and tokens > PREFILL_TOKENS:
-                break
-            new.append(self._waiting.popleft())
-        return new
-
-    def _admit(self, new: list[_Row]) -> None:
-        """Reads the prompts of new rows and samples their first tokens."""
-        fast = self.model.base_model.danlu_fast_path
-        logits = self._prefill(new) if fast else self._prefill_with_past(new)
-        self._running += new
-        for row in new:
+    def _admit(self) -> None:
+        """Requests start in the order of their arrival; nobody overtakes the first one that does not fit yet."""
+        runner = self._runner()
+        taken = sum(r.width for r in self._running)
+        while self._waiting:
+            row = self._waiting[0]
+            if taken + row.width > self.max_slots or not runner.fits(row.prompt + row.limit, row.width):
+                return
+            self._waiting.popleft()
+            self._running.append(row)  # before its lane: should that fail, whoever waits for the row hears of it
+            # The other lanes of a search are opened when its prompt has been read; their room is kept for them.
+            row.lanes.append(runner.open(row.prompt + row.limit, row.prompt, lanes=row.width))
             row.version = self.version
-        self._take(logits, new)
+            taken += row.width
 
-    def _prefill(self, new: list[_Row]) -> Tensor:
-        """All distinct prompts as one batch of trees; their keys and values are copied into every slot that needs them."""
-        prompts: dict[tuple[int, ...], int] = {}
-        owner = [prompts.setdefault(tuple(r.request.prompt_ids), len(prompts)) for r in new]
-        tree = TreeBatch.of([Node(p, [0.0] * len(p)) for p in prompts]).to(self.model.device)
-        plan = TreePlan(tree)
-        starts, ends = tree.node_start_N.tolist(), tree.node_end_N.tolist()
-        base = len(self._running)
+    def _next_reads(self) -> tuple[list[Read], list[_Part]]:
+        reads: list[Read] = []
+        parts: list[_Part] = []
+        decoding = [r for r in self._running if r.lanes[0].length >= r.prompt]
+        first = 0
+        for row, guesses in zip(decoding, self._guesses(decoding), strict=True):
+            start = len(reads)
+            if row.search is not None:
+                reads += [Read(x, [t], False, 1) for x, t in zip(row.lanes, row.next_tokens, strict=True)]
+            else:
+                reads.append(Read(row.lanes[0], [row.ids[-1], *guesses], False, 1 + len(guesses)))
+            parts.append(_Part(row, start, len(reads), first, guesses))
+            first += sum(r.wanted for r in reads[start:])
+        room = PREFILL_BESIDE_DECODING if decoding else PREFILL_TOKENS
+        begun: set[bytes] = set()
+        for row in self._running:
+            lane = row.lanes[0]
+            if lane.length >= row.prompt or room <= 0:
+                continue
+            if row.search is None or not row.search.all_hidden:
+                self._runner().recall(lane, row.request.prompt_ids[:-1])
+                # What another row begins to read in this step is there to copy in the next one.
+                next_ids = row.text[: lane.length + LIKELY_SHARED].tobytes()
+                if self._runner().recalls and row.prompt - lane.length > LIKELY_SHARED:
+                    if next_ids in begun:
+                        continue
+                    begun.add(next_ids)
+            end = min(row.prompt, lane.length + room)
+            ids = list(row.request.prompt_ids[lane.length : end])
+            whole = row.search is not None and row.search.all_hidden
+            reads.append(Read(lane, ids, True, len(ids) if whole else int(end == row.prompt)))
+            parts.append(_Part(row, len(reads) - 1, len(reads), first))
+            first += reads[-1].wanted
+            room -= len(ids)
+        return reads, parts
 
-        def keep(layer: int, key: Tensor, value: Tensor) -> None:
-            if self._cache is None:
-                groups, _, width = key.shape
-                count = self.model.config.num_hidden_layers
-                self._cache = SlotCache(count, groups, width, dtype=value.dtype, device=value.device)
-            longest = max(r.length + min(r.limit, 64) for r in [*self._running, *new])
-            self._cache.reserve(base + len(new), longest)
-            for offset, node in enumerate(owner):
-                part = slice(starts[node], ends[node])
-                length = ends[node] - starts[node]
-                self._cache.keys[layer, base + offset, :, :length] = key[:, part]
-                self._cache.values[layer, base + offset, :, :length] = value[:, part]
+    def _guesses(self, rows: Sequence[_Row]) -> list[list[int]]:
+        """What to read after each row's last token in the hope that it will be sampled."""
+        drafter = self.drafter
+        if drafter is None:
+            return [[] for _ in rows]
+        asked = []
+        for row in rows:
+            room = min(drafter.tokens, row.limit - len(row.ids) - 1, self._runner().room(row.lanes[0]) - 1)
+            asked.append(Guessing(row.id, row.text, room if row.search is None else 0))
+        wanted = [i for i, g in enumerate(asked) if g.count > 0]
+        guessed = dict(zip(wanted, drafter.guess([asked[i] for i in wanted]), strict=True))
+        return [guessed.get(i, []) for i in range(len(rows))]
 
-        plan.on_key_value = keep
-        hidden = self._trunk(tree.input_ids_T, tree.position_ids_T, plan)
-        last = hidden.index_select(0, tree.node_end_N - 1)
-        logits: Tensor = self.model.get_output_embeddings()(last)
-        return logits[torch.tensor(owner, device=logits.device)]
+    def _remember(self, parts: Sequence[_Part]) -> None:
+        for part in parts:
+            row = part.row
+            if not row.ids and not row.next_tokens:
+                lane = row.lanes[0]
+                self._runner().remember(lane, row.request.prompt_ids[: lane.length])
 
-    def _decode(self) -> None:
-        rows = list(self._running)
-        if self.model.base_model.danlu_fast_path:
-            cache = self._cache
-            assert cache is not None, "running rows were prefilled"
-            cache.reserve(len(rows), max(r.length for r in rows))
-            # The last sampled token has not been read yet: it stands at position length - 1.
-            positions = [r.length - 1 for r in rows]
-            plan = DecodePlan(cache, positions)
-            ids = torch.tensor([r.ids[-1] for r in rows], device=self.model.device)
-            logits = self.model.get_output_embeddings()(self._trunk(ids, plan.positions_S, plan))
-        else:
-            logits = torch.cat([self._read_with_past(r, [r.ids[-1]]) for r in rows])
-        self._take(logits, rows)
+    # -- sampling -------------------------------------------------------------------------------------------------------
 
-    def _trunk(self, ids_T: Tensor, positions_T: Tensor, plan: Any) -> Tensor:
-        output = self.model.base_model(
-            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, **{PLAN_ARGUMENT: plan}
-        )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+    def _take(self, hidden_MD: Tensor, parts: Sequence[_Part]) -> None:
+        """Samples a token for each row, or several where guesses were right, and lets finished rows go."""
+        for row, _, _, first, _ in parts:
+            if row.search is not None and row.search.all_hidden and not row.next_tokens:
+                new = row.lanes[0].length - sum(len(h) for h in row.hidden)
+                row.hidden.append(hidden_MD[first : first + new])
+        ready = [p for p in parts if p.row.lanes[0].length >= p.row.prompt]
+        if not ready:
+            return
+        places: list[int] = []  # of the hidden states that predict something
+        own: list[range] = []
+        for part in ready:
+            first, count = part.first, 1 + len(part.guesses)
+            if part.row.search is not None:
+                count = part.end - part.start
+            if part.row.hidden:
+                first += len(part.row.hidden[-1]) - 1
+            own.append(range(len(places), len(places) + count))
+            places += range(first, first + count)
+        whole = len(places) == len(hidden_MD)
+        logits = self._runner().logits(hidden_MD if whole else hidden_MD[torch.tensor(places, device=hidden_MD.device)])
+        self._sample([(p, r) for p, r in zip(ready, own, strict=True) if p.row.search is None], logits)
+        for part, rows in zip(ready, own, strict=True):
+            if part.row.search is not None:
+                self._search(part, logits[rows.start : rows.stop], hidden_MD)
+        for part in ready:
+            if part.row.finished is not None:
+                self._leave(part.row)
 
-    def _prefill_with_past(self, new: list[_Row]) -> Tensor:
-        return torch.cat([self._read_with_past(r, list(r.request.prompt_ids)) for r in new])
+    def _sample(self, parts: Sequence[tuple[_Part, range]], logits_MV: Tensor) -> None:
+        if not parts:
+            return
+        params = [p.row.request.params for p, own in parts for _ in own]
+        steps = [len(p.row.ids) + n for p, own in parts for n in range(len(own))]
+        history = [h for p, own in parts for h in _histories(p.row, p.guesses)]
+        index = [i for _, own in parts for i in own]
+        whole = len(index) == len(logits_MV)
+        drawn = sample(logits_MV if whole else logits_MV[torch.tensor(index)], params, steps, history)
+        at = 0
+        for part, own in parts:
+            row, lane = part.row, part.row.lanes[0]
+            for n in range(len(own)):
+                token = drawn.tokens[at + n]
+                row.logprobs.append(drawn.logprobs[at + n])
+                if row.request.params.logprobs:
+                    row.tops.append(drawn.top_logprobs[at + n])
+                row.text.append(token)
+                row.ids.append(token)  # last: readers without the lock go by its length
+                if self._ends(row, row.ids):
+                    row.finished = "stop"
+                elif len(row.ids) >= row.limit:
+                    row.finished = "length"
+                if row.finished is not None or n == len(part.guesses) or token != part.guesses[n]:
+                    break
+            lane.length = len(row.text) - 1  # guesses that were wrong are overwritten
+            at += len(own)
 
-    def _read_with_past(self, row: _Row, ids: list[int]) -> Tensor:
-        """One row at a time with transformers' own cache: right for every family, slow."""
-        output = self.model(
-            input_ids=torch.tensor([ids], device=self.model.device), past_key_values=row.past, use_cache=True
-        )
-        row.past = output.past_key_values
-        logits: Tensor = output.logits[:, -1]
-        return logits
+    def _search(self, part: _Part, logits_KV: Tensor, hidden_MD: Tensor) -> None:
+        row, search = part.row, part.row.search
+        assert search is not None
+        begun = bool(row.next_tokens)
+        hidden = torch.cat(row.hidden) if row.hidden else hidden_MD[part.first : part.first + part.end - part.start]
+        row.hidden.clear()
+        move = search.advance(logits_KV, hidden)
+        new = len(row.ids)
+        row.logprobs += search.logprobs[new:]
+        row.tops += search.top_logprobs[new:]
+        row.ids += search.ids[new:]
+        row.finished = search.finished
+        if row.finished is not None:
+            return
+        while len(row.lanes) < len(move.tokens):
+            row.lanes.append(self._runner().fork(row.lanes[0]))
+        if begun:
+            self._runner().reorder(row.lanes, move.parents, row.lanes[0].length - search.undone)
+        row.next_tokens = move.tokens
 
-    def _take(self, logits: Tensor, rows: list[_Row]) -> None:
-        """Samples a token for each row, and lets finished rows go."""
-        params = [r.request.params for r in rows]
-        penalised = any(p.repetition_penalty != 1.0 for p in params)
-        history = [r.history() if penalised else [] for r in rows]
-        tokens, logprobs = sample(logits.cpu(), params, [len(r.ids) for r in rows], history)
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            row.logprobs.append(logprob)
-            row.ids.append(token)  # last: readers without the lock go by its length
-            if token in row.request.params.stop_ids or self._hits_stop_text(row):
-                row.finished = "stop"
-            elif len(row.ids) >= row.limit:
-                row.finished = "length"
-        for index in reversed(range(len(self._running))):
-            if self._running[index].finished is not None:
-                self._leave(index)
-
-    def _hits_stop_text(self, row: _Row) -> bool:
-        stops = row.request.params.stop
-        if not stops or self.tokenizer is None:
+    def _ends(self, row: _Row, ids: Sequence[int]) -> bool:
+        """Whether an answer ends with its last token: a stop id, or a stop text in what it says so far."""
+        params = row.request.params
+        if ids[-1] in params.stop_ids:
+            return True
+        if not params.stop or self.tokenizer is None or len(ids) < params.min_new_tokens:
             return False
         # A stop text of n characters spans at most n bytes-worth of tokens times four (UTF-8).
-        tail = self.tokenizer.decode(row.ids[-4 * max(len(s) for s in stops) :])
-        return any(s in tail for s in stops)
+        tail = self.tokenizer.decode(list(ids[-4 * max(len(s) for s in params.stop) :]))
+        return any(s in tail for s in params.stop)
 
-    def _leave(self, index: int) -> None:
-        last = len(self._running) - 1
-        moved = self._running[last]
-        if index != last and self._cache is not None:
-            self._cache.move(last, index, moved.length)
-        self._running[index].past = None
-        self._running[index] = moved
-        self._running.pop()
+    def _leave(self, row: _Row) -> None:
+        for lane in row.lanes:
+            self._runner().close(lane)
+        row.lanes.clear()
+        if self.drafter is not None:
+            self.drafter.forget(row.id)
+        self._running.remove(row)
+
+
+def _histories(row: _Row, guesses: Sequence[int]) -> list[Sequence[int]]:
+    """Prompt and answer before each of the tokens to sample."""
+    if not guesses or not row.request.params.reads_history:
+        return [row.text] * (1 + len(guesses))
+    return [row.text[:] + array("q", guesses[:n]) for n in range(1 + len(guesses))]

@@ -1,67 +1,426 @@
-"""The engine's own keys and values: `[layer, slot, kv_head, position, head]`, written inside the attention function."""
+"""The engine's own keys and values, and how the attention function reads and writes them.
+
+A lane is one sequence in the cache. Lanes of similar length share an arena `[layer, slot, kv_head, position, head]`, so that a
+decoding step reads hardly more positions than each lane has, without gathering. When a lane outgrows its arena it moves to the
+next one; when it ends, the arena's last lane moves into its place.
+
+Whatever else is in the batch must not change a lane's bits (fp32 on a CPU): every matrix product has a shape that is a function
+of the lane alone. A decoded token attends to its arena's positions by a product of its own; a prompt is read in blocks on a
+fixed grid of positions, and a block that is partly known or ends early is padded to the whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-POSITION_BLOCK = 64
+BLOCK = 64  # positions: the unit of arena lengths and remembered prompts, and the grid on which a CPU reads prompts
+GPU_GRID = 512  # the same on a GPU, which prefers few large products
 
 
-class SlotCache:
-    """Rows 0 .. n-1 are the running requests; when one ends, the last row moves into its place, so decoding never gathers.
+def arena_length(positions: int) -> int:
+    """The smallest of 64, 128, 192, 256, 384, 512, 768, 1024, ... that holds so many positions."""
+    length = BLOCK
+    while length < positions:
+        half_more = length * 3 // 2
+        if half_more >= positions and half_more % BLOCK == 0:
+            return half_more
+        length *= 2
+    return length
 
-    The cache grows by doubling slots and by blocks of positions, up to the limits given.
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one position of one lane holds: in each layer `heads` keys of `key_width` and values of `value_width` numbers."""
+
+    layers: int
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_position(self) -> int:
+        return self.layers * self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+
+@dataclass(eq=False)
+class Lane:
+    """One sequence in the cache: how many positions it may need, how many are written, and its place.
+
+    `claim`: positions that are kept free for it, and for the lanes that will be forked from it. `past`: transformers' own cache
+    of the lane, where a family's attention takes no plan (`past.py`).
     """
 
-    def __init__(self, layers: int, heads: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (layers, 0, heads, 0, width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    reserved: int
+    length: int = 0
+    claim: int = 0
+    arena: Arena | None = None
+    slot: int = -1
+    past: Any = None
 
-    def reserve(self, slots: int, positions: int) -> None:
-        """Makes room for at least so many slots and positions; what is there stays."""
-        layers, have_slots, heads, have_positions, width = self.keys.shape
-        if slots <= have_slots and positions <= have_positions:
-            return
-        slots = max(have_slots, 1 << (slots - 1).bit_length() if slots > have_slots else have_slots)
-        positions = max(have_positions, -(-positions // POSITION_BLOCK) * POSITION_BLOCK)
+
+class Arena:
+    """Lanes of up to `positions` tokens. Slots 0 .. n-1 are taken, in the order of `lanes`."""
+
+    def __init__(self, shape: CacheShape, positions: int) -> None:
+        self.positions = positions
+        self.lanes: list[Lane] = []
+        sizes = (shape.layers, 0, shape.heads, positions)
+        self.keys = torch.zeros(*sizes, shape.key_width, dtype=shape.dtype, device=shape.device)
+        self.values = torch.zeros(*sizes, shape.value_width, dtype=shape.dtype, device=shape.device)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    def resize(self, slots: int) -> None:
+        """Room for so many slots; what the lanes hold stays."""
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(layers, slots, heads, positions, width)
-            new[:, :have_slots, :, :have_positions] = old
+            # Zeros, not empty: a masked position has weight 0, and 0 times what lies in fresh memory may be NaN.
+            new = old.new_zeros(old.shape[0], slots, *old.shape[2:])
+            new[:, : len(self.lanes)] = old[:, : len(self.lanes)]
             setattr(self, name, new)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copies one slot's first `length` positions over another's."""
-        for x in (self.keys, self.values):
-            x[:, target, :, :length] = x[:, source, :, :length]
+
+class KeyValueCache:
+    """The arenas, within a number of bytes.
+
+    Args:
+        shape: of a position.
+        memory: bytes that all arenas together may have (while an arena grows, its old tensor is held too).
+    """
+
+    def __init__(self, shape: CacheShape, memory: int) -> None:
+        self.shape = shape
+        self.limit = memory // shape.bytes_per_position
+        self.reserved = 0
+        grid = BLOCK if shape.device.type == "cpu" else GPU_GRID
+        above = torch.full((grid, grid), float("-inf"), dtype=shape.dtype, device=shape.device)
+        self.causal_QS = torch.triu(above, diagonal=1)  # the mask of a block of prompt on itself
+        self._arenas: dict[int, Arena] = {}
+
+    def fits(self, positions: int, lanes: int = 1) -> bool:
+        """Whether so many more lanes of so many positions can be opened now."""
+        return self.reserved + lanes * arena_length(positions) <= self.limit
+
+    def open(self, reserved: int, start: int, lanes: int = 1) -> Lane:
+        """A new lane that may need `reserved` positions, with room for `start` of them, that will be forked into so many."""
+        lane = Lane(reserved, claim=lanes * arena_length(reserved))
+        self.reserved += lane.claim
+        self._enter(lane, arena_length(start))
+        return lane
+
+    def close(self, lane: Lane) -> None:
+        """Gives a lane's place back; closing twice does nothing."""
+        if lane.arena is not None:
+            self.reserved -= lane.claim
+            self._vacate(lane.arena, lane.slot)
+            lane.arena, lane.slot = None, -1
+
+    def clear(self) -> None:
+        """Forgets every lane."""
+        for arena in self._arenas.values():
+            for lane in arena.lanes:
+                lane.arena = None
+        self._arenas.clear()
+        self.reserved = 0
+
+    def extend(self, lane: Lane, positions: int) -> None:
+        """Room for so many positions; moves the lane to a longer arena if need be."""
+        old, slot = lane.arena, lane.slot
+        assert old is not None, "the lane is open"
+        if positions <= old.positions:
+            return
+        keys, values = old.keys[:, slot, :, : lane.length], old.values[:, slot, :, : lane.length]
+        new = self._enter(lane, arena_length(positions))
+        new.keys[:, lane.slot, :, : lane.length] = keys
+        new.values[:, lane.slot, :, : lane.length] = values
+        self._vacate(old, slot)
+
+    def fork(self, lane: Lane) -> Lane:
+        """Another lane with the same tokens."""
+        source = lane.arena
+        assert source is not None, "the lane is open"
+        share = arena_length(lane.reserved)
+        lane.claim -= share
+        copy = Lane(lane.reserved, claim=share)
+        target = self._enter(copy, source.positions)
+        for x in (target.keys, target.values):  # of the same length, so of the same arena
+            x[:, copy.slot, :, : lane.length] = x[:, lane.slot, :, : lane.length]
+        copy.length = lane.length
+        return copy
+
+    def reorder(self, lanes: Sequence[Lane], parents: Sequence[int], start: int) -> None:
+        """Lane i continues what lane parents[i] holds; all have the same tokens before position `start`, and one length."""
+        moved = [(lane, lanes[p]) for lane, p in zip(lanes, parents, strict=True) if lanes[p] is not lane]
+        arena, end = lanes[0].arena, lanes[0].length
+        if not moved or arena is None or start >= end:
+            return
+        target, source = [a.slot for a, _ in moved], [b.slot for _, b in moved]
+        for x in (arena.keys, arena.values):
+            x[:, target, :, start:end] = x[:, source, :, start:end]
+
+    def _enter(self, lane: Lane, positions: int) -> Arena:
+        arena = self._arenas.get(positions)
+        if arena is None:
+            arena = self._arenas[positions] = Arena(self.shape, positions)
+        if len(arena.lanes) == arena.capacity:
+            self._grow(arena)
+        lane.arena, lane.slot = arena, len(arena.lanes)
+        arena.lanes.append(lane)
+        return arena
+
+    def _grow(self, arena: Arena) -> None:
+        needed = len(arena.lanes) + 1
+        others = sum(a.capacity * a.positions for a in self._arenas.values() if a is not arena)
+        wanted = 2 * arena.capacity if others + 2 * arena.capacity * arena.positions <= self.limit else needed
+        if others + needed * arena.positions > self.limit:
+            self._trim(arena)
+        arena.resize(max(wanted, needed))
+
+    def _trim(self, keep: Arena) -> None:
+        """Gives back what no lane uses."""
+        for length, arena in list(self._arenas.items()):
+            if arena is keep:
+                continue
+            if not arena.lanes:
+                del self._arenas[length]
+            elif arena.capacity > len(arena.lanes):
+                arena.resize(len(arena.lanes))
+
+    def _vacate(self, arena: Arena, slot: int) -> None:
+        last = arena.lanes.pop()
+        if slot < len(arena.lanes):
+            for x in (arena.keys, arena.values):
+                x[:, slot, :, : last.length] = x[:, last.slot, :, : last.length]
+            arena.lanes[slot], last.slot = last, slot
 
 
-class DecodePlan:
-    """One new token for each of the slots 0 .. S-1: writes its key and value, attends to everything before it."""
+@dataclass
+class _Decode:
+    """One token each of some lanes of an arena: tokens `start:end` of the step."""
 
-    def __init__(self, cache: SlotCache, positions: Sequence[int]) -> None:
-        self.cache = cache
-        self.longest = max(positions) + 1
-        device = cache.keys.device
-        self.positions_S = torch.tensor(positions, device=device)
-        self.rows_S = torch.arange(len(positions), device=device)
-        visible = torch.arange(self.longest, device=device)[None] <= self.positions_S[:, None]
-        zero = torch.zeros((), dtype=cache.keys.dtype, device=device)
-        self.mask_SP = torch.where(visible, zero, torch.full_like(zero, float("-inf")))[:, None, None]
+    arena: Arena
+    start: int
+    end: int
+    slots_S: Tensor | None  # None: all slots, in order
+    seen_S: Tensor  # [slots * G]: the last position that each slot sees
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [H, S, K], key and value [G, S, K] -> [S, H, K]; head h reads group h // (H / G)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows_S, :, self.positions_S] = key.transpose(0, 1).to(keys.dtype)
-        values[self.rows_S, :, self.positions_S] = value.transpose(0, 1).to(values.dtype)
-        slots, groups, width = query.shape[1], key.shape[0], query.shape[2]
-        seen_k = keys[:slots, :, : self.longest]
-        seen_v = values[:slots, :, : self.longest]
-        q = query.transpose(0, 1).reshape(slots, groups, -1, width).to(keys.dtype)
-        scores = torch.matmul(q, seen_k.transpose(-1, -2)) * scale + self.mask_SP
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), seen_v)
-        return mixed.reshape(slots, -1, width).to(query.dtype)
+    def mask(self, window: int | None) -> Tensor:
+        """[slots * G, 1, positions]: 0 where a slot sees a position, -inf elsewhere; `window` positions at most."""
+        if window not in self.masks:
+            positions = torch.arange(self.arena.positions, device=self.seen_S.device)
+            hidden_SP = positions > self.seen_S[:, None]
+            if window is not None:
+                hidden_SP |= positions <= self.seen_S[:, None] - window
+            mask = torch.zeros(hidden_SP.shape, dtype=self.arena.keys.dtype, device=hidden_SP.device)
+            self.masks[window] = mask.masked_fill_(hidden_SP, float("-inf"))[:, None]
+        return self.masks[window]
+
+
+@dataclass
+class _Block:
+    """A run of a prompt that lies in one block: tokens `start:end` of the step, from `position` on."""
+
+    arena: Arena
+    slot: int
+    start: int
+    end: int
+    position: int
+
+
+@dataclass
+class _Write:
+    """Where the keys and values of tokens `start:end` go: rows of the arena's `[slots * G * positions, K]`."""
+
+    arena: Arena
+    start: int
+    end: int
+    cells_M: Tensor
+
+
+@dataclass(frozen=True)
+class Read:
+    """Tokens that a lane reads next.
+
+    Attributes:
+        prompt: read on the grid; else each as a decoded token, with the bits of decoding them one by one.
+        wanted: of how many of the last tokens the hidden states are asked for.
+    """
+
+    lane: Lane
+    ids: Sequence[int]
+    prompt: bool
+    wanted: int
+
+
+@dataclass
+class StepPlan:
+    """One forward of an engine: what each of its tokens writes and attends to. Make one with `StepPlan.of`.
+
+    Attributes:
+        causal_QS: the mask of a block of the grid on itself.
+        ids, positions: of the T tokens.
+        longest: positions that are attended to, at most.
+        places: for each read, the step's token index of each of its tokens.
+    """
+
+    causal_QS: Tensor
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    longest: int = 1
+    places: list[list[int]] = field(default_factory=list)
+    _decodes: list[_Decode] = field(default_factory=list)
+    _blocks: list[_Block] = field(default_factory=list)
+    _writes: list[_Write] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, cache: KeyValueCache, reads: Sequence[Read]) -> StepPlan:
+        """Lanes need room for what they read; their `length` moves on here."""
+        plan = cls(cache.causal_QS, places=[[] for _ in reads])
+        by_arena: dict[int, list[int]] = {}
+        for index, read in enumerate(reads):
+            if not read.prompt:
+                assert read.lane.arena is not None
+                by_arena.setdefault(read.lane.arena.positions, []).append(index)
+        for _, members in sorted(by_arena.items()):
+            plan._add_decodes(cache.shape, reads, sorted(members, key=lambda i: reads[i].lane.slot))
+        for index, read in enumerate(reads):
+            if read.prompt:
+                plan._add_prompt(read, index)
+        for read in reads:
+            read.lane.length += len(read.ids)
+        plan.longest = max(plan.positions) + 1
+        return plan
+
+    def _add_decodes(self, shape: CacheShape, reads: Sequence[Read], members: Sequence[int]) -> None:
+        """The first tokens of all lanes, then the second ones, and so on: each round is one product per slot."""
+        arena = reads[members[0]].lane.arena
+        assert arena is not None
+        begin = len(self.ids)
+        slots: list[int] = []
+        for depth in range(max(len(reads[i].ids) for i in members)):
+            active = [i for i in members if depth < len(reads[i].ids)]
+            start = len(self.ids)
+            for i in active:
+                self.places[i].append(len(self.ids))
+                self.ids.append(reads[i].ids[depth])
+                self.positions.append(reads[i].lane.length + depth)
+                slots.append(reads[i].lane.slot)
+            seen = torch.zeros(len(arena.lanes), dtype=torch.int64)  # slots that do not decode now see position 0 only
+            used = torch.tensor([reads[i].lane.slot for i in active])
+            seen[used] = torch.tensor(self.positions[start:])
+            seen = seen.repeat_interleave(shape.heads).to(shape.device)
+            every = len(active) == len(arena.lanes)
+            self._decodes.append(_Decode(arena, start, len(self.ids), None if every else used.to(shape.device), seen))
+        heads = torch.arange(shape.heads)
+        rows = torch.tensor(slots)[:, None] * shape.heads + heads
+        cells = rows * arena.positions + torch.tensor(self.positions[begin:])[:, None]
+        self._writes.append(_Write(arena, begin, len(self.ids), cells.flatten().to(shape.device)))
+
+    def _add_prompt(self, read: Read, index: int) -> None:
+        lane = read.lane
+        assert lane.arena is not None
+        grid = len(self.causal_QS)
+        at, end = lane.length, lane.length + len(read.ids)
+        self.places[index] = list(range(len(self.ids), len(self.ids) + len(read.ids)))
+        while at < end:
+            stop = min(end, (at // grid + 1) * grid)
+            first = len(self.ids)
+            self.ids += read.ids[at - lane.length : stop - lane.length]
+            self.positions += range(at, stop)
+            self._blocks.append(_Block(lane.arena, lane.slot, first, len(self.ids), at))
+            at = stop
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """query [H, T, K], key and value [G, T, K] -> [T, H, K]; see `models.attention.AttentionPlan`."""
+        rule = _Rule(scale, None if window is None or window >= self.longest else window, softcap)
+        for write in self._writes:
+            for kept, new in ((write.arena.keys, key), (write.arena.values, value)):
+                rows = new[:, write.start : write.end].transpose(0, 1).reshape(-1, new.shape[2]).to(kept.dtype)
+                kept[layer].view(-1, new.shape[2]).index_copy_(0, write.cells_M, rows)
+        if len(self._decodes) == 1 and self._decodes[0].end == query.shape[1]:
+            return _attend_one(self._decodes[0], layer, query, rule)
+        out = query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
+        for decode in self._decodes:
+            out[decode.start : decode.end] = _attend_one(decode, layer, query[:, decode.start : decode.end], rule)
+        for block in self._blocks:
+            part = slice(block.start, block.end)
+            end = block.position + block.end - block.start
+            block.arena.keys[layer, block.slot, :, block.position : end] = key[:, part]
+            block.arena.values[layer, block.slot, :, block.position : end] = value[:, part]
+            out[part] = _attend_block(block, layer, query[:, part], rule, self.causal_QS)
+        return out
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How scores are made from products; `window` is set only where it hides a position."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def scores(self, q: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [B, n, K], keys [B, P, K], mask [B or 1, n or 1, P] -> [B, n, P]."""
+        if self.softcap is None:
+            if mask is not None:
+                return torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=self.scale)
+            return torch.bmm(q, keys.transpose(1, 2)).mul_(self.scale)
+        capped = torch.bmm(q, keys.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return capped if mask is None else capped.add_(mask)
+
+
+def _attend_one(decode: _Decode, layer: int, query: Tensor, rule: _Rule) -> Tensor:
+    """query [H, S, K] -> [S, H, K], one product for each slot and key head."""
+    arena = decode.arena
+    slots = len(arena.lanes)
+    keys = arena.keys[layer, :slots].flatten(0, 1)
+    values = arena.values[layer, :slots].flatten(0, 1)
+    q = query.transpose(0, 1).to(keys.dtype)
+    if decode.slots_S is not None:
+        q = q.new_zeros(slots, *q.shape[1:]).index_copy_(0, decode.slots_S, q)
+    q = q.reshape(keys.shape[0], -1, keys.shape[2])
+    scores = rule.scores(q, keys, decode.mask(rule.window))
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), values).view(slots, query.shape[0], -1)
+    if decode.slots_S is not None:
+        mixed = mixed.index_select(0, decode.slots_S)
+    return mixed.to(query.dtype)
+
+
+def _attend_block(block: _Block, layer: int, query: Tensor, rule: _Rule, causal_QS: Tensor) -> Tensor:
+    """query [H, n, K] -> [n, H, K], as rows of a product of the whole block with all positions up to its end."""
+    heads, count, width = query.shape
+    grid = len(causal_QS)
+    first = block.position % grid
+    begin = block.position - first
+    end = min(begin + grid, block.arena.positions)
+    keys = block.arena.keys[layer, block.slot, :, :end]
+    values = block.arena.values[layer, block.slot, :, :end]
+    q = keys.new_zeros(heads, grid, width)
+    q[:, first : first + count] = query
+    scores = rule.scores(q.view(keys.shape[0], -1, width), keys)
+    by_head = scores.view(heads, grid, end)
+    by_head[:, :, begin:] += causal_QS[:, : end - begin]
+    if rule.window is not None:
+        place = torch.arange(begin + grid, device=keys.device)
+        by_head.masked_fill_(place[:end] <= place[begin:, None] - rule.window, float("-inf"))
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), values)
+    return mixed.view(heads, grid, -1)[:, first : first + count].transpose(0, 1).to(query.dtype)

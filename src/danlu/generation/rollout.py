@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from danlu.generation.protocol import Engine, Request, SamplingParams, generate
-from danlu.generation.sampling import mix_seed
+from danlu.generation.seeds import mix_seed
 from danlu.tree import Segment, Trajectory
 
 
 def rollout(
-    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int, step: int
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    seed: int,
+    step: int,
+    numbers: Sequence[int] | None = None,
 ) -> list[Trajectory]:
     """One trajectory per prompt (give a prompt G times for a group).
 
@@ -21,8 +27,9 @@ def rollout(
         prompts: token ids.
         params: for all of them; `seed` in it is replaced.
         seed, step: of the run and of the optimizer step.
+        numbers: of these samples among all of the step; default 0, 1, 2, ...
     """
-    seeds = [mix_seed(seed, step, index) for index in range(len(prompts))]
+    seeds = [mix_seed(seed, step, number) for number in (range(len(prompts)) if numbers is None else numbers)]
     requests = [Request(p, replace(params, seed=s)) for p, s in zip(prompts, seeds, strict=True)]
     return [
         Trajectory(

@@ -1,81 +1,152 @@
-"""From logits to tokens. A draw is a function of (seed, token index), never of what else is in the batch."""
+"""From logits to tokens: penalties and bans, temperature, truncation, and one draw a row.
+
+A row's result is a function of its own logits, parameters, history and token index, bit for bit: never of what else is in the call.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.generation.protocol import SamplingParams
+from danlu.exceptions import GenerationFailed
+from danlu.generation.penalties import adjust
+from danlu.generation.protocol import SamplingParams, TopLogprobs
+from danlu.generation.seeds import uniforms
+from danlu.generation.truncation import BLOCK, NARROW, likeliest, most_likely, truncate, truncates
 
-_MASK = (1 << 64) - 1
-COLDEST = 1e-3  # below, logits divided by the temperature overflow: the most likely token is taken
-
-
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) from a counter-based generator (SplitMix64, Steele et al. 2014)."""
-    x = (seed * 0x9E3779B97F4A7C15 + (index + 1) * 0xD1B54A32D192ED03) & _MASK
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = ((x ^ (x >> shift)) * factor) & _MASK
-    return float((x ^ (x >> 31)) >> 11) / float(1 << 53)
+CACHED = 1 << 20  # logits that a CPU works on at once: a step's temporaries stay in its cache
 
 
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers (run seed, step, sample, ...)."""
-    digest = np.random.SeedSequence([p & _MASK for p in parts]).generate_state(2, np.uint32)
-    return (int(digest[0]) << 31) ^ int(digest[1])
+class Sampled(NamedTuple):
+    """One token per row, its log-probability in the distribution it was drawn from, and that distribution's likeliest tokens."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
 
 
 def sample(
     logits_SV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int], history: Sequence[Sequence[int]]
-) -> tuple[list[int], list[float]]:
-    """One token per row by inverse CDF, and its log-probability under the distribution it was drawn from.
+) -> Sampled:
+    """One token per row by inverse CDF, on the device of the logits.
 
     Args:
-        logits_SV: one row per request, any float dtype.
-        params: one per row.
+        logits_SV: one row per request, any float dtype; not changed.
+        params: one per row. `SamplingParams` says in which order they act.
         steps: how many tokens each request has sampled before.
-        history: prompt and sampled ids of each row, read only where a repetition penalty is set.
+        history: prompt and sampled ids of each row, read only where `reads_history`. `array("q")` is read without a copy.
+
+    Raises:
+        GenerationFailed: logits that are no numbers.
     """
-    logits = logits_SV.float()
-    if any(p.repetition_penalty != 1.0 for p in params):
-        logits = _penalise(logits, params, history)
-    greedy = torch.tensor([p.temperature < COLDEST for p in params])
-    heat = torch.tensor([p.temperature if p.temperature >= COLDEST else 1.0 for p in params])
-    logprobs = torch.log_softmax(logits / heat[:, None], dim=-1)
-    if any(p.top_k or p.top_p < 1.0 for p in params):
-        logprobs = _truncate(logprobs, params)
-    draws = torch.tensor([uniform(p.seed, s) for p, s in zip(params, steps, strict=True)], dtype=torch.float64)
-    cdf = torch.cumsum(torch.exp(logprobs).double(), dim=-1)
-    # Scaled by the total, so that a rounded sum below 1 cannot push a draw past the last token.
-    drawn = (
-        torch.searchsorted(cdf, (draws * cdf[:, -1])[:, None], right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-    )
-    tokens = torch.where(greedy, logits.argmax(-1), drawn)
-    picked = logprobs.gather(1, tokens[:, None]).squeeze(1)
-    return tokens.tolist(), picked.tolist()
+    together = len(params) if logits_SV.is_cuda else max(1, CACHED // logits_SV.shape[1])
+    parts = [slice(i, i + together) for i in range(0, len(params), together)]
+    sampled = [_sample(logits_SV[s], params[s], steps[s], history[s]) for s in parts]
+    tokens, logprobs, tops = ([x for part in parts for x in part] for parts in zip(*sampled, strict=True))
+    if any(x != x for x in logprobs):
+        raise GenerationFailed(
+            "the model's logits are not numbers",
+            hint="its weights overflow this dtype, or its training has diverged",
+        )
+    return Sampled(tokens, logprobs, tops)
 
 
-def _penalise(logits: Tensor, params: Sequence[SamplingParams], history: Sequence[Sequence[int]]) -> Tensor:
-    logits = logits.clone()
-    for row, (p, seen) in enumerate(zip(params, history, strict=True)):
-        if p.repetition_penalty != 1.0:
-            index = torch.tensor(sorted(set(seen)))
-            values = logits[row, index]
-            logits[row, index] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    return logits
+def _sample(
+    logits_SV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int], history: Sequence[Sequence[int]]
+) -> Sampled:
+    logits = adjust(logits_SV, params, steps, history)
+    heat = torch.tensor([1.0 if p.greedy else p.temperature for p in params], device=logits.device)
+    scores = logits / heat[:, None] if any(not p.greedy and p.temperature != 1.0 for p in params) else logits
+    draws = torch.from_numpy(uniforms([p.seed for p in params], steps)).to(logits.device)
+    tokens, logprobs = [0] * len(params), [0.0] * len(params)
+    tops: list[TopLogprobs] = [()] * len(params)
+    for kept in _kept(scores, params):
+        index = torch.tensor(kept.rows, device=logits.device)
+        own = [params[r] for r in kept.rows]
+        probs = torch.softmax(kept.scores_RC, dim=-1)
+        columns = inverse_cdf(probs, draws[index])
+        if any(p.greedy for p in own):
+            greedy = torch.tensor([p.greedy for p in own], device=logits.device)
+            columns = torch.where(greedy, most_likely(kept.scores_RC), columns)
+        picked = probs.gather(1, columns[:, None]).log()
+        if kept.ids_RC is not None:
+            columns = kept.ids_RC.gather(1, columns[:, None]).squeeze(1)
+        values = zip(kept.rows, columns.tolist(), picked.squeeze(1).tolist(), strict=True)
+        for row, token, logprob in values:
+            tokens[row], logprobs[row] = token, logprob
+        if any(p.logprobs for p in own):
+            for row, top in zip(kept.rows, _top(probs, kept.ids_RC, own), strict=True):
+                tops[row] = top
+    return Sampled(tokens, logprobs, tops)
 
 
-def _truncate(logprobs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    ordered, order = logprobs.sort(dim=-1, descending=True)
-    before = torch.cumsum(torch.exp(ordered), dim=-1) - torch.exp(ordered)
-    top_p = torch.tensor([p.top_p for p in params])[:, None]
-    vocab = logprobs.shape[1]
-    top_k = torch.tensor([p.top_k or vocab for p in params])[:, None]
-    dropped = (before >= top_p) | (torch.arange(vocab)[None] >= top_k)
-    dropped[:, 0] = False
-    ordered = ordered.masked_fill(dropped, float("-inf"))
-    kept = torch.full_like(logprobs, float("-inf")).scatter_(1, order, ordered)
-    return torch.log_softmax(kept, dim=-1)
+class Kept(NamedTuple):
+    """Some rows of a call and the tokens they may draw; `ids_RC` are the columns' token ids where they are not 0 .. V-1."""
+
+    rows: list[int]
+    scores_RC: Tensor
+    ids_RC: Tensor | None
+
+
+def _kept(scores_SV: Tensor, params: Sequence[SamplingParams]) -> list[Kept]:
+    cut = [i for i, p in enumerate(params) if truncates(p)]
+    whole = [i for i, p in enumerate(params) if not truncates(p)]
+    found = [Kept(whole, _select(scores_SV, whole), None)] if whole else []
+    if cut:
+        groups = truncate(_select(scores_SV, cut), [params[i] for i in cut])
+        found += [Kept([cut[r] for r in rows], scores, ids) for rows, scores, ids in groups]
+    return found
+
+
+def _select(scores_SV: Tensor, rows: list[int]) -> Tensor:
+    return scores_SV if len(rows) == len(scores_SV) else scores_SV[torch.tensor(rows, device=scores_SV.device)]
+
+
+def inverse_cdf(probs_RC: Tensor, draws_R: Tensor) -> Tensor:
+    """The column in which each draw falls, [R]. A column without probability is never drawn.
+
+    Args:
+        probs_RC: float32, not negative, with a positive sum in each row.
+        draws_R: float64 in [0, 1).
+    """
+    columns = probs_RC.shape[1]
+    whole = columns // BLOCK * BLOCK
+    sums = probs_RC[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1) if whole else probs_RC[:, :0]
+    if whole < columns:
+        sums = torch.cat([sums, probs_RC[:, whole:].sum(-1, keepdim=True)], dim=1)
+    block, rest = _place(sums, draws_R)
+    first = (block * BLOCK)[:, None]
+    inside = first + torch.arange(BLOCK, device=probs_RC.device)
+    beyond = inside >= columns
+    part = probs_RC.gather(1, inside.clamp_(max=columns - 1)).masked_fill_(beyond, 0.0)
+    # Only where there are no numbers does this reach the end.
+    return (first.squeeze(1) + _place(part, rest)[0]).clamp_(max=columns - 1)
+
+
+def _place(weights_RC: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The column in which a draw falls, and where in it, in [0, 1)."""
+    cdf = torch.cumsum(weights_RC, dim=-1, dtype=torch.float64)
+    # A product that rounds up to the total would fall behind the last column that has a weight.
+    target = torch.minimum(draws_R * cdf[:, -1], cdf[:, -1] * _BELOW_ONE)[:, None]
+    column = torch.searchsorted(cdf, target, right=True).clamp_(max=weights_RC.shape[1] - 1)
+    weight = weights_RC.gather(1, column).double()
+    rest = (target - (cdf.gather(1, column) - weight)) / weight
+    return column.squeeze(1), rest.squeeze(1).clamp_(0.0, _BELOW_ONE)
+
+
+_BELOW_ONE = 1.0 - 2.0**-52
+
+
+def _top(probs_RC: Tensor, ids_RC: Tensor | None, params: Sequence[SamplingParams]) -> list[TopLogprobs]:
+    # One width for all, so that the order of equals does not depend on what other rows ask for.
+    width = NARROW if max(p.logprobs for p in params) <= NARROW else probs_RC.shape[1]
+    values, columns = likeliest(probs_RC, min(width, probs_RC.shape[1]))
+    ids = columns if ids_RC is None else ids_RC.gather(1, columns)
+    listed = zip(ids.tolist(), values.log().tolist(), params, strict=True)
+    return [
+        tuple((i, v) for i, v in zip(row[: p.logprobs], logps[: p.logprobs], strict=True) if v > float("-inf"))
+        for row, logps, p in listed
+    ]

@@ -1,23 +1,135 @@
-"""Log-probabilities of given tokens without ever holding the `[T, V]` logits.
+"""Log-probabilities and cross entropy of given tokens without ever holding the `[T, V]` logits.
 
-`log p(t) = z_t - logsumexp(z)` with `z = W h (+ b)`. The forward pass walks over chunks of rows and keeps the row's
-logsumexp; the backward pass computes the chunk's logits again: `d log p / d z = onehot(t) - softmax(z)`. Peak memory is
-`chunk * V`, whatever T is.
+With `z = rule(W h + b)` and `log p(t) = z_t - logsumexp(z)`, rows go through in chunks, and a chunk's logits are turned in
+place into `onehot(t) - softmax(z)`, from which all gradients follow. Where the row's weight in the loss is known beforehand
+(cross entropy), or only hidden states learn, the forward pass takes the gradients at once; otherwise the backward pass
+computes a chunk's logits again. Peak memory is one chunk and the gradient of the head, whatever T is. Products run in the
+dtype of the hidden states; exponentials, sums and the head's gradient are fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 1024
+# Entries of a chunk of logits, and of the part of a chunk that is held in fp32 on a CPU: a part stays in the cache, and its
+# memory is not asked from the system anew for every chunk.
+CHUNK_ENTRIES = 1 << 23
+PART_ENTRIES = 1 << 19
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    return logits if temperature == 1.0 else logits / temperature
+@dataclass(frozen=True)
+class _Rule:
+    """`softcap * tanh(scale * z / softcap) / temperature`; without a cap `scale * z / temperature`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """In place on fp32 logits."""
+        if self.softcap is None:
+            factor = self.scale / self.temperature
+            return logits if factor == 1.0 else logits.mul_(factor)
+        return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """`d rule(z) / d z` from the rule's result."""
+        factor = self.scale / self.temperature
+        if self.softcap is None:
+            return factor
+        return logits.mul(self.temperature / self.softcap).square_().neg_().add_(1.0).mul_(factor)
+
+
+class _Head:
+    """The product `h W^T + b` in chunks, and the gradients that a chunk's `d loss / d z` adds to hidden states and head."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: _Rule, chunk: int | None) -> None:
+        self.hidden, self.weight, self.bias, self.rule, self.chunk = hidden, weight, bias, rule, chunk
+        self.computed = weight.to(hidden.dtype)
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+
+    def want(self, hidden: bool, weight: bool, bias: bool) -> None:
+        """Which gradients to take."""
+        self.grad_hidden = torch.empty_like(self.hidden) if hidden else None
+        self.grad_weight = torch.zeros_like(self.weight, dtype=torch.float32) if weight else None
+        self.grad_bias = torch.zeros_like(self.bias, dtype=torch.float32) if bias and self.bias is not None else None
+
+    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
+        """(rows, fp32 logits after the rule, the rule's slope there) of every part.
+
+        What the caller leaves in the logits is `d loss / d z`; when a chunk is complete, it goes into the wanted gradients.
+        """
+        total, vocab = self.hidden.shape[0], self.weight.shape[0]
+        chunk = max(1, min(total, self.chunk or max(256, CHUNK_ENTRIES // vocab)))
+        size = chunk if self.hidden.is_cuda else max(1, min(chunk, PART_ENTRIES // vocab))
+        buffer = self.hidden.new_empty(chunk, vocab)
+        exact = self.hidden.dtype == torch.float32
+        scratch = buffer[:0] if exact else self.hidden.new_empty(size, vocab, dtype=torch.float32)
+        graded = any(g is not None for g in (self.grad_hidden, self.grad_weight, self.grad_bias))
+        for first in range(0, total, chunk):
+            rows = slice(first, min(first + chunk, total))
+            raw = buffer[: rows.stop - first]
+            torch.mm(self.hidden[rows], self.computed.T, out=raw)
+            if self.bias is not None:
+                raw.add_(self.bias)
+            for start in range(0, raw.shape[0], size):
+                part = raw[start : start + size]
+                logits = self.rule.apply_(part if exact else scratch[: part.shape[0]].copy_(part))
+                slope = self.rule.slope(logits) if graded else 1.0
+                yield slice(first + start, first + start + part.shape[0]), logits, slope
+                if graded:
+                    if not isinstance(slope, float) or slope != 1.0:
+                        logits.mul_(slope)
+                    if self.grad_bias is not None:
+                        self.grad_bias += logits.sum(0)
+                    if not exact:
+                        part.copy_(logits)
+            if self.grad_hidden is not None:
+                torch.mm(raw, self.computed, out=self.grad_hidden[rows])
+            if self.grad_weight is not None:
+                if exact:
+                    self.grad_weight.addmm_(raw.T, self.hidden[rows])
+                else:
+                    self.grad_weight += raw.T @ self.hidden[rows]
+
+    def gradients(self, factor: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden states, weight and bias, in their dtypes; `factor`: one number that all are multiplied by."""
+        found = (self.grad_hidden, self.grad_weight, self.grad_bias)
+        if factor is not None:
+            found = tuple(g * factor.to(g.dtype) if g is not None else None for g in found)  # type: ignore[assignment]
+        grad_hidden, grad_weight, grad_bias = found
+        return (
+            grad_hidden,
+            grad_weight.to(self.weight.dtype) if grad_weight is not None else None,
+            grad_bias.to(self.bias.dtype) if grad_bias is not None and self.bias is not None else None,
+        )
+
+
+def _logprobs_(
+    logits: Tensor, targets: Tensor, factor: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(log p of the targets, logsumexp, entropies), each one per row.
+
+    Args:
+        factor: one number per row; given, the logits become `factor * (onehot(target) - softmax)`, in place.
+    """
+    top = logits.amax(-1, keepdim=True)
+    logits.sub_(top)
+    picked = logits.gather(1, targets[:, None]).squeeze(1)
+    shifted = logits.clone() if entropy else None
+    total = logits.exp_().sum(-1)
+    norm = total.log()
+    entropies = norm - shifted.mul_(logits).sum(-1) / total if shifted is not None else None
+    if factor is not None:
+        logits.mul_(-(factor / total)[:, None]).scatter_add_(1, targets[:, None], factor[:, None])
+    return picked - norm, norm + top.squeeze(1), entropies
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -28,56 +140,69 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
-        chunk: int,
+        rule: _Rule,
+        chunk: int | None,
         entropies: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = hidden.shape[0]
-        logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
         norm = torch.empty_like(logprobs)
-        for start in range(0, rows, chunk):
-            part = slice(start, min(start + chunk, rows))
-            logits = _logits(hidden[part], weight, bias, temperature)
-            norm[part] = torch.logsumexp(logits, dim=-1)
-            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - norm[part]
-            if entropies:
-                probs = torch.exp(logits - norm[part, None])
-                entropy[part] = norm[part] - (probs * logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, norm)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        head = _Head(hidden, weight, bias, rule, chunk)
+        only_hidden = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
+        if only_hidden:
+            head.want(True, False, False)
+        for rows, logits, _ in head.parts():
+            ones = torch.ones_like(logprobs[rows]) if only_hidden else None
+            logprobs[rows], norm[rows], found = _logprobs_(logits, targets[rows], ones, entropies)
+            if found is not None:
+                entropy[rows] = found
+        ctx.unit = head.grad_hidden
+        if not only_hidden:
+            ctx.save_for_backward(hidden, weight, bias, targets, norm)
+        ctx.rule, ctx.chunk = rule, chunk
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, norm = ctx.saved_tensors
         grad = grads[0]
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
-            logits = _logits(hidden[part], weight, bias, ctx.temperature)
-            scale = grad[part] / ctx.temperature
-            delta = logits.sub_(norm[part, None]).exp_().mul_(-scale[:, None])
-            delta.scatter_add_(1, targets[part, None], scale[:, None])
-            small = delta.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = small @ weight
-            if ctx.needs_input_grad[1]:
-                grad_weight += (small.T @ hidden[part]).float()
-            if bias is not None and ctx.needs_input_grad[2]:
-                grad_bias += delta.sum(0)
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            grad_bias.to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if ctx.unit is not None:
+            return (ctx.unit * grad[:, None].to(ctx.unit.dtype), *[None] * 6)
+        hidden, weight, bias, targets, norm = ctx.saved_tensors
+        head = _Head(hidden, weight, bias, ctx.rule, ctx.chunk)
+        head.want(*ctx.needs_input_grad[:3])
+        for rows, logits, _ in head.parts():
+            logits.sub_(norm[rows, None]).exp_().mul_(-grad[rows, None])
+            logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+        return (*head.gradients(), *[None] * 4)
+
+
+class _WeightedNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        loss_weights: Tensor,
+        rule: _Rule,
+        chunk: int | None,
+    ) -> Tensor:
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        head = _Head(hidden, weight, bias, rule, chunk)
+        head.want(*ctx.needs_input_grad[:3])
+        graded = any(ctx.needs_input_grad[:3])
+        for rows, logits, _ in head.parts():
+            logprobs, _, _ = _logprobs_(logits, targets[rows], -loss_weights[rows] if graded else None, False)
+            loss -= (logprobs * loss_weights[rows]).sum()
+        ctx.head = head
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        head, ctx.head = ctx.head, None
+        return (*head.gradients(grads[0]), *[None] * 4)
 
 
 def token_logprobs(
@@ -87,7 +212,9 @@ def token_logprobs(
     *,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int = CHUNK_ROWS,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and, if asked for, the entropy of each row's distribution (else zeros); fp32 `[T]`.
@@ -97,10 +224,34 @@ def token_logprobs(
         weight_VD, bias_V: the language-model head; cast to the dtype of the hidden states for the product.
         targets_T: int64 token ids.
         temperature: > 0; logits are divided by it, as the sampler does.
-        chunk: rows whose logits are held at once.
-        entropy: whether to compute it (a third of the forward pass); it carries no gradient.
+        scale: a family's own factor (Granite, Cohere), before the cap.
+        softcap: > 0, a bound on logits (Gemma 2; Bello et al. 2016); None for none.
+        chunk: rows whose logits are held at once, default by V.
+        entropy: whether to compute it; it carries no gradient.
     """
-    weight = weight_VD.to(hidden_TD.dtype)
-    bias = bias_V.to(hidden_TD.dtype) if bias_V is not None else None
-    logprobs, entropies = _TokenLogprobs.apply(hidden_TD, weight, bias, targets_T, temperature, chunk, entropy)
+    rule = _Rule(scale, softcap, temperature)
+    logprobs, entropies = _TokenLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, rule, chunk, entropy)
     return logprobs, entropies
+
+
+def weighted_nll(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    loss_weight_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """`-sum_t w_t log p_t` as one fp32 number: `token_logprobs` for losses whose weights are known, a third cheaper.
+
+    Args:
+        loss_weight_T: fp32, any sign; no gradient flows to it.
+        hidden_TD, weight_VD, targets_T, bias_V, scale, softcap, chunk: as in `token_logprobs`.
+    """
+    loss: Tensor = _WeightedNll.apply(
+        hidden_TD, weight_VD, bias_V, targets_T, loss_weight_T.float(), _Rule(scale, softcap), chunk
+    )
+    return loss

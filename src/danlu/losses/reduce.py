@@ -6,7 +6,10 @@ count, 1 x 8 accumulation equals 8 x 1 and one process equals two. Averages of a
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from danlu.tree import TreeBatch
 
 
 def weighted_sum(values: Tensor, weights: Tensor, denominator: float | Tensor) -> Tensor:
@@ -17,3 +20,14 @@ def weighted_sum(values: Tensor, weights: Tensor, denominator: float | Tensor) -
         denominator: the sum of the weights (or count) over all micro-batches and processes of the step, > 0.
     """
     return (values.float() * weights.float()).sum() / denominator
+
+
+def sum_by_node(values_M: Tensor, index_M: Tensor, tree: TreeBatch) -> Tensor:
+    """Sums of values over the tokens of each node `[N]`, in fp32: a whole answer's log-probability, for one.
+
+    Args:
+        values_M: one number per token at `index_M`.
+        index_M: token indices, in any order.
+    """
+    nodes_M = torch.searchsorted(tree.node_end_N, index_M, right=True)
+    return torch.zeros(tree.nodes, device=values_M.device).index_add(0, nodes_M, values_M.float())

@@ -6,6 +6,7 @@ reward = adapter "reward" + scalar head (Santacroce et al. 2023, Hydra-RLHF).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,27 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.attention import PLAN_ARGUMENT
+from danlu.models.heads import head_of
+from danlu.models.load import load_model
+from danlu.models.quantize import quantize_model
 from danlu.models.root import RoleName, prepare
 
 SCALAR_ROLES: tuple[RoleName, ...] = ("critic", "reward")
-
-
-def head_of(model: Any) -> nn.Linear:
-    """The head of a causal language model or of a scalar (sequence classification) model.
-
-    Raises:
-        ModelError: the model has neither.
-    """
-    for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
-            return head
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"{type(model).__name__} has no linear head", hint="use a causal language model or a reward model"
-        )
-    return head
 
 
 class SeparateModels(nn.Module):
@@ -51,7 +37,7 @@ class SeparateModels(nn.Module):
     def trunk(self, role: RoleName) -> nn.Module:
         return _trunk_of(self._model(role))
 
-    def head(self, role: RoleName) -> nn.Linear:
+    def head(self, role: RoleName) -> Any:
         return head_of(self._model(role))
 
     def _model(self, role: RoleName) -> Any:
@@ -63,6 +49,16 @@ class SeparateModels(nn.Module):
 def _trunk_of(model: Any) -> nn.Module:
     trunk: nn.Module = model.base_model
     return trunk
+
+
+def reference_model(path: str, bits: int) -> Any:
+    """The frozen reference of a policy that trains all its weights; with 8 bits a quarter of the memory (int8 trunk).
+
+    Raises:
+        ModelError: see `load_model`; or 8 bits are asked for and the family has no linear layers that int8 replaces.
+    """
+    model = load_model(path)
+    return quantize_model(model) if bits == 8 else model
 
 
 class AdapterRoles(nn.Module):
@@ -111,7 +107,10 @@ class AdapterRoles(nn.Module):
             raise ModelError("at least one role beside ref is needed to add adapters for")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.peft = get_peft_model(base, config, adapter_name=adapters[0])
+            with warnings.catch_warnings():
+                # peft 0.21 reads an attribute that transformers 5.23 renamed.
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                self.peft = get_peft_model(base, config, adapter_name=adapters[0])
             for name in adapters[1:]:
                 self.peft.add_adapter(name, config)
         width = base.get_output_embeddings().in_features
@@ -137,7 +136,7 @@ class AdapterRoles(nn.Module):
 
     def _select_again(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a layer's attention runs, also when it is recomputed: selects the adapter of the call's role."""
-        role = getattr(kwargs.get(PLAN_ARGUMENT), "role", None)
+        role = getattr(kwargs.get(PLAN_ARGUMENT) or getattr(module, PLAN_ARGUMENT, None), "role", None)
         if role is not None and role != self._selected:
             self._select(role)
 
@@ -158,11 +157,9 @@ class AdapterRoles(nn.Module):
             self.peft.set_adapter(role)
         self._restore()
 
-    def head(self, role: RoleName) -> nn.Linear:
+    def head(self, role: RoleName) -> Any:
         if role in self.scalar_heads:
-            scalar = self.scalar_heads[role]
-            assert isinstance(scalar, nn.Linear)
-            return scalar
+            return self.scalar_heads[role]
         return head_of(self.base)
 
     def merged(self, role: RoleName) -> dict[str, torch.Tensor]:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
-from danlu.models import attention, padded
-from danlu.models.attention import TreePlan
+from danlu.models import attention, lean, padded
+from danlu.models.attention import Carrier, TreePlan
+from danlu.models.families import TESTED, check_length, refuse
+from danlu.models.heads import LogitRule, head_weights, logits_of
 from danlu.tree import Node, TreeBatch, branches, forest
 
 RoleName = Literal["policy", "ref", "critic", "reward"]
@@ -30,8 +32,8 @@ class Trunks(Protocol):
         """The transformer of a role (no head), ready to be called; adapters are selected here."""
         ...
 
-    def head(self, role: RoleName) -> nn.Linear:
-        """The role's head: `[V, D]` for policy and ref, `[1, D]` for critic and reward."""
+    def head(self, role: RoleName) -> Any:
+        """The role's head: `[V, D]` for policy and ref, `[1, D]` for critic and reward; see `models/heads.py`."""
         ...
 
 
@@ -39,17 +41,23 @@ class Trunks(Protocol):
 class TrunkOutput:
     """What a `head_fn` gets.
 
-    hidden_TD: after the final norm; tree: the batch; linear: the role's head. Log-probabilities: `training/logprobs.py`.
+    hidden_TD: after the final norm; tree: the batch; linear: the role's head; rule: from its product to logits.
+    Log-probabilities: `training/logprobs.py`.
     """
 
     hidden_TD: Tensor
     tree: TreeBatch
-    linear: nn.Linear
+    linear: nn.Module
+    rule: LogitRule
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, D]` and bias of the head, with its adapter."""
+        return head_weights(self.linear)
 
     def logits(self, index_M: Tensor) -> Tensor:
         """fp32 logits `[M, V]` after the tokens at `index_M`; for tests and scoring, not for training."""
-        logits: Tensor = self.linear(self.hidden_TD.index_select(0, index_M))
-        return logits.float()
+        product: Tensor = self.linear(self.hidden_TD.index_select(0, index_M))
+        return self.rule(product.float())
 
     def values(self, index_M: Tensor) -> Tensor:
         """The scalar head, in fp32, before the tokens at `index_M` are taken: `V(s_t)` of the state that predicts token t."""
@@ -59,8 +67,8 @@ class TrunkOutput:
         """The scalar head, in fp32, at the tokens `index_M` themselves."""
         rows = self.hidden_TD.index_select(0, index_M).float()
         with torch.autocast(rows.device.type, enabled=False):
-            bias = self.linear.bias.float() if self.linear.bias is not None else None
-            return nn.functional.linear(rows, self.linear.weight.float(), bias).squeeze(-1)
+            weight, bias = self.head_weights()
+            return nn.functional.linear(rows, weight.float(), bias.float() if bias is not None else None).squeeze(-1)
 
 
 class RootModel(nn.Module):
@@ -80,68 +88,123 @@ class RootModel(nn.Module):
         trunks: Trunks = self.trunks  # type: ignore[assignment]
         trunk = trunks.trunk(role)
         hidden = run_trunk(trunk, tree, role)
-        return head_fn(TrunkOutput(hidden, tree, trunks.head(role)))
+        return head_fn(TrunkOutput(hidden, tree, trunks.head(role), LogitRule.of(trunk.config)))
 
 
-def run_trunk(trunk: nn.Module, tree: TreeBatch, role: RoleName | None = None) -> Tensor:
-    """Hidden states `[T, D]` of a transformer without head on a tree: the fast path if `prepare` found it, else padded."""
-    if getattr(trunk, "danlu_fast_path", False):
-        output = trunk(
-            input_ids=tree.input_ids_T[None],
-            position_ids=tree.position_ids_T[None],
-            use_cache=False,
-            **{attention.PLAN_ARGUMENT: TreePlan(tree, role)},
-        )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
-    return padded.run_trunk(trunk, tree)
+def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None) -> Tensor:
+    """Hidden states `[T, D]` of a transformer without head on a tree: the fast path if `prepare` found it, else padded.
+
+    Raises:
+        ModelError: a path is longer than this model's rotary positions allow.
+    """
+    check_length(trunk.config, int(tree.position_ids_T.max()) + 1)
+    fast = getattr(trunk, "danlu_fast_path", False)
+    plan = TreePlan(tree, role)
+    carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)
+    if carrier is not None:
+        carrier.plan = plan
+    try:
+        return _run_fast(trunk, tree, plan) if fast else padded.run_trunk(trunk, tree)
+    finally:
+        if carrier is not None:
+            carrier.plan = None
+
+
+def _run_fast(trunk: Any, tree: TreeBatch, plan: TreePlan) -> Tensor:
+    output = trunk(
+        input_ids=tree.input_ids_T[None],
+        position_ids=tree.position_ids_T[None],
+        use_cache=False,
+        **{attention.PLAN_ARGUMENT: plan},
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
 
 
 def prepare(model: Any) -> Any:
     """Sets a transformers model up for token trees, and finds out by trying whether its attention takes a plan.
 
     Raises:
-        ModelError: the model's rotary positions depend on the longest row of a batch, so that no layout can be exact.
+        ModelError: the family is one that trees would train wrongly, or its head is not a linear layer and what
+            `LogitRule` knows.
     """
-    config = model.config
-    scaling = getattr(config, "rope_parameters", None) or {}
-    # One dictionary, or (Gemma 3) one for each type of layer.
-    kinds = {scaling.get("rope_type"), *(v.get("rope_type") for v in scaling.values() if isinstance(v, dict))}
-    for kind in kinds & {"dynamic", "longrope"}:
-        raise ModelError(
-            f"rotary positions of type '{kind}' depend on the longest row of a batch and are not supported",
-            hint="set rope_parameters.rope_type to 'default' (or 'linear', 'yarn', 'llama3') in config.json if the context allows",
-        )
+    refuse(model.config)
     trunk = model.base_model
     trunk.danlu_fast_path = _takes_plan(model, trunk)
     return model
 
 
-def _takes_plan(model: Any, trunk: nn.Module) -> bool:
+def _takes_plan(model: Any, trunk: Any) -> bool:
     before = model.config._attn_implementation
-    layers = model.config.num_hidden_layers
-    probe = TreeBatch.of(forest([branches([0], [[0], [0, 0]]), [Node([0], [0.0])]]))
-    calls: list[int] = []
-
-    class _Counting(TreePlan):
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            calls.append(layer)
-            return super().attend(layer, query, key, value, scale)
-
+    before = before if before != attention.NAME else "eager"
+    probe = TreeBatch.of(forest([branches([0, 1], [[2], [1, 0]]), [Node([1, 2], [0.0, 0.0])]]))
+    probe = probe.to(next(trunk.parameters()).device)
+    training = model.training
+    if training:
+        model.eval()
     try:
-        model.set_attn_implementation(attention.NAME)
         with torch.no_grad():
-            device = next(trunk.parameters()).device
-            probe = probe.to(device)
-            trunk(
-                input_ids=probe.input_ids_T[None],
-                position_ids=probe.position_ids_T[None],
-                use_cache=False,
-                **{attention.PLAN_ARGUMENT: _Counting(probe)},
-            )
-    except (ValueError, TypeError, ModelError, AttributeError):
-        calls = []  # the family has its own attention: the padded path below is right for every family
-    if sorted(calls) == list(range(layers)):
+            expected = None
+            if model.config.model_type not in TESTED:
+                model.set_attn_implementation(before)
+                expected = padded.run_trunk(trunk, probe)
+                _check_head(model, probe, expected)
+            model.set_attn_implementation(attention.NAME)
+            found = _try(trunk, probe)
+            if found is None:  # perhaps its layers drop the argument; roles are found by it on the padded path too
+                attention.carry(trunk)
+                found = _try(trunk, probe)
+    finally:
+        if training:
+            model.train()
+    if found is not None and (expected is None or _near(found, expected)):
+        lean.install(trunk)
         return True
-    model.set_attn_implementation(before if before != attention.NAME else "eager")
+    model.set_attn_implementation(before)
     return False
+
+
+class _Counting(TreePlan):
+    """A plan that notes which layers attended, and with which window."""
+
+    def __init__(self, tree: TreeBatch) -> None:
+        super().__init__(tree)
+        self.windows: dict[int, int | None] = {}
+
+    def attend(self, layer: int, *args: Any, **options: Any) -> Tensor:
+        self.windows[layer] = options.get("window")
+        return super().attend(layer, *args, **options)
+
+
+def _try(trunk: Any, probe: TreeBatch) -> Tensor | None:
+    """Hidden states of the fast path; None if a layer does not attend by the plan, or not with the window of its type."""
+    plan = _Counting(probe)
+    try:
+        hidden = _run_fast(trunk, probe, plan)
+    except (ValueError, TypeError, ModelError, AttributeError):
+        return None  # the family has its own attention: the padded path is right for every family
+    config = trunk.config
+    layers = range(config.num_hidden_layers)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    sliding = {layer for layer in layers if types[layer] == "sliding_attention"}
+    if not sliding <= {layer for layer, window in plan.windows.items() if window}:
+        return None
+    return hidden if sorted(plan.windows) == list(layers) else None
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
+    return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def _check_head(model: Any, probe: TreeBatch, hidden: Tensor) -> None:
+    """Compares logits by `logits_of` with the model's own, on the first path of the probe."""
+    if model.get_output_embeddings() is None:
+        return
+    path = probe.token_index(probe.path(probe.leaves()[0])).to(hidden.device)
+    own = model(input_ids=probe.input_ids_T[path][None], use_cache=False).logits[0]
+    if not _near(logits_of(model, hidden[path]).float(), own.float()):
+        raise ModelError(
+            f"'{model.config.model_type}' makes logits from hidden states in a way that danlu does not know",
+            hint="please report the family; until then it cannot be trained or scored",
+        )

@@ -33,12 +33,16 @@ KL_FAR: Final = 10.0  # nats per answer: far beyond what InstructGPT-like runs s
 KL_GROWTH: Final = 1.5  # end against middle: a controlled run levels out
 KL_NEAR: Final = 0.05  # nats per answer: sampling twice from one model looks like this
 SCORE_FLAT: Final = 0.1  # scores have deviation 1; smaller is within the noise of a few batches of 64
-PPO_ITERATIONS: Final = 10  # before that PPO has had no chance
+ITERATIONS: Final = 10  # before that nothing has had a chance
 LENGTH_FACTOR: Final = 2.0  # answers twice or half as long are other answers, not better ones
 STOP_FALL: Final = 0.10  # share of answers that end by themselves
 ENTROPY_SHARE: Final = 0.25  # below a quarter of its start nothing new is tried any more
 SCORE_GAIN: Final = 0.2  # a rise of the training score that is clearly one
 HELDOUT_LOSS: Final = 0.1  # a fall of the held-out score that is clearly one
+CHOSEN_REWARD: Final = (
+    -1.0
+)  # at the usual beta of 0.1: e^10 times less likely than before, which no wish for brevity explains
+EQUAL_GROUPS: Final = 0.5  # where most groups have nothing to compare, most of the roll-outs teach nothing
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,14 @@ def hints(kind: str, rows: Rows, manifest: Mapping[str, Any]) -> list[Hint]:
         rows: of its metrics.jsonl.
         manifest: of the stage; its final metrics stand in where no curve was logged.
     """
+    rollouts = (kl_runaway, too_timid, length_drift, stops_less, entropy_collapse, reward_hacking)
     checks: dict[str, tuple[Callable[[Rows, Mapping[str, Any]], Hint | None], ...]] = {
         "pretrain": (overfitting, undertrained, rate_too_high, flat),
         "sft": (overfitting, undertrained, rate_too_high, flat, sft_loss_high),
         "reward": (overfitting, undertrained, rate_too_high, flat, near_chance, length_bias),
-        "ppo": (kl_runaway, too_timid, length_drift, stops_less, entropy_collapse, reward_hacking),
+        "dpo": (overfitting, undertrained, rate_too_high, flat, chosen_falls),
+        "ppo": rollouts,
+        "grpo": (*rollouts, equal_groups),
     }
     found = (check(rows, manifest) for check in checks.get(kind, ()))
     return [hint for hint in found if hint is not None]
@@ -189,7 +196,19 @@ def length_bias(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
     )
 
 
-# -- PPO curves ------------------------------------------------------------------------------------------------------
+def chosen_falls(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
+    """DPO makes the preferred answers much less likely, if only less so than the others."""
+    reward = _final(rows, manifest, "eval_chosen_reward")
+    if reward is None or reward > CHOSEN_REWARD:
+        return None
+    return Hint(
+        "chosen-falls",
+        f"The answers that people preferred became less likely too (held-out reward {reward:.2f}): the policy flees from "
+        "both. Lower learning_rate, raise beta, use fewer epochs, or train SFT on the preferred answers first.",
+    )
+
+
+# -- curves of roll-outs ------------------------------------------------------------------------------------------------------
 
 
 def kl_runaway(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
@@ -205,21 +224,21 @@ def kl_runaway(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
     return Hint(
         "kl-runaway",
         f"The policy is {end:.1f} nats per answer from the reference and still going away: it exploits the "
-        "reward model. Raise ppo.kl_coef or lower learning_rate.",
+        "reward model. Raise kl_coef or lower learning_rate.",
     )
 
 
 def too_timid(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
     """Neither the policy nor its score moved."""
     kl, score = values(rows, "kl"), values(rows, "score")
-    if min(len(kl), len(score)) < PPO_ITERATIONS:
+    if min(len(kl), len(score)) < ITERATIONS:
         return None
     if abs(_end(kl)) >= KL_NEAR or abs(_end(score) - _begin(score)) >= SCORE_FLAT:
         return None
     return Hint(
         "too-timid",
         f"The policy hardly moved (KL {_end(kl):.3f}, score {_begin(score):.2f} -> {_end(score):.2f}). Raise "
-        "learning_rate, lower ppo.kl_coef, or run more iterations.",
+        "learning_rate, lower kl_coef, or run more iterations.",
     )
 
 
@@ -239,7 +258,7 @@ def length_drift(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
         return Hint(
             "length-collapses",
             f"Answers shrank from {first:.0f} to {last:.0f} tokens: look at the samples for answers that say "
-            "nothing. Raise ppo.kl_coef, or add pairs where the fuller answer is the better one.",
+            "nothing. Raise kl_coef, or add pairs where the fuller answer is the better one.",
         )
     return None
 
@@ -252,7 +271,7 @@ def stops_less(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
     return Hint(
         "stops-less",
         f"Only {_end(rate):.0%} of the answers end by themselves, {_begin(rate):.0%} did at the start. Raise "
-        "ppo.missing_stop_penalty, or rollout.max_new_tokens if good answers are cut off.",
+        "missing_stop_penalty, or rollout.max_new_tokens if good answers are cut off.",
     )
 
 
@@ -264,7 +283,7 @@ def entropy_collapse(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
     return Hint(
         "entropy-collapse",
         f"The entropy fell from {_begin(entropy):.2f} to {_end(entropy):.2f} nats per token: the policy repeats "
-        "itself and can learn nothing more. Lower learning_rate or raise ppo.kl_coef.",
+        "itself and can learn nothing more. Lower learning_rate or raise kl_coef.",
     )
 
 
@@ -279,6 +298,18 @@ def reward_hacking(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
         "held-out-falls",
         f"The score rose to {_end(score):.2f} on training prompts but fell from {max(held):.2f} to {held[-1]:.2f} on "
         "held-out ones. Use more prompts, fewer iterations, or early_stopping on eval_score.",
+    )
+
+
+def equal_groups(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
+    """Most groups of answers have one score, so that there is nothing to compare."""
+    equal = values(rows, "equal_groups")
+    if len(equal) < MIN_POINTS or _end(equal) < EQUAL_GROUPS:
+        return None
+    return Hint(
+        "equal-groups",
+        f"In {_end(equal):.0%} of the groups all answers have the same score and teach nothing. Raise grpo.group_size, or "
+        "use prompts that the policy answers rightly now and then, but not always.",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,27 @@ from typing import Any
 import torch
 
 from danlu.config import (
+    DpoSettings,
     EvalSettings,
+    GrpoSettings,
     PpoSettings,
     PretrainSettings,
     QuantizeSettings,
     RewardSettings,
-    Starter,
+    StageSettings,
     TrainSettings,
     as_list,
 )
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError
+from danlu.pipeline.footprint import (
+    STRATEGIES,
+    Shape,
+    Strategy,
+    shape_of_folder,
+    shape_of_starter,
+    stage_memory,
+)
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.run import TOWN
 
@@ -30,22 +40,40 @@ PACKED = (".gz", ".zip", ".parquet")
 TOWN_TOKENS = {"pretrain": 465_000, "sft": 235_000, "comparisons": 1_200_000, "prompts": 60_000, "eval": 20_000}
 # Share of the bare matrix rate that the plain loop reaches on this layout at small sizes (docs/log.md).
 EFFICIENCY = 0.3
-RUNTIME_MB = 600  # Python, torch and transformers themselves
+RUNTIME_MB = 370  # Python, torch and transformers themselves (CPU build)
+MANY = 8  # processes, where the settings name none
 
 
 def estimate(recipe: Recipe) -> list[dict[str, Any]]:
-    """Rows `{"stage", "kind", "parameters", "tokens", "memory_mb", "seconds"}`, one per stage."""
+    """One row per stage: `{"stage", "kind", "parameters", "tokens", "tokens_per_parameter", "flops", "memory_mb", "seconds",
+    "fits", "parts", "strategies"}`.
+
+    `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory,
+    time and `fits` of the others. ZeRO is that of as many processes as the settings say, or of `MANY`.
+    """
     rate = gemm_rate()
-    parameters = 0.0
+    room = memory_here()
+    shape: Shape | None = None
     rows = []
     for stage in recipe.stages:
         settings = stage.settings
         if isinstance(settings, PretrainSettings) and not settings.model:
-            parameters = starter_parameters(settings.starter, _vocab(recipe))
+            shape = shape_of_starter(settings.starter, _vocab(recipe))
         elif isinstance(settings, TrainSettings) and not settings.model.startswith("stage:"):
-            parameters = _folder_parameters(settings.model) or parameters
-        rows.append({"stage": stage.name, "kind": stage.kind, **_row(stage, parameters, rate)})
+            shape = shape_of_folder(settings.model) or shape
+        rows.append({"stage": stage.name, "kind": stage.kind, **_row(stage, shape, rate, room)})
     return rows
+
+
+def memory_here() -> float:
+    """Megabytes that a process can have: of the GPU, or of this machine's memory what is free now."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**20
+    found = Path("/proc/meminfo")
+    if found.is_file():
+        line = next(x for x in found.read_text().splitlines() if x.startswith("MemAvailable"))
+        return int(line.split()[1]) / 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def gemm_rate(size: int = 768) -> float:
@@ -62,25 +90,8 @@ def gemm_rate(size: int = 768) -> float:
     return best
 
 
-def starter_parameters(starter: Starter, vocab: int) -> float:
-    """Parameters of the small Llama (head and embedding tied)."""
-    width = starter.hidden_size
-    mlp = -(-width * 8 // 3 // 32) * 32
-    kv = width * starter.kv_heads // starter.heads
-    layer = 2 * width * width + 2 * width * kv + 3 * width * mlp + 2 * width
-    return float(vocab * width + starter.layers * layer + width)
-
-
 def _vocab(recipe: Recipe) -> int:
     return next((int(getattr(s.settings, "vocab_size", 0)) for s in recipe.stages if s.kind == "tokenizer"), 32_000)
-
-
-def _folder_parameters(model: str) -> float:
-    """From the size of the weights: exact enough for 16-bit files, twice too many for 32-bit ones."""
-    files = list(Path(model).glob("*.safetensors")) + list(Path(model).glob("*.bin"))
-    config = Path(model) / "config.json"
-    wide = config.is_file() and json.loads(config.read_text("utf-8")).get("dtype") == "float32"
-    return sum(f.stat().st_size for f in files) / (4 if wide else 2)
 
 
 def _tokens(data: Any) -> float:
@@ -98,40 +109,86 @@ def _tokens(data: Any) -> float:
     return total
 
 
-def _row(stage: Stage, parameters: float, rate: float) -> dict[str, Any]:
+def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[str, Any]:
     settings = stage.settings
-    work = tokens = 0.0
-    copies = 1.0
-    if isinstance(settings, PpoSettings):
-        iterations = settings.max_steps or 1
-        episode = 40 + settings.rollout.max_new_tokens / 2
-        tokens = iterations * settings.rollout.batch * episode
-        # Roll-out, four readings, and policy and critic trained once per epoch.
-        work = 2 * parameters * tokens * (5 + 6 * settings.ppo.epochs)
-        copies = 4 + 4 + 2
-    elif isinstance(settings, TrainSettings):
-        tokens = _tokens(settings.data) * settings.epochs
-        if isinstance(settings, RewardSettings) and settings.collect is not None:
-            tokens += settings.collect.count * settings.collect.pairs * 50 * settings.epochs
-        if settings.max_steps is not None:
-            tokens = float(settings.max_steps * settings.tokens_per_step)  # wins over epochs: the data is repeated
-        work = 6 * parameters * tokens
-        copies = 4 if settings.adapter == "full" else 1.2
-    elif isinstance(settings, EvalSettings | QuantizeSettings):
-        tokens = 1000.0 * 40 * (len(settings.models) if isinstance(settings, EvalSettings) else 1)
-        work = 2 * parameters * tokens * 10  # decoding is far from the matrix rate
-    return {
-        "parameters": parameters if stage.kind != "tokenizer" else 0.0,
+    parameters = float(shape.parameters) if shape is not None and stage.kind != "tokenizer" else 0.0
+    tokens = _stage_tokens(settings)
+    work = 2 * parameters * tokens * _passes(settings)
+    row: dict[str, Any] = {
+        "parameters": parameters,
         "tokens": tokens,
-        "memory_mb": RUNTIME_MB + copies * parameters * 4 / 2**20 + _activations_mb(stage),
-        "seconds": 2.0 + work / (rate * EFFICIENCY),
+        "tokens_per_parameter": tokens / parameters if parameters else 0.0,
+        "flops": work,
+    }
+    if not isinstance(settings, TrainSettings) or shape is None:
+        memory = RUNTIME_MB + 100.0 + 4 * parameters / 2**20
+        return row | {
+            "memory_mb": memory,
+            "seconds": 2.0 + work / (rate * EFFICIENCY),
+            "fits": memory <= room,
+            "parts": {},
+            "strategies": [],
+        }
+    several = settings.processes if isinstance(settings.processes, int) else 1
+    own: Strategy = "lora" if settings.adapter == "lora" else "full"
+    if own == "full" and settings.strategy == "fsdp2" and several > 1:
+        own = "zero3"
+    found = {s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY) for s in STRATEGIES}
+    chosen = found[own]
+    return row | {
+        "memory_mb": chosen["memory_mb"],
+        "seconds": chosen["seconds"],
+        "fits": chosen["fits"],
+        "parts": chosen["parts"],
+        "strategies": [{"strategy": s, **{k: v for k, v in f.items() if k != "parts"}} for s, f in found.items()],
     }
 
 
-def _activations_mb(stage: Stage) -> float:
-    settings = stage.settings
-    if not isinstance(settings, TrainSettings):
-        return 100.0
-    starter = getattr(settings, "starter", Starter())
-    # About 34 numbers per token, layer and width unit (Korthikanti et al. 2022, without attention scores), in bf16.
-    return settings.micro_tokens * starter.hidden_size * starter.layers * 34 * 2 / 2**20
+def _with(
+    strategy: Strategy, shape: Shape, settings: TrainSettings, work: float, rate: float, room: float, processes: int
+) -> dict[str, Any]:
+    dtype = "float32" if settings.dtype == "float32" else "bfloat16"
+    length = max(16, settings.max_length // 2)
+    parts = stage_memory(shape, settings, strategy, dtype=dtype, length=length, processes=processes)
+    memory = RUNTIME_MB + sum(parts.values())
+    if strategy in ("lora", "qlora", "prefix"):
+        work *= 2 / 3  # frozen weights take no gradient
+    if settings.activation_checkpointing:
+        work *= 4 / 3  # a second forward pass
+    if strategy.startswith("zero"):
+        work /= processes
+    return {
+        "memory_mb": memory,
+        "seconds": 2.0 + work / (rate * EFFICIENCY),
+        "fits": memory <= room,
+        "parts": parts,
+    }
+
+
+def _stage_tokens(settings: StageSettings) -> float:
+    if isinstance(settings, PpoSettings | GrpoSettings):
+        episode = 40 + settings.rollout.max_new_tokens / 2
+        return (settings.max_steps or 1) * settings.rollout.batch * episode
+    if isinstance(settings, TrainSettings):
+        if settings.max_steps is not None:
+            return float(settings.max_steps * settings.tokens_per_step)  # wins over epochs: the data is repeated
+        tokens = _tokens(settings.data) * settings.epochs
+        if isinstance(settings, RewardSettings) and settings.collect is not None:
+            tokens += settings.collect.count * settings.collect.pairs * 50 * settings.epochs
+        return tokens
+    if isinstance(settings, EvalSettings | QuantizeSettings):
+        return 1000.0 * 40 * (len(settings.models) if isinstance(settings, EvalSettings) else 1)
+    return 0.0
+
+
+def _passes(settings: StageSettings) -> float:
+    """Forward passes that a token's work equals; training is three (Kaplan et al. 2020: 6 N D in all)."""
+    if isinstance(settings, PpoSettings):
+        return 5 + 6 * settings.ppo.epochs  # roll-out, four readings, policy and critic trained once per epoch
+    if isinstance(settings, GrpoSettings):
+        return 3 + bool(settings.reward_model) + 3 * settings.grpo.epochs  # roll-out, two readings or three, the policy
+    if isinstance(settings, DpoSettings):
+        return 4  # the reference is read, too
+    if isinstance(settings, TrainSettings):
+        return 3
+    return 10  # decoding is far from the matrix rate

@@ -3,9 +3,10 @@
 description: one line
 seed: 0                      # of every stage that does not set its own
 model: null                  # a folder or hub id: then nothing is trained from nothing
+processes: 1                 # of every training stage that does not set its own; strategy likewise
 data_root: data              # any extra top-level text can be used as ${data_root} in the stages
 stages:
-  - kind: sft                # tokenizer, pretrain, sft, reward, ppo, eval, quantize
+  - kind: sft                # tokenizer, pretrain, sft, reward, dpo, ppo, grpo, eval, quantize
     name: sft                # default: the kind; unique
     data: ${data_root}/my.jsonl
 """
@@ -24,7 +25,7 @@ import yaml
 from danlu.config import KINDS, POLICY_KINDS, StageSettings, parse
 from danlu.exceptions import SettingsError, UsageError
 
-TOP = ("description", "seed", "model", "stages")
+TOP = ("description", "seed", "model", "processes", "strategy", "stages")
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class Recipe:
     resolved: dict[str, Any]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, processes: str | None = None) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         overrides: `key=value` texts as given to `--set`: a top-level key, or `stage.field` (also `stage.group.field`).
+        processes: of every training stage, whatever the recipe says.
 
     Raises:
         SettingsError: not a recipe, an unknown key, a value out of range, stages out of order.
@@ -85,6 +87,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise SettingsError(
             f"two stages are named '{twice[0]}'", file=file, hint="give one of them a 'name' of its own"
         )
+    for stage in stages:
+        if processes is not None and "processes" in KINDS[stage["kind"]].model_fields:
+            stage["processes"] = processes
     for text in overrides:
         _override(text, top, {s["name"]: s for s in stages})
     _check_top(top, file)
@@ -136,7 +141,7 @@ def _override(text: str, top: dict[str, Any], stages: Mapping[str, dict[str, Any
         parsed = value
     path = key.split(".")
     if len(path) == 1:
-        known = [*top, "model", "seed"]
+        known = [*top, "model", "seed", "processes", "strategy"]
         if key not in known:
             near = difflib.get_close_matches(key, [*known, *stages], n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"top-level keys: {', '.join(sorted(set(known)))}"
@@ -190,7 +195,7 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
                 if "tokenizer" not in last:
                     need("a tokenizer stage (or a model)")
                 stage["tokenizer"] = f"stage:{last['tokenizer']}"
-        if kind in ("sft", "reward", "ppo", "quantize") and not stage.get("model"):
+        if kind in ("sft", "reward", "dpo", "ppo", "grpo", "quantize") and not stage.get("model"):
             if not policy:
                 need("a stage that trains a policy (pretrain or sft)")
             stage["model"] = policy
@@ -198,6 +203,8 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
             if "reward" not in last:
                 need("a reward stage")
             stage["reward_model"] = f"stage:{last['reward']}"
+        if kind == "grpo" and "reward" in last:
+            stage.setdefault("reward_model", f"stage:{last['reward']}")  # an empty one means: the verifier alone
         if kind == "eval" and not stage.get("models"):
             stage["models"] = [f"stage:{n}" for n in _policies(stages, name)]
             if not stage["models"] and policy:
@@ -244,4 +251,8 @@ def _policies(stages: Sequence[Mapping[str, Any]], before: str) -> list[str]:
 def _settings(stage: Mapping[str, Any], top: Mapping[str, Any], file: str) -> StageSettings:
     values = {k: v for k, v in stage.items() if k not in ("kind", "name")}
     values.setdefault("seed", top.get("seed", 0))
-    return parse(KINDS[stage["kind"]], values, file=file, prefix=f"{stage['name']}.")
+    cls = KINDS[stage["kind"]]
+    for name in ("processes", "strategy"):
+        if name in top and name in cls.model_fields:
+            values.setdefault(name, top[name])
+    return parse(cls, values, file=file, prefix=f"{stage['name']}.")

@@ -22,17 +22,33 @@ from danlu.training.tracking import read_metrics
 
 FILE_NAME: Final = "report.html"
 SAMPLES: Final = 12
-TRAINED: Final = ("pretrain", "sft", "reward", "ppo")
-TITLES: Final = {"pretrain": "Pre-training", "sft": "SFT", "reward": "The reward model", "ppo": "PPO"}
+TITLES: Final = {
+    "pretrain": "Pre-training",
+    "sft": "SFT",
+    "reward": "The reward model",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "grpo": "GRPO",
+}
 PURPOSES: Final = {
     "tokenizer": "learns how to cut text into tokens",
     "pretrain": "learns the language from plain text",
     "sft": "learns to answer from example conversations",
     "reward": "learns from comparisons which answer people prefer",
+    "dpo": "learns from comparisons to give the answers that people prefer",
     "ppo": "learns to give answers that the reward model prefers",
+    "grpo": "learns from groups of its own answers, scored by a reward model or a verifier",
     "eval": "answers held-out questions and is marked",
     "quantize": "makes the model small: int8 weights",
 }
+_ROLLOUTS: Final = (
+    ("score", "Score of roll-outs", ""),
+    ("eval_score", "Held-out score", ""),
+    ("kl", "KL to the reference", ""),
+    ("length", "Answer length", ""),
+    ("stop_rate", "Answers that end", "%"),
+    ("entropy", "Entropy", ""),
+)
 # kind -> (metric, label, how it is shown: a plain number, percent or bytes)
 KEY_METRICS: Final[dict[str, tuple[tuple[str, str, str], ...]]] = {
     "tokenizer": (("vocab_size", "Vocabulary", ""), ("tokens_per_character", "Tokens per character", "")),
@@ -50,14 +66,15 @@ KEY_METRICS: Final[dict[str, tuple[tuple[str, str, str], ...]]] = {
         ("eval_length_correlation", "Correlation with length", ""),
         ("eval_loss", "Held-out loss", ""),
     ),
-    "ppo": (
-        ("score", "Score of roll-outs", ""),
-        ("eval_score", "Held-out score", ""),
-        ("kl", "KL to the reference", ""),
-        ("length", "Answer length", ""),
-        ("stop_rate", "Answers that end", "%"),
-        ("entropy", "Entropy", ""),
+    "dpo": (
+        ("eval_accuracy", "Held-out accuracy", "%"),
+        ("eval_margin", "Held-out margin", ""),
+        ("eval_chosen_reward", "Held-out reward of chosen", ""),
+        ("eval_rejected_reward", "Held-out reward of rejected", ""),
+        ("eval_loss", "Held-out loss", ""),
     ),
+    "ppo": _ROLLOUTS,
+    "grpo": (*_ROLLOUTS, ("equal_groups", "Groups of equal scores", "%")),
 }
 _COLUMNS: Final = (
     ("rubric", "Rubric score", True),
@@ -292,7 +309,7 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
 
 
 def _remark(stage: StageView, rows: Sequence[Mapping[str, Any]]) -> str:
-    if stage.kind not in TRAINED:
+    if stage.kind not in TITLES:
         return ""
     if not rows:
         return "No metrics were logged, so there are no curves."

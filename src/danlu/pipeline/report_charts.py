@@ -169,25 +169,36 @@ def stage_charts(key: str, kind: str, rows: Rows) -> list[Chart]:
     low, high = points(rows, "eval_accuracy_low"), points(rows, "eval_accuracy_high")
     accuracy = [of("training", "accuracy", noisy=True), of("held-out", "eval_accuracy", "second")]
     rate = [of("roll-outs", "stop_rate"), of("held-out", "eval_stop_rate", "second")]
+    rollouts: list[_Plan] = [
+        ("Score", [of("roll-outs", "score"), of("held-out", "eval_score", "second")], {}),
+        ("KL to the reference, nats", [of("k1", "kl"), of("k3", "kl_k3", "third")], {}),
+        ("Answer length, tokens", [of("roll-outs", "length"), of("held-out", "eval_length", "second")], {}),
+        ("Answers that end by themselves", rate, {"percent": True}),
+        ("Entropy, nats per token", [of("roll-outs", "entropy")], {}),
+    ]
     planned: dict[str, list[_Plan]] = {
         "pretrain": [loss, norm],
         "sft": [loss, norm],
         "reward": [("Pairs ranked rightly", accuracy, {"percent": True, "band": (low, high), "level": 0.5}), loss],
-        "ppo": [
-            ("Score", [of("roll-outs", "score"), of("held-out", "eval_score", "second")], {}),
-            ("KL to the reference, nats", [of("k1", "kl"), of("k3", "kl_k3", "third")], {}),
-            ("Answer length, tokens", [of("roll-outs", "length"), of("held-out", "eval_length", "second")], {}),
-            ("Answers that end by themselves", rate, {"percent": True}),
-            ("Entropy, nats per token", [of("roll-outs", "entropy")], {}),
-            ("Critic's loss", [of("value loss", "value_loss", noisy=True)], {}),
+        "dpo": [
+            ("Pairs ranked rightly", accuracy, {"percent": True, "band": (low, high), "level": 0.5}),
+            loss,
+            (
+                "Implicit reward",
+                [of("chosen", "chosen_reward", noisy=True), of("rejected", "rejected_reward", "third", True)],
+                {},
+            ),
+            norm,
         ],
+        "ppo": [*rollouts, ("Critic's loss", [of("value loss", "value_loss", noisy=True)], {})],
+        "grpo": [*rollouts, ("Groups of equal scores", [of("groups", "equal_groups", noisy=True)], {"percent": True})],
     }
     drawn: list[Chart] = []
     for title, series, options in planned.get(kind, []):
         shown = [s for s in series if s.points]
         if not any(len(s.points) > 1 for s in shown):
             continue
-        x_label = "iteration" if kind == "ppo" else "step"
+        x_label = "iteration" if kind in ("ppo", "grpo") else "step"
         drawing = lines(f"{key}-{len(drawn)}", title, shown, x_label=x_label, **options)
         drawn.append(Chart(title, drawing, shown, bool(options.get("percent"))))
     return drawn

@@ -11,11 +11,10 @@ import json
 import os
 import platform
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +28,11 @@ from danlu.config import Source, StageSettings, as_list
 from danlu.data.files import is_hub
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
+from danlu.pipeline.ranks import Runner
 from danlu.pipeline.recipe import Recipe, Stage
-from danlu.pipeline.stages import STAGES, Outcome
+from danlu.pipeline.stages import STAGES
 from danlu.synth.town.write import TOWN_FILES, write_town
-from danlu.training import checkpoint
+from danlu.training import checkpoint, memory
 from danlu.training.runs import MANIFEST, RECIPE, resolve_model
 
 MANIFEST_SCHEMA = 1
@@ -40,8 +40,19 @@ MANIFEST_SCHEMA = 1
 LEFTOVERS = ("collected.jsonl", "compute.json", "metrics.jsonl")
 TOWN = "town:"
 STAGE = "stage:"
-# How often something is looked at, shown or kept does not change what comes out of it.
-NO_EFFECT = ("out", "log_every", "save_every", "keep_checkpoints", "report_to")
+# How often something is looked at, shown or kept, and who computes it, does not change what comes out (within rounding).
+NO_EFFECT = (
+    "out",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "report_to",
+    "processes",
+    "strategy",
+    "micro_tokens",
+    "activation_checkpointing",
+    "on_oom",
+)
 
 
 def execute(
@@ -69,11 +80,11 @@ def execute(
     _refuse_missing_files(recipe)
     _refuse_other_settings(recipe, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _locked(folder), Runner() as runner:
         atomic.write_text(folder / RECIPE, yaml.safe_dump(recipe.resolved, allow_unicode=True, sort_keys=False))
         for stage in recipe.stages:
             settings = placed(stage, recipe, folder)
-            run_stage(stage.name, stage.kind, settings, cache=folder, force=force, say=say)
+            run_stage(stage.name, stage.kind, settings, runner=runner, cache=folder, force=force, say=say)
             if stage.name == until:
                 return
 
@@ -124,6 +135,7 @@ def run_stage(
     kind: str,
     settings: StageSettings,
     *,
+    runner: Runner | None = None,
     cache: Path | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -174,18 +186,20 @@ def run_stage(
     }
     atomic.write_json(out / MANIFEST, manifest)
     say(f"{name}: {'going on' if old else 'begins'}")
-    _reset_peak_memory()
     begun = time.monotonic()
     try:
-        with _sigterm_interrupts():
-            outcome: Outcome = STAGES[kind].run(settings)
+        with _sigterm_interrupts(), nullcontext(runner) if runner else Runner() as used:
+            outcome = used.run(kind, settings)
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         manifest |= {"status": "interrupted" if stopped else "failed", "error": str(error)}
         manifest["seconds"] += time.monotonic() - begun
-        atomic.write_json(out / MANIFEST, manifest)
+        with suppress(OSError):  # the disk may be full: then the error that says so matters more
+            atomic.write_json(out / MANIFEST, manifest)
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"interrupted in stage '{name}'", hint="run the same command again to go on") from None
+        if memory.disk_full(error):
+            raise memory.disk_sentence(out) from error
         raise
     manifest["seconds"] += time.monotonic() - begun
     manifest |= {
@@ -196,7 +210,7 @@ def run_stage(
         "facts": outcome.facts,
         "gates": [g.as_dict() for g in outcome.gates],
         "table": outcome.table,
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": outcome.peak_memory_mb,
     }
     atomic.write_json(out / MANIFEST, manifest)
     say(f"{name}: done in {manifest['seconds']:.0f} s")
@@ -441,26 +455,6 @@ def _hardware() -> dict[str, Any]:
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": cuda}
-
-
-def _reset_peak_memory() -> None:
-    """Linux counts a process's peak since the last reset; elsewhere the peak is that of the whole process."""
-    if sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # not allowed in some containers: the peak then covers the earlier stages too
-            return
-
-
-def _peak_memory_mb() -> float:
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) / 1024, 1)
-    import resource
-
-    scale = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)
 
 
 def error_line(error: DanluError) -> str:

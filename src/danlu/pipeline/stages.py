@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import danlu
 from danlu import atomic
 from danlu.config import (
+    DpoSettings,
     EvalSettings,
+    GrpoSettings,
     PpoSettings,
     PretrainSettings,
     QuantizeSettings,
@@ -22,6 +24,7 @@ from danlu.config import (
     Sources,
     StageSettings,
     TokenizerSettings,
+    TrainSettings,
     as_list,
 )
 from danlu.data.corpus import stream_texts
@@ -39,12 +42,14 @@ from danlu.synth.compare import collect
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import load_tokenizer, train_tokenizer
-from danlu.trainers import ppo, pretrain, reward_model, sft
+from danlu.trainers import dpo, grpo, ppo, pretrain, reward_model, sft
+from danlu.training import distributed
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
 from danlu.training.setup import records_of
+from danlu.training.step import TrainResult
 from danlu.training.templates import template_of, tokenizer_of
-from danlu.types import Conversation, Prompt
+from danlu.types import Comparison, Conversation, Prompt
 
 S = TypeVar("S", bound=StageSettings)
 RENDER_SAMPLE = 50
@@ -59,6 +64,7 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     gates: list[Gate] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
+    peak_memory_mb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,26 @@ def run_sft(settings: SftSettings) -> Outcome:
     """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER."""
     result = sft.train(settings)
     records, _, _ = records_of(settings, "conversation")
+    return _answers_learnt(result, settings, [r for r in records if isinstance(r, Conversation)], stage="sft")
+
+
+def run_dpo(settings: DpoSettings) -> Outcome:
+    """See `trainers/dpo.py`; decides G-STOP, G-TRUNC and G-RENDER."""
+    result = dpo.train(settings)
+    records, _, _ = records_of(settings, "comparison")
+    chosen = [Conversation([*r.prompt, *r.chosen], r.origin) for r in records if isinstance(r, Comparison)]
+    return _answers_learnt(result, settings, chosen, stage="dpo")
+
+
+def _answers_learnt(
+    result: TrainResult, settings: TrainSettings, records: list[Conversation], *, stage: str
+) -> Outcome:
+    """The outcome of a stage that learns given answers, with the gates on their text."""
     sample = random.Random(f"{settings.seed}/render").sample(records, min(RENDER_SAMPLE, len(records)))
-    training = template_of(settings.model, settings, stage="sft")
+    training = template_of(settings.model, settings, stage=stage)
     serving = ChatTemplate(load_tokenizer(result.model))
-    verdicts = [gates.stop(result.facts), gates.truncated(result.facts), gates.render(training, serving, sample)]  # type: ignore[arg-type]
-    example = serving.render(sample[0].messages) if sample and isinstance(sample[0], Conversation) else ""
+    verdicts = [gates.stop(result.facts), gates.truncated(result.facts), gates.render(training, serving, sample)]
+    example = serving.render(sample[0].messages) if sample else ""
     return Outcome(result.metrics, {**result.facts, "rendered_example": example}, verdicts)
 
 
@@ -132,7 +153,7 @@ def run_reward(settings: RewardSettings) -> Outcome:
     facts: dict[str, Any] = {}
     if settings.collect is not None:
         collected = Path(settings.out) / "collected.jsonl"
-        if not collected.is_file():
+        if not distributed.same(collected.is_file()):
             facts["collected"] = _collect(settings, collected)
         settings = settings.model_copy(update={"data": [*as_list(settings.data), Source(path=str(collected))]})
     result = reward_model.train(settings)
@@ -144,7 +165,7 @@ def _collect(settings: RewardSettings, path: Path) -> int:
     assert options is not None, "asked for by the caller"
     prompts = _questions(options.prompts, settings)
     count = min(options.count, len(prompts)) * options.samples
-    with Bar("reward: collecting answers", count) as bar:
+    with Bar("reward: collecting answers", count, quiet=not distributed.is_main()) as bar:
         rows = collect(
             danlu.load(settings.model), prompts, options, seed=settings.seed, on_done=lambda done: _to(bar, done)
         )
@@ -152,7 +173,9 @@ def _collect(settings: RewardSettings, path: Path) -> int:
         raise DataError(
             "no two answers of the policy differ by the rubric, so there is nothing to compare", field="collect"
         )
-    atomic.write_jsonl(path, rows)
+    if distributed.is_main():
+        atomic.write_jsonl(path, rows)
+    distributed.wait_for_all()
     return len(rows)
 
 
@@ -164,6 +187,12 @@ def _to(bar: Bar, done: int) -> None:
 def run_ppo(settings: PpoSettings) -> Outcome:
     """See `trainers/ppo.py`; decides G-RATIO."""
     result = ppo.train(settings)
+    return Outcome(result.metrics, result.facts, [gates.ratio(result.facts)])
+
+
+def run_grpo(settings: GrpoSettings) -> Outcome:
+    """See `trainers/grpo.py`; decides G-RATIO."""
+    result = grpo.train(settings)
     return Outcome(result.metrics, result.facts, [gates.ratio(result.facts)])
 
 
@@ -270,10 +299,12 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
 
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
-    "pretrain": Kind(run_pretrain, 1, models=("model", "tokenizer")),
-    "sft": Kind(run_sft, 2),
-    "reward": Kind(run_reward, 3, ("data", "eval_data", "collect.prompts")),
-    "ppo": Kind(run_ppo, 3, models=("model", "reward_model")),
-    "eval": Kind(run_eval, 1, ("data",), ("models",)),
+    "pretrain": Kind(run_pretrain, 2, models=("model", "tokenizer")),
+    "sft": Kind(run_sft, 3),
+    "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
+    "dpo": Kind(run_dpo, 1),
+    "ppo": Kind(run_ppo, 4, models=("model", "reward_model")),
+    "grpo": Kind(run_grpo, 1, models=("model", "reward_model")),
+    "eval": Kind(run_eval, 2, ("data",), ("models",)),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
 }

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from danlu.exceptions import RewardError
-from danlu.models.roles import head_of
+from danlu.models.heads import head_of
+from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.rewards.protocol import Episode, Score, never
 from danlu.text.chat_template import ChatTemplate
@@ -76,6 +77,23 @@ class ModelReward:
         return scores
 
 
+def judge_of(model: Any, own: ChatTemplate, policy: ChatTemplate, *, micro_tokens: int, device: str) -> ModelReward:
+    """A frozen reward model as the judge of a policy's answers.
+
+    Args:
+        model: with a scalar head.
+        own, policy: the chat seams of the reward model and of the policy. Where they differ, text is tokenised anew.
+    """
+    same_text = own.tokenizer.get_vocab() == policy.tokenizer.get_vocab() and own.source == policy.source
+    return ModelReward(
+        RootModel(SeparateModels({"reward": model}, [])).to(device).eval(),
+        normaliser_of(model),
+        template=None if same_text else own,
+        micro_tokens=micro_tokens,
+        device=device,
+    )
+
+
 def _batches(lengths: dict[int, int], budget: int) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
@@ -101,6 +119,7 @@ def fold_normaliser(model: Any) -> None:
     """
     mean, std = normaliser_of(model)
     head = head_of(model)
+    assert isinstance(head, torch.nn.Linear), "a scalar head is one"
     bias = torch.zeros(head.out_features, dtype=head.weight.dtype) if head.bias is None else head.bias.detach()
     with torch.no_grad():
         head.weight /= std

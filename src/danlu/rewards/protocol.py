@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from danlu.data.collate import EncodedPrompt
+from danlu.tree import Trajectory
 from danlu.types import Message
 
 
@@ -17,6 +19,7 @@ class Episode:
         prompt_ids, response_ids: the response includes its stop token if it has one.
         finished: the response ends with a stop token.
         prompt, response: for rewards that read text.
+        reference: what the prompt says of a right answer, for verifiers; empty if nothing.
     """
 
     prompt_ids: tuple[int, ...]
@@ -24,6 +27,21 @@ class Episode:
     finished: bool
     prompt: tuple[Message, ...] = ()
     response: str = ""
+    reference: Mapping[str, Any] = field(default_factory=dict)
+
+
+def episodes_of(
+    prompts: Sequence[EncodedPrompt], trajectories: Sequence[Trajectory], decode: Callable[[Sequence[int]], str]
+) -> list[Episode]:
+    """Roll-outs as episodes, one prompt to each.
+
+    Args:
+        decode: ids of an answer to its text.
+    """
+    return [
+        Episode(t.prompt, t.actions, t.finished, tuple(p.messages), decode(t.actions), p.reference)
+        for p, t in zip(prompts, trajectories, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,8 @@ def model(name: str, request: Request) -> dict[str, Any]:
 @router.post("/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation, whole or as server-sent events."""
-    body.check()
     state = request.app.state
+    body.check(state.assistant.model.config.vocab_size)
     messages = [message.plain() for message in body.messages]
     params = body.sampling(state.assistant.defaults)
     answering = await to_thread.run_sync(Answering, state.assistant, messages, params)
@@ -161,14 +161,20 @@ def _finish_reason(done: Completion) -> str:
 
 
 def _logprobs(assistant: Assistant, answering: Answering, done: Completion) -> dict[str, Any]:
-    """One entry for each token but the stop token. `bytes` is null for a token that is a part of a character."""
-    tokenizer: Any = assistant.tokenizer
-    entries = []
-    for token, logprob in zip(done.ids, done.logprobs, strict=True):
-        if token in answering.stop_ids:
-            continue
-        text = tokenizer.decode([token])
-        data = None if "\ufffd" in text else list(text.encode())
-        # JSON has no minus infinity; OpenAI sends this number.
-        entries.append({"token": text, "logprob": max(logprob, -9999.0), "bytes": data, "top_logprobs": []})
+    """One entry for each token but the stop token."""
+    tops = done.top_logprobs or ((),) * len(done.ids)
+    entries = [
+        _token(assistant, token, logprob) | {"top_logprobs": [_token(assistant, *other) for other in top]}
+        for token, logprob, top in zip(done.ids, done.logprobs, tops, strict=True)
+        if token not in answering.stop_ids
+    ]
     return {"content": entries, "refusal": None}
+
+
+def _token(assistant: Assistant, token: int, logprob: float) -> dict[str, Any]:
+    """`bytes` is null for a token that is a part of a character."""
+    tokenizer: Any = assistant.tokenizer
+    text = tokenizer.decode([token])
+    data = None if "\ufffd" in text else list(text.encode())
+    # JSON has no minus infinity; OpenAI sends this number.
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": data}

@@ -18,13 +18,15 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from danlu.generation.protocol import SamplingParams
-from danlu.generation.sampling import mix_seed
+from danlu.generation.seeds import mix_seed
 from danlu.types import Message
 
 MAX_CHOICES: Final = 8
 MAX_STOPS: Final = 16
-# Below this a temperature is greedy in all but name, and dividing by it overflows.
-COLDEST: Final = 1e-3
+MAX_BIASES: Final = 1024
+# Fields whose name and meaning are those of `SamplingParams`.
+DRAWING: Final = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+PENALTIES: Final = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size")
 
 
 class ApiError(Exception):
@@ -114,6 +116,7 @@ class ChatMessage(_Wire):
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[WireText, Field(min_length=1, max_length=256)]
 
 
@@ -136,7 +139,16 @@ class ChatRequest(_Wire):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
+    ) = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[StopText], Field(max_length=MAX_STOPS), BeforeValidator(_stops)] | None = None
@@ -147,8 +159,11 @@ class ChatRequest(_Wire):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def check(self) -> None:
+    def check(self, vocabulary: int) -> None:
         """What no single field can say.
+
+        Args:
+            vocabulary: of the model; token ids are below it.
 
         Raises:
             ApiError: a combination that cannot be served.
@@ -161,26 +176,35 @@ class ChatRequest(_Wire):
             raise ApiError(
                 400, "Log-probabilities come with stream=false only.", param="logprobs", code="unsupported_value"
             )
-        if self.top_logprobs:
-            message = "Only the sampled token's log-probability is available: leave 'top_logprobs' out."
-            raise ApiError(400, message, param="top_logprobs", code="unsupported_value")
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "'top_logprobs' is for logprobs=true only."
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        if unknown := [i for i in self.logit_bias or {} if int(i) >= vocabulary]:
+            message = f"'logit_bias' names the token {unknown[0]}, and this model has tokens 0 to {vocabulary - 1}."
+            raise ApiError(400, message, param="logit_bias", code="invalid_value")
         if self.stream_options is not None and not self.stream:
             message = "'stream_options' is for stream=true only."
             raise ApiError(400, message, param="stream_options", code="invalid_value")
 
     def sampling(self, defaults: SamplingParams) -> list[SamplingParams]:
-        """One set of parameters for each choice; without a seed each request draws its own."""
-        given = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
+        """One set of parameters for each choice; without a seed each request draws its own.
+
+        Raises:
+            ApiError: parameters that make no sense together.
+        """
+        given = {name: getattr(self, name) for name in (*DRAWING, *PENALTIES)} | {
+            "logit_bias": {int(i): bias for i, bias in self.logit_bias.items()} if self.logit_bias else None,
+            "min_new_tokens": self.min_tokens,
             "max_new_tokens": self.max_completion_tokens or self.max_tokens,
             "stop": tuple(self.stop) if self.stop else None,
+            "logprobs": self.top_logprobs,
         }
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        base = replace(defaults, **known)
-        base = replace(base, temperature=base.temperature if base.temperature >= COLDEST else 0.0)
+        try:
+            base = replace(defaults, **known)
+        except ValueError as error:
+            raise ApiError(400, f"{error}.", code="invalid_value") from error
+        base = replace(base, temperature=0.0 if base.greedy else base.temperature)
         seed = self.seed if self.seed is not None else secrets.randbits(31)
         return [replace(base, seed=mix_seed(seed, i) if i else seed) for i in range(self.n or 1)]
 

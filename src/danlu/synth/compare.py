@@ -11,6 +11,7 @@ from danlu.assistant import Assistant
 from danlu.config import Collect
 from danlu.evals.generation import answer
 from danlu.synth.annotator import compare
+from danlu.training import distributed
 from danlu.types import Prompt
 
 
@@ -35,8 +36,17 @@ def collect(
     rng = random.Random(f"{seed}/collect")
     chosen_prompts = rng.sample(list(prompts), min(settings.count, len(prompts)))
     repeated = [p for p in chosen_prompts for _ in range(settings.samples)]
-    replies = answer(
-        assistant, repeated, temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=seed, on_done=on_done
+    replies = distributed.share(
+        list(enumerate(repeated)),
+        lambda part: answer(
+            assistant,
+            [prompt for _, prompt in part],
+            temperature=1.0,
+            max_new_tokens=settings.max_new_tokens,
+            seed=seed,
+            numbers=[number for number, _ in part],
+            on_done=lambda done: on_done(done * distributed.world()[1]),
+        ),
     )
     rows: list[dict[str, Any]] = []
     for index, prompt in enumerate(chosen_prompts):

@@ -7,7 +7,7 @@ encoded as plain text.
 
     template_registry   the templates that danlu ships          tool_text   what a template has no place for, as text
     rendering           a template and what it can do           layout      answers and contents in the rendered text
-    pieces              ids of a text in pieces
+    pieces              ids of a text in pieces             calls       thoughts and calls, read back
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from danlu.exceptions import TemplateError
+from danlu.text.calls import AnswerReader
 from danlu.text.layout import Layout, lay_out
 from danlu.text.pieces import LONGEST_TOKEN, Piece, PieceEncoder
 from danlu.text.rendering import Renderer, first_difference
@@ -92,6 +93,7 @@ class ChatTemplate:
             tokenizer.chat_template = self.source
         self.stop_ids = self._renderer.endings.stop_ids
         self._pieces = PieceEncoder(tokenizer, self.source)
+        self._reader = AnswerReader(self._renderer)
 
     @property
     def trains_every_answer(self) -> bool:
@@ -183,20 +185,31 @@ class ChatTemplate:
 
         The space that the template puts around an answer is not part of it.
         """
-        kept: list[int] = []
-        stopped = False
-        for token in ids:
-            if token in self.stop_ids:
-                stopped = True
-                break
-            kept.append(token)
-        return self._bare(self._pieces.decode(kept), stopped=stopped)
+        kept = self._before_stop(ids)
+        return self._bare(self._pieces.decode(kept), stopped=len(kept) < len(ids))
 
     def decode_message(self, ids: Sequence[int]) -> Message:
-        """The assistant message that these sampled ids are."""
-        return {"role": "assistant", "content": self.decode(ids)}
+        """The assistant message that these sampled ids are, with its thoughts and calls of tools (see `calls`).
+
+        A call that is not whole, or that something other than calls follows, stays text.
+        """
+        kept = self._before_stop(ids)
+        marked = self._pieces.decode_marked(kept, self._reader.marks.of_id)
+        thoughts, text, calls = self._reader.read(self._bare(marked, stopped=len(kept) < len(ids)))
+        if not thoughts and not calls:
+            text = self.decode(ids)
+        message: Message = {"role": "assistant", "content": text}
+        if thoughts:
+            message["reasoning_content"] = thoughts
+        if calls:
+            message["tool_calls"] = calls
+        return message
 
     # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _before_stop(self, ids: Sequence[int]) -> list[int]:
+        stop = next((n for n, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        return list(ids[:stop])
 
     def _forgets(self, answer: Message) -> bool:
         """Whether the template drops thoughts of this answer once another turn follows."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,16 @@ class PieceEncoder:
         text = self.tokenizer.decode(front + ids, skip_special_tokens=True)
         shown: str = self.tokenizer.decode(front, skip_special_tokens=True)
         return text[len(shown) :] if text.startswith(shown) else self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def decode_marked(self, ids: list[int], marks: Mapping[int, str]) -> str:
+        """Like `decode`, with the marks in place of the special tokens that have one."""
+        parts: list[str] = []
+        start = 0
+        for at, token in enumerate([*ids, None]):
+            if token is None or token in marks:
+                parts += [self.decode(ids[start:at]) if start < at else "", "" if token is None else marks[token]]
+                start = at + 1
+        return "".join(parts)
 
     def _broken(self, text: str) -> list[str]:
         """The text cut inside every mark, so that no piece holds a whole one."""

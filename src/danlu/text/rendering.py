@@ -113,12 +113,7 @@ def _abilities(renderer: Renderer) -> Abilities:
     see = renderer.attempt
     thinking = _turn("assistant", ANSWERED, reasoning_content=WANTED)
     tagged = _turn("assistant", f"<think>\n{WANTED}\n</think>\n\n{ANSWERED}")
-    tool = {
-        "name": NAME,
-        "description": OTHER,
-        "parameters": {"type": "object", "properties": {KEY: {"type": "string"}}},
-    }
-    tools: Tools = ({"type": "function", "function": tool},)
+    tools = probe_tools()
     found = Abilities(
         system=WANTED in see(_turn("system", WANTED), ASK, generation=True),
         late_system=WANTED in see(ASK, ANSWER, _turn("system", WANTED), ASK_AGAIN, generation=True),
@@ -131,9 +126,9 @@ def _abilities(renderer: Renderer) -> Abilities:
     for text_arguments, call_ids in ((False, False), (True, False), (False, True), (True, True)):
         tried = replace(found, text_arguments=text_arguments, call_ids=call_ids)
         if _shows_calls(renderer, tried, offered):
-            tried = replace(tried, calls=True, results=WANTED in see(*_with_call(tried, results=1), tools=offered))
-            beside = see(*_with_call(tried, text=ANSWERED), tools=offered)
-            several = see(*_with_call(tried, calls=2, results=2), tools=offered)
+            tried = replace(tried, calls=True, results=WANTED in see(*call_probe(tried, results=1), tools=offered))
+            beside = see(*call_probe(tried, text=ANSWERED), tools=offered)
+            several = see(*call_probe(tried, calls=2, results=2), tools=offered)
             return replace(
                 tried,
                 text_beside_calls=ANSWERED in beside and NAME in beside,
@@ -142,7 +137,18 @@ def _abilities(renderer: Renderer) -> Abilities:
     return replace(found, results=WANTED in see(ASK, ANSWER, _turn("tool", WANTED), generation=True))
 
 
-def _with_call(can: Abilities, *, text: str = "", calls: int = 1, results: int = 0) -> list[Fields]:
+def probe_tools() -> Tools:
+    """One tool on offer, of marks."""
+    tool = {
+        "name": NAME,
+        "description": OTHER,
+        "parameters": {"type": "object", "properties": {KEY: {"type": "string"}}},
+    }
+    return ({"type": "function", "function": tool},)
+
+
+def call_probe(can: Abilities, *, text: str = "", calls: int = 1, results: int = 0) -> list[Fields]:
+    """A question and an answer that calls the probe's tool, as a template that can all of it gets them."""
     made: list[Message] = [
         {"role": "user", "content": ASKED},
         {
@@ -158,7 +164,7 @@ def _with_call(can: Abilities, *, text: str = "", calls: int = 1, results: int =
 
 def _shows_calls(renderer: Renderer, can: Abilities, tools: Tools) -> bool:
     """Whether a call is rendered whole: its name and arguments, as JSON only once encoded, and a stop token after it."""
-    text = renderer.attempt(*_with_call(can, results=1), tools=tools) or renderer.attempt(*_with_call(can), tools=tools)
+    text = renderer.attempt(*call_probe(can, results=1), tools=tools) or renderer.attempt(*call_probe(can), tools=tools)
     at = text.rfind(OTHER)
     call = text[max(text.rfind(ASKED), 0) :] if at >= 0 else ""
     whole = NAME in call and "{'" + KEY not in call and '\\"' + KEY not in call
@@ -168,13 +174,13 @@ def _shows_calls(renderer: Renderer, can: Abilities, tools: Tools) -> bool:
 def _call_stop(renderer: Renderer, can: Abilities, tools: Tools) -> str:
     """The control token that ends a turn with a call: the last of the conversation, or else the first before the result."""
     groups = [sorted(group, key=len, reverse=True) for group in (renderer.special, renderer.added) if group]
-    text = renderer.attempt(*_with_call(can), tools=tools)
+    text = renderer.attempt(*call_probe(can), tools=tools)
     rest = text[text.rfind(OTHER) + len(OTHER) :].rstrip()
     for tokens in groups:
         for token in tokens:
             if rest.endswith(token):
                 return token
-    text = renderer.attempt(*_with_call(can, results=1), tools=tools)
+    text = renderer.attempt(*call_probe(can, results=1), tools=tools)
     rest = text[text.rfind(OTHER) + len(OTHER) :].split(WANTED)[0]
     for tokens in groups:
         if found := re.search("|".join(map(re.escape, tokens)), rest):

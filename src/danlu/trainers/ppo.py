@@ -17,34 +17,42 @@ import torch
 from torch import Tensor, nn
 
 from danlu.config import PpoSettings
-from danlu.data.collate import EncodedPrompt, encode_prompts
+from danlu.data.collate import EncodedPrompt
 from danlu.data.packing import micro_batches
-from danlu.exceptions import DataError, SettingsError, TrainingError
+from danlu.exceptions import SettingsError
 from danlu.generation.engine import LocalEngine
-from danlu.generation.protocol import SamplingParams
-from danlu.generation.rollout import rollout
-from danlu.generation.sampling import mix_seed
 from danlu.losses.advantages import gae, token_rewards, whiten
 from danlu.losses.policy import clipped_policy, kl_k3
 from danlu.losses.value import clipped_value
-from danlu.models.load import load_model, save_model
-from danlu.models.roles import AdapterRoles, SeparateModels
-from danlu.models.root import RoleName, RootModel, TrunkOutput
-from danlu.rewards.model import ModelReward, fold_normaliser, normaliser_of, values_of
-from danlu.rewards.protocol import Episode
+from danlu.models.load import load_model
+from danlu.models.roles import SeparateModels, reference_model
+from danlu.models.root import RootModel, TrunkOutput
+from danlu.rewards.model import ModelReward, fold_normaliser, judge_of, values_of
+from danlu.rewards.protocol import episodes_of
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.logprobs import logprobs
-from danlu.training.optim import adamw, rate_factor, set_rate
+from danlu.training.memory import within_limits
+from danlu.training.optim import optimizer_of, set_rate
+from danlu.training.result import save_result
+from danlu.training.rollouts import (
+    evaluate,
+    prompt_order,
+    prompts_of,
+    push_weights,
+    read_actions,
+    refuse_runaway,
+    sampling_of,
+    share_rollout,
+)
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import final_state, limits_of, lora_roles, records_of
+from danlu.training.setup import lora_roles
+from danlu.training.sharding import shard, share_forwards
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of, tokenizer_of
 from danlu.tree import Trajectory, TreeBatch, forest
-
-HELDOUT_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Players:
     template: ChatTemplate
 
 
+@within_limits
 def train(settings: PpoSettings) -> TrainResult:
     """Trains and writes `out/model` (the policy); resumes from the last checkpoint in `out`.
 
@@ -88,31 +97,33 @@ def train(settings: PpoSettings) -> TrainResult:
     if not settings.reward_model:
         raise SettingsError("no reward model is given", field="reward_model", hint="train one with `danlu reward`")
     template = template_of(settings.model, settings, stage="ppo")
-    prompts, heldout, facts = _prompts(settings, template)
+    prompts, heldout, facts = prompts_of(settings, template)
     players = _players(settings, template)
-    root, compute, options = players.root, players.compute, settings.ppo
+    root, engine, compute, options = players.root, players.engine, players.compute, settings.ppo
     total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / settings.rollout.batch))
     policy = [p for n, p in root.named_parameters() if p.requires_grad and not _is_critic(n)]
     critic = [p for n, p in root.named_parameters() if p.requires_grad and _is_critic(n)]
-    actor_optimizer = adamw(nn.ParameterList(policy), settings.learning_rate, settings.weight_decay)
-    critic_optimizer = adamw(nn.ParameterList(critic), options.critic_learning_rate, settings.weight_decay)
+    actor_optimizer = optimizer_of(nn.ParameterList(policy), settings.learning_rate, settings)
+    critic_optimizer = optimizer_of(nn.ParameterList(critic), options.critic_learning_rate, settings)
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
 
-    metrics: dict[str, float] = {}
+    def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float]:
+        return _scores(players, asked, found, settings)
+
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers) as session:
-        metrics = dict(session.extra.get("last", {}))
         if heldout and "first_eval_score" not in session.extra:
-            session.extra["first_eval_score"] = _evaluate(players, heldout, settings)["eval_score"]
+            first = evaluate(engine, root, heldout, settings, template, scorer)
+            session.extra["first_eval_score"] = first["eval_score"]
         for step in session.steps():
-            factor = rate_factor(step, total, settings)
+            factor = session.rate_factor(step)
             set_rate(actor_optimizer, settings.learning_rate * factor)
             set_rate(critic_optimizer, options.critic_learning_rate * factor)
-            _push_weights(players, root, step)
+            push_weights(engine, root, step)
 
-            chosen = [prompts[i] for i in _order(len(prompts), settings.rollout.batch, step, settings.seed)]
-            asked = [p.ids for p in chosen]
-            trajectories = rollout(players.engine, asked, _sampling(settings, template), seed=settings.seed, step=step)
-            scores = _scores(players, chosen, trajectories, settings)
+            asked = [prompts[i] for i in prompt_order(len(prompts), settings.rollout.batch, step, settings.seed)]
+            params = sampling_of(settings, template)
+            trajectories = share_rollout(engine, [p.ids for p in asked], params, seed=settings.seed, step=step)
+            scores = scorer(asked, trajectories)
             parts, stats = _experience(players, trajectories, scores, settings)
 
             updates: list[dict[str, float]] = []
@@ -123,9 +134,11 @@ def train(settings: PpoSettings) -> TrainResult:
                     actions = float(sum(e.actions for e in minibatch))
                     batches = distributed.mine([(e.tree, (e, actions)) for e in minibatch])
                     actor = accumulate(root, "policy", batches, _policy_loss(settings), compute)
-                    norm = apply(actor_optimizer, policy, settings.max_grad_norm)
+                    judge = session.judge(actor["loss"], "policy")
+                    norm = apply(actor_optimizer, policy, settings.max_grad_norm, judge)
                     value = accumulate(root, "critic", batches, _value_loss(settings), compute)
-                    apply(critic_optimizer, critic, settings.max_grad_norm)
+                    judge = session.judge(value["loss"], "critic")
+                    apply(critic_optimizer, critic, settings.max_grad_norm, judge)
                     updates.append(
                         {**actor, "value_loss": value["loss"], "value_error": value["value_error"], "grad_norm": norm}
                     )
@@ -135,46 +148,26 @@ def train(settings: PpoSettings) -> TrainResult:
                 session.extra["first"] = {"ratio_error": updates[0]["ratio_error"], "kl": abs(stats["kl"])}
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
-            if stats["kl"] > options.max_kl:
-                raise TrainingError(
-                    f"the policy is {stats['kl']:.1f} nats from the reference at iteration {step + 1} (max_kl {options.max_kl})",
-                    hint="raise ppo.kl_coef or lower learning_rate",
-                )
+            refuse_runaway(stats["kl"], options.max_kl, step, group="ppo")
             if heldout and session.eval_due(step):
-                held = _evaluate(players, heldout, settings)
+                held = evaluate(engine, root, heldout, settings, template, scorer)
                 session.extra["held"] = held
                 session.evaluated(step, held)
         best = session.restore_best()
+        metrics = dict(session.extra.get("last", {}))
         metrics |= session.extra.get("held", {})
         metrics |= best
         if "first_eval_score" in session.extra:
             metrics["first_eval_score"] = session.extra["first_eval_score"]
-        facts |= {"first": session.extra.get("first", {}), **template_facts(template)}
+        facts |= {"first": session.extra.get("first", {}), **template_facts(template), **session.facts}
 
     folder = Path(settings.out) / "model"
-    if distributed.is_main():
-        players.policy.generation_config.eos_token_id = sorted(template.stop_ids)
-        save_model(players.policy.to("cpu"), template.tokenizer, folder, final_state(root.trunks, "policy"))
+    players.policy.generation_config.eos_token_id = sorted(template.stop_ids)
+    save_result(players.policy, template.tokenizer, folder, root.trunks, "policy")
     return TrainResult(folder, metrics, facts)
 
 
 # -- who plays ----------------------------------------------------------------------------------------------------------
-
-
-def _prompts(
-    settings: PpoSettings, template: ChatTemplate
-) -> tuple[list[EncodedPrompt], list[EncodedPrompt], dict[str, Any]]:
-    train_records, heldout_records, dataset = records_of(settings, "prompt")
-    limit = settings.max_length - settings.rollout.max_new_tokens
-    if limit < 1:
-        raise SettingsError(f"max_length {settings.max_length} leaves no room for a prompt", field="max_length")
-    limits = limits_of(settings, limit)
-    prompts, dropped = encode_prompts(train_records, template, limits)  # type: ignore[arg-type]
-    heldout, _ = encode_prompts(heldout_records[:HELDOUT_PROMPTS], template, limits)  # type: ignore[arg-type]
-    if not prompts:
-        raise DataError(f"no prompt is left ({dropped} are longer than {limit} tokens)", hint="raise max_length")
-    left_out = {**dataset.left_out, "prompt too long": dropped}
-    return prompts, heldout, {"prompts": len(prompts), "dropped": left_out, "origins": dataset.origins}
 
 
 def _players(settings: PpoSettings, template: ChatTemplate) -> Players:
@@ -195,20 +188,11 @@ def _players(settings: PpoSettings, template: ChatTemplate) -> Players:
         critic = load_model(reward_path if same else path, scalar=True)
         if same:
             fold_normaliser(critic)
-        trunks = SeparateModels({"policy": policy, "ref": load_model(path), "critic": critic}, ["policy", "critic"])
-    root = RootModel(trunks).to(compute.device).eval()  # dropout stays off in RL
-    judge_tokenizer = tokenizer_of(settings.reward_model, stage="ppo")
-    judge_template = ChatTemplate(judge_tokenizer, settings.template)
-    same_text = (
-        judge_tokenizer.get_vocab() == template.tokenizer.get_vocab() and judge_template.source == template.source
-    )
-    judge = ModelReward(
-        RootModel(SeparateModels({"reward": judge_model}, [])).to(compute.device).eval(),
-        normaliser_of(judge_model),
-        template=None if same_text else judge_template,
-        micro_tokens=settings.micro_tokens,
-        device=compute.device,
-    )
+        ref = reference_model(path, settings.ref_bits)
+        trunks = SeparateModels({"policy": policy, "ref": ref, "critic": critic}, ["policy", "critic"])
+    root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
+    own = ChatTemplate(tokenizer_of(settings.reward_model, stage="ppo"), settings.template)
+    judge = judge_of(judge_model, own, template, micro_tokens=settings.micro_tokens, device=compute.device)
     return Players(root, policy, judge, engine, compute, template)
 
 
@@ -216,58 +200,27 @@ def _is_critic(name: str) -> bool:
     return ".critic." in name
 
 
-def _push_weights(players: Players, root: RootModel, version: int) -> None:
-    trunks = root.trunks
-    if isinstance(trunks, AdapterRoles):
-        players.engine.update_weights(trunks.merged("policy").items(), version)
-    else:
-        players.engine.update_weights(players.policy.named_parameters(), version)
-
-
 # -- roll-outs ----------------------------------------------------------------------------------------------------------
-
-
-def _sampling(settings: PpoSettings, template: ChatTemplate) -> SamplingParams:
-    return SamplingParams(
-        max_new_tokens=settings.rollout.max_new_tokens,
-        temperature=settings.rollout.temperature,
-        stop_ids=template.stop_ids,
-    )
-
-
-def _order(count: int, batch: int, step: int, seed: int) -> list[int]:
-    """Prompts of an iteration: epochs of fresh permutations, cut into batches; a function of the arguments alone."""
-    wanted = range(step * batch, (step + 1) * batch)
-    orders = {e: np.random.default_rng([seed, 0x90, e]).permutation(count) for e in {i // count for i in wanted}}
-    return [int(orders[i // count][i % count]) for i in wanted]
 
 
 def _scores(
     players: Players, prompts: Sequence[EncodedPrompt], trajectories: Sequence[Trajectory], settings: PpoSettings
 ) -> list[float]:
-    decode = players.template.decode
-    episodes = [
-        Episode(t.prompt, t.actions, t.finished, tuple(p.messages), decode(t.actions))
-        for p, t in zip(prompts, trajectories, strict=True)
-    ]
+    episodes = episodes_of(prompts, trajectories, players.template.decode)
     with players.compute.autocast():
-        raw = values_of(players.reward.score(episodes), name=players.reward.name)
+        raw = values_of(distributed.share(episodes, players.reward.score), name=players.reward.name)
     clip, penalty = settings.ppo.score_clip, settings.ppo.missing_stop_penalty
     return [max(-clip, min(clip, v)) - (0.0 if t.finished else penalty) for v, t in zip(raw, trajectories, strict=True)]
 
 
 @torch.no_grad()
-def _read(players: Players, tree: TreeBatch, role: RoleName, temperature: float) -> tuple[Tensor, Tensor]:
-    def head(out: TrunkOutput) -> tuple[Tensor, Tensor]:
-        index = out.tree.action_index()
-        if role == "critic":
-            values = out.values(index)
-            return values, torch.zeros_like(values)
-        return logprobs(out, index, temperature, entropy=role == "policy")
-
+def _read_values(players: Players, tree: TreeBatch) -> Tensor:
+    """The critic's value before each action, on the CPU."""
     with players.compute.autocast():
-        first, second = players.root(tree.to(players.compute.device), role, head)
-    return first.cpu(), second.cpu()
+        found: Tensor = players.root(
+            tree.to(players.compute.device), "critic", lambda out: out.values(out.tree.action_index())
+        )
+    return found.cpu()
 
 
 def _experience(
@@ -281,15 +234,19 @@ def _experience(
         for share in (s.tolist() for s in np.array_split(np.arange(len(trajectories)), options.minibatches))
         if share
     ]
+
+    def read_tree(tree: TreeBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        old, entropies = read_actions(players.root, "policy", tree, players.compute, temperature=heat, entropy=True)
+        ref, _ = read_actions(players.root, "ref", tree, players.compute, temperature=heat)
+        return old, entropies, ref, _read_values(players, tree)
+
     read: list[list[tuple[list[int], TreeBatch, Tensor, Tensor, Tensor]]] = []
     entropy = gap = 0.0
     for group in groups:
         read.append([])
-        for indices in group:
-            tree = TreeBatch.of(forest(trajectories[i].nodes() for i in indices))
-            old, entropies = _read(players, tree, "policy", heat)
-            ref, _ = _read(players, tree, "ref", heat)
-            values, _ = _read(players, tree, "critic", heat)
+        trees = [TreeBatch.of(forest(trajectories[i].nodes() for i in indices)) for indices in group]
+        found = share_forwards(players.root, ["policy", "ref", "critic"], trees, read_tree, players.compute)
+        for indices, tree, (old, entropies, ref, values) in zip(group, trees, found, strict=True):
             sampled = torch.tensor([p for i in indices for p in trajectories[i].logprobs])
             gap = max(gap, float((sampled - old).abs().max()))
             entropy += float(entropies.sum())
@@ -374,19 +331,3 @@ def _value_loss(settings: PpoSettings) -> Any:
 
 def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
-
-
-def _evaluate(players: Players, prompts: list[EncodedPrompt], settings: PpoSettings) -> dict[str, float]:
-    """Score, length and stop rate on held-out prompts, with draws that are the same at every evaluation."""
-    _push_weights(players, players.root, players.engine.version + 1)
-    asked = [p.ids for p in prompts]
-    found = rollout(
-        players.engine, asked, _sampling(settings, players.template), seed=mix_seed(settings.seed, 0xE7), step=0
-    )
-    scores = _scores(players, prompts, found, settings)
-    count = len(found)
-    return {
-        "eval_score": sum(scores) / count,
-        "eval_length": sum(len(t.actions) for t in found) / count,
-        "eval_stop_rate": sum(t.finished for t in found) / count,
-    }

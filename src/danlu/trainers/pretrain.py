@@ -8,21 +8,25 @@ from danlu.config import PretrainSettings
 from danlu.data.collate import encode_documents, require_items
 from danlu.data.packing import plan_steps
 from danlu.exceptions import SettingsError
-from danlu.models.load import load_model, save_model, starter
+from danlu.models.load import load_model, starter
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
 from danlu.training.compute import choose
-from danlu.training.optim import adamw, rate_factor, set_rate
+from danlu.training.memory import within_limits
+from danlu.training.optim import optimizer_of, set_rate
+from danlu.training.result import save_result
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import final_state, lora_roles, records_of
+from danlu.training.setup import lora_roles, records_of
+from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import tokenizer_of
 from danlu.training.tokens import trees_of
 
 
+@within_limits
 def train(settings: PretrainSettings) -> TrainResult:
     """Trains and writes `out/model`; resumes from the last checkpoint in `out`.
 
@@ -65,11 +69,9 @@ def train(settings: PretrainSettings) -> TrainResult:
         if settings.adapter == "lora"
         else SeparateModels({"policy": model}, ["policy"])
     )
-    root = RootModel(roles).to(compute.device).train()
-    optimizer = adamw(root, settings.learning_rate, settings.weight_decay)
-    metrics: dict[str, float] = {}
+    root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
+    optimizer = optimizer_of(root, settings.learning_rate, settings)
     with Session(settings, "pretrain", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
-        metrics = dict(session.extra.get("last", {}))
         if heldout.items and "first_eval_loss" not in session.extra:
             root.eval()
             session.extra["first_eval_loss"] = heldout_loss(root, heldout, settings.micro_tokens, compute)
@@ -79,9 +81,9 @@ def train(settings: PretrainSettings) -> TrainResult:
             items = [i for m in micro for i in m]
             weight = float(weights[items].sum())
             batches = [(trees.batch(m), weight) for m in distributed.mine(micro)]
-            set_rate(optimizer, settings.learning_rate * rate_factor(step, len(steps), settings))
+            set_rate(optimizer, settings.learning_rate * session.rate_factor(step))
             sums = accumulate(root, "policy", batches, language_loss, compute)
-            norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm)
+            norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm, session.judge(sums["loss"]))
             metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
             session.log(step, metrics, tokens=int(lengths[items].sum()), note=f"loss {sums['loss']:.3f}")
             if heldout.items and session.eval_due(step):
@@ -90,18 +92,19 @@ def train(settings: PretrainSettings) -> TrainResult:
                 session.evaluated(step, {"eval_loss": session.extra["eval_loss"]})
                 root.train()
         best = session.restore_best()
+        metrics = dict(session.extra.get("last", {}))
         metrics |= {k: session.extra[k] for k in ("eval_loss", "first_eval_loss") if k in session.extra}
         metrics |= best
 
     ChatTemplate(tokenizer, settings.template)  # the template is saved with the model from the first stage on
     folder = Path(settings.out) / "model"
-    if distributed.is_main():
-        save_model(model.to("cpu"), tokenizer, folder, final_state(roles, "policy"))
+    save_result(model, tokenizer, folder, roles, "policy")
     facts = {
         "records": len(train_records),
         "heldout": len(heldout_records),
         "windows": len(trees.items),
         "dropped": dataset.left_out,
         "origins": dataset.origins,
+        **session.facts,
     }
     return TrainResult(folder, metrics, facts)

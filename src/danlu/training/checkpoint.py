@@ -1,8 +1,9 @@
-"""Checkpoints: everything that a training stage needs to go on exactly where it was.
+"""Checkpoints: everything that a training stage needs to go on exactly where it was, with any number of processes.
 
 A checkpoint is a folder `step-00000200` with `weights.safetensors` (trained parameters, fp32 master weights), one
 `<name>.pt` per optimizer (read with weights_only), and `state.json` (schema version, step, counters). There is no random
-state to save: randomness is a function of (seed, stage, step, sample).
+state to save: randomness is a function of (seed, stage, step, sample). Tensors are whole, however they are split over the
+ranks (`training/sharding.py`): saving gathers them, one after the other, and loading takes each rank's part.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from danlu.exceptions import CheckpointError
+from danlu.training import distributed
+from danlu.training.sharding import is_sharded, part_of, whole_on_main
 
 SCHEMA = 1
 
@@ -42,21 +45,43 @@ def save(
     *,
     name: str = "",
 ) -> Path:
-    """Writes a checkpoint under a temporary name, then renames it.
+    """Writes a checkpoint under a temporary name, then renames it. All ranks take part, rank 0 writes, and then all go on.
 
     Args:
         folder: the stage's `checkpoints` folder.
         name: default `step-<step>`.
     """
     target = folder / (name or f"step-{step:08d}")
+    weights = whole_on_main((n, p) for n, p in module.named_parameters() if p.requires_grad)
+    states = {key: _whole_state(optimizer) for key, optimizer in optimizers.items()}
+    try:
+        if distributed.is_main():
+            _write(target, step, weights, states, extra)
+    finally:
+        distributed.wait_for_all()
+    return target
+
+
+def _whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    found = {}
+    for index, values in state["state"].items():
+        tensors = whole_on_main((k, v) for k, v in values.items() if isinstance(v, Tensor))
+        found[index] = {k: tensors.get(k, v) for k, v in values.items()}
+    return {**state, "state": found}
+
+
+def _write(
+    target: Path, step: int, weights: Mapping[str, Tensor], states: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
+    folder = target.parent
     temporary = folder / f".{target.name}.{os.getpid()}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = {n: p.detach().contiguous() for n, p in module.named_parameters() if p.requires_grad}
-    save_file(weights, temporary / "weights.safetensors")
-    for key, optimizer in optimizers.items():
-        torch.save(optimizer.state_dict(), temporary / f"{key}.pt")
-    state = {"schema": SCHEMA, "step": step, "optimizers": sorted(optimizers), "extra": dict(extra)}
+    save_file({n: w.contiguous() for n, w in weights.items()}, temporary / "weights.safetensors")
+    for key, optimizer_state in states.items():
+        torch.save(optimizer_state, temporary / f"{key}.pt")
+    state = {"schema": SCHEMA, "step": step, "optimizers": sorted(states), "extra": dict(extra)}
     (temporary / "state.json").write_text(json.dumps(state, ensure_ascii=False), "utf-8")
     aside = folder / f".{target.name}.old.partial"
     shutil.rmtree(aside, ignore_errors=True)
@@ -64,7 +89,6 @@ def save(
         target.rename(aside)  # a kill between the two renames leaves both, and `prune` clears up later
     temporary.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
-    return target
 
 
 def latest(folder: Path) -> Path | None:
@@ -94,9 +118,10 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
             file=path,
             hint="update danlu",
         )
+    lazy = is_sharded(module)  # then each rank needs but a part of what the file holds
     try:
         weights = load_file(path / "weights.safetensors")
-        saved = {k: torch.load(path / f"{k}.pt", weights_only=True) for k in optimizers}
+        saved = {k: torch.load(path / f"{k}.pt", weights_only=True, mmap=lazy) for k in optimizers}
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         raise CheckpointError(
             f"damaged: {error}", file=path, hint="delete this checkpoint folder and run again"
@@ -114,13 +139,26 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
             )
     for key, optimizer in optimizers.items():
         try:
-            optimizer.load_state_dict(saved[key])
+            optimizer.load_state_dict(_own_state(saved[key], optimizer))
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"optimizer '{key}' is that of another model: {error}", file=path) from error
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(part_of(weights[name], parameter))
     return Checkpoint(state["step"], state["extra"], path)
+
+
+def _own_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A whole optimizer state with this rank's parts of the tensors that parameters have one number each in."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        index: {
+            k: part_of(v, parameters[index]) if isinstance(v, Tensor) and v.shape == parameters[index].shape else v
+            for k, v in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": own}
 
 
 def prune(folder: Path, keep: int) -> None:

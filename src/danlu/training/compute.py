@@ -1,28 +1,39 @@
-"""Device, compute dtype and threads: chosen once by measuring, saved in the stage's folder and reused on resume."""
+"""Device, compute dtype and threads: chosen once by measuring, saved in the stage's folder and reused on resume.
+
+Weights, gradients and optimizer states are fp32 whatever the dtype; only matrix products and what lies between them is bf16.
+float16 is for cards that have no bfloat16: its largest number is 65,504 and its smallest steps lose gradients, so losses are
+scaled up before the backward pass (Micikevicius et al. 2018, section 3.2).
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from danlu import atomic
+from danlu.exceptions import SettingsError
+from danlu.training import distributed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A power of two costs no precision. Should it still overflow, the step is skipped like any whose gradient is no number.
+FLOAT16_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Weights and optimizer stay fp32; `dtype` is that of matrix products (autocast)."""
+    """`dtype` is that of matrix products (autocast); `threads` are those of each of the `processes`."""
 
     device: str
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Dtype
     threads: int
+    processes: int = 1
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context every training forward runs in."""
@@ -30,32 +41,61 @@ class Compute:
             return nullcontext()
         return torch.autocast(self.device, dtype=DTYPES[self.dtype])
 
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by before the backward pass, and gradients divided by after it."""
+        return FLOAT16_SCALE if self.dtype == "float16" else 1.0
 
-def choose(folder: Path, wanted: str, width: int) -> Compute:
-    """What a stage computes with: the choice saved in `folder/compute.json`, or a fresh one.
+
+def choose(folder: Path, wanted: Dtype | Literal["auto"], width: int) -> Compute:
+    """What a stage computes with: the choice saved in `folder/compute.json`, or a fresh one. Rank 0 chooses for all.
 
     Args:
-        wanted: "float32", "bfloat16" or "auto". Auto takes bf16 on CUDA cards that have it, and on a CPU if a matrix product
-            of this model's width is at least a fifth faster in it.
+        wanted: auto takes bf16 on CUDA cards that have it, and on a CPU if a matrix product of this model's width is at least
+            a fifth faster in it (those with AVX512-BF16 or AMX).
         width: D of the model.
+
+    Raises:
+        SettingsError: float16 where there is something better.
     """
-    saved = folder / "compute.json"
-    if saved.is_file():
-        found = Compute(**json.loads(saved.read_text("utf-8")))
-        if wanted in ("auto", found.dtype) and (found.device == "cpu" or torch.cuda.is_available()):
-            torch.set_num_threads(found.threads)
-            return found
+    found = distributed.same(_choice(folder, wanted, width) if distributed.is_main() else None)
+    assert found is not None, "rank 0 chose"
+    torch.set_num_threads(found.threads)
+    return found
+
+
+def _choice(folder: Path, wanted: Dtype | Literal["auto"], width: int) -> Compute:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16"]
-    if wanted != "auto":
-        dtype = "bfloat16" if wanted == "bfloat16" else "float32"
-    elif device == "cuda":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if wanted == "float16":
+        _refuse_float16(device)
+    path = folder / "compute.json"
+    here = Compute(device, "float32", torch.get_num_threads(), distributed.world()[1])
+    saved = Compute(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    if saved is not None and wanted in ("auto", saved.dtype) and device in ("cuda", saved.device):
+        # Threads change the order of sums: as many as before, unless the work is shared in another way now.
+        moved = replace(saved, threads=here.threads, processes=here.processes)
+        choice = saved if saved.processes == here.processes else moved
     else:
-        dtype = "bfloat16" if bf16_gain(width) >= 1.2 else "float32"
-    choice = Compute(device, dtype, torch.get_num_threads())
-    atomic.write_json(saved, asdict(choice))
+        choice = replace(here, dtype=_fastest(device, width) if wanted == "auto" else wanted)
+    if choice != saved:
+        atomic.write_json(path, asdict(choice))
     return choice
+
+
+def _fastest(device: str, width: int) -> Dtype:
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else bf16_gain(width) >= 1.2
+    return "bfloat16" if bf16 else "float32"
+
+
+def _refuse_float16(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return
+    have = f"the {torch.cuda.get_device_name()}" if device == "cuda" else "a CPU"
+    raise SettingsError(
+        f"float16 overflows at 65,504 and rounds small gradients to zero; {have} has bfloat16, which has the range of float32",
+        field="dtype",
+        hint="dtype: bfloat16, or auto to take it where it is faster",
+    )
 
 
 def bf16_gain(width: int, rows: int = 1024) -> float:

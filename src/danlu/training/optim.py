@@ -1,38 +1,80 @@
-"""AdamW and the learning-rate schedules."""
+"""The optimizers by name, and the learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from danlu.config import TrainSettings
+from danlu.exceptions import SettingsError
+from danlu.training.adamw8bit import AdamW8bit
+from danlu.training.adamw_offload import AdamWOffload
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
 
 
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) over the trainable parameters; decay on matrices only, betas (0.9, 0.95)."""
+    return torch.optim.AdamW(_groups(module, weight_decay), lr=learning_rate, betas=BETAS, eps=EPS, fused=True)
+
+
+def optimizer_of(module: nn.Module, learning_rate: float, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer that the settings name.
+
+    Raises:
+        SettingsError: one of danlu's own for parameters that are sharded over processes.
+    """
+    if settings.optimizer == "adamw":
+        return adamw(module, learning_rate, settings.weight_decay)
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise SettingsError(
+            f"{settings.optimizer} does not work on weights that are sharded over processes",
+            field="optimizer",
+            hint="optimizer: adamw; sharding divides its averages already",
+        )
+    kind = AdamW8bit if settings.optimizer == "adamw8bit" else AdamWOffload
+    return kind(_groups(module, settings.weight_decay), lr=learning_rate, betas=BETAS, eps=EPS)
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
-    )
+    return [g for g in groups if g["params"]]
 
 
 def rate_factor(step: int, total: int, settings: TrainSettings) -> float:
-    """Share of the peak rate at a 0-based step: linear warm-up, then cosine to 10%, linear to 0, or constant."""
-    warmup = settings.warmup if settings.warmup >= 1 else math.ceil(settings.warmup * total)
+    """Share of the peak rate at a 0-based step: linear warm-up, then the schedule down to `min_rate`.
+
+    Cosine and linear fall over all remaining steps. WSD (warm-up, stable, decay: Hu et al. 2024, MiniCPM, equation 1) holds
+    the peak and falls in its last `decay` steps, by 1 - sqrt(progress) (Haegele et al. 2024).
+    """
+    warmup = _count(settings.warmup, total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    low = settings.min_rate if settings.min_rate is not None else 0.1 if settings.schedule == "cosine" else 0.0
     progress = (step - warmup) / max(1, total - warmup)
     if settings.schedule == "cosine":
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
     if settings.schedule == "linear":
-        return max(0.0, 1 - progress)
+        return low + (1 - low) * max(0.0, 1 - progress)
+    if settings.schedule == "wsd":
+        decay = _count(settings.decay, total)
+        left = total - step
+        return 1.0 if left > decay else low + (1 - low) * (1 - math.sqrt(1 - left / (decay + 1)))
     return 1.0
+
+
+def _count(given: float, total: int) -> int:
+    """A share of the steps (below 1) or a number of them."""
+    return int(given) if given >= 1 else math.ceil(given * total)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

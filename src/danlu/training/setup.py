@@ -12,7 +12,7 @@ from danlu.data.sources import read_sources
 from danlu.data.split import split_heldout
 from danlu.data.truncate import Limits
 from danlu.exceptions import SettingsError
-from danlu.generation.sampling import mix_seed
+from danlu.generation.seeds import mix_seed
 from danlu.models.load import load_model
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RoleName
@@ -89,8 +89,3 @@ def limits_of(settings: TrainSettings, total: int | None = None) -> Limits:
     return Limits(
         total or settings.max_length, settings.max_prompt_tokens, settings.max_answer_tokens, settings.overlength
     )
-
-
-def final_state(roles: nn.Module, role: RoleName) -> dict[str, Any] | None:
-    """Merged weights of an adapter, or None when the model's own weights are the result."""
-    return roles.merged(role) if isinstance(roles, AdapterRoles) else None

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from danlu.data.collate import Trees
-from danlu.losses.cross_entropy import cross_entropy
 from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.training import distributed
 from danlu.training.compute import Compute
-from danlu.training.logprobs import logprobs
+from danlu.training.logprobs import nll
+from danlu.training.sharding import is_sharded, missing_rounds, pass_nothing, share_forwards, whole
 from danlu.tree import TreeBatch
 
 Extra = TypeVar("Extra")
@@ -49,44 +49,62 @@ def accumulate(
     Returns:
         Metrics, summed over micro-batches and ranks (those of `LARGEST`: the greatest of them), with `loss`.
     """
+    missing = missing_rounds(root, len(batches))
     sums: dict[str, float] = {"loss": 0.0}
     for tree, extra in batches:
         with compute.autocast():
             loss, metrics = root(tree.to(compute.device), role, lambda out, e=extra: loss_fn(out, e))
-        loss.backward()
+        (loss * compute.loss_scale).backward()
         sums["loss"] += float(loss.detach())
         for key, value in metrics.items():
             so_far = sums.get(key, 0.0)
             sums[key] = max(so_far, value) if key in LARGEST else so_far + value
-    distributed.sum_gradients(root.parameters())
+    if is_sharded(root):  # their gradients are added up in the backward pass, in which all ranks take part
+        pass_nothing(root, [role], missing, compute, backward=True)
+    else:
+        distributed.sum_gradients(root.parameters())
+    if compute.loss_scale != 1.0:
+        for parameter in root.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(compute.loss_scale)
     return distributed.combine_numbers(sums, LARGEST)
 
 
-def apply(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Clips the gradients, steps, clears them; returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
-    optimizer.step()
+def apply(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    allowed: Callable[[float], bool] = lambda norm: True,
+) -> float:
+    """Clips the gradients, steps, clears them; returns the norm before clipping.
+
+    Args:
+        allowed: asked with that norm whether the update is made (`Session.judge`).
+    """
+    norm = float(whole(torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)))
+    if allowed(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
 
 
 def language_loss(out: TrunkOutput, denominator: float) -> tuple[Tensor, dict[str, float]]:
     """Cross entropy over the tokens of a batch that carry loss."""
     index = out.tree.loss_index()
-    logp, _ = logprobs(out, index)
-    return cross_entropy(logp, out.tree.loss_weight_T[index], denominator)
+    loss = nll(out, index, out.tree.loss_weight_T[index]) / denominator
+    return loss, {"loss_sum": float(loss.detach()) * float(denominator)}
 
 
-@torch.no_grad()
 def heldout_loss(root: RootModel, trees: Trees, micro_tokens: int, compute: Compute) -> float:
     """Mean loss per trained token over held-out items, in nats (exp of it is the perplexity)."""
-    total, weight = 0.0, 0.0
-    for tree in batches_of(trees, micro_tokens):
+
+    def sums(tree: TreeBatch) -> tuple[float, float]:
         with compute.autocast():
             loss, _ = root(tree.to(compute.device), "policy", lambda out: language_loss(out, 1.0))
-        total += float(loss)
-        weight += float(tree.loss_weight_T.sum())
-    return total / max(weight, 1.0)
+        return float(loss), float(tree.loss_weight_T.sum())
+
+    found = share_forwards(root, ["policy"], batches_of(trees, micro_tokens), sums, compute)
+    return sum(loss for loss, _ in found) / max(sum(weight for _, weight in found), 1.0)
 
 
 def batches_of(trees: Trees, micro_tokens: int) -> list[TreeBatch]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from danlu import atomic
 from danlu.exceptions import SettingsError
@@ -30,10 +30,7 @@ class Tracker:
 
     def __init__(self, folder: Path, report_to: Sequence[str], *, name: str, start_step: int) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= start_step] if start_step else []
-        # Whole or not at all: a second kill at this very moment must not cost the lines of the first run.
-        atomic.write_jsonl(self.path, kept)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._reopened(start_step)
         self._board: Any = None
         self._wandb: Any = None
         if "tensorboard" in report_to:
@@ -58,6 +55,17 @@ class Tracker:
                 resume="allow",
                 dir=str(folder),
             )
+
+    def _reopened(self, step: int) -> TextIO:
+        kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= step] if step else []
+        # Whole or not at all: a second kill at this very moment must not cost the lines of the first run.
+        atomic.write_jsonl(self.path, kept)
+        return self.path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after a 1-based step, which will come again."""
+        self._file.close()
+        self._file = self._reopened(step)
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")

@@ -1,0 +1,193 @@
+"""Runs a model whose attention takes no plan, with transformers' own cache.
+
+Lanes that decode together are one batch padded on the left, kept from step to step and made anew when lanes join or leave.
+Prompts of one length are read together. Results equal those of one lane at a time up to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from danlu.exceptions import EngineError
+from danlu.generation.kv_cache import Lane, Read, arena_length
+from danlu.models.heads import logits_of
+
+States = list[tuple[Tensor, Tensor]]  # keys and values `[1, heads, length, K]` of each layer
+
+
+class PastRunner:
+    """See `CachedRunner`; nothing is remembered of earlier prompts.
+
+    Args:
+        model: any causal language model.
+        memory: bytes for keys and values of running lanes.
+    """
+
+    recalls = False
+
+    def __init__(self, model: Any, memory: int) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self._batch: tuple[list[Lane], Any] = ([], None)
+        self._reserved = 0
+        self._limit = memory // self._bytes_per_position()
+
+    def require(self, positions: int, lanes: int) -> None:
+        """See `CachedRunner.require`."""
+        if lanes * arena_length(positions) > self._limit:
+            raise EngineError(
+                f"the request needs {lanes * arena_length(positions)} positions of cache, and {self._limit} are there",
+                hint="lower max_new_tokens or shorten the prompt, or give the engine more memory",
+            )
+
+    def fits(self, positions: int, lanes: int) -> bool:
+        """See `CachedRunner.fits`."""
+        return self._reserved + lanes * arena_length(positions) <= self._limit
+
+    def open(self, reserved: int, start: int, lanes: int = 1) -> Lane:
+        """See `CachedRunner.open`."""
+        lane = Lane(reserved, claim=lanes * arena_length(reserved))
+        self._reserved += lane.claim
+        return lane
+
+    def fork(self, lane: Lane) -> Lane:
+        """See `CachedRunner.fork`."""
+        self._spread()
+        share = arena_length(lane.reserved)
+        lane.claim -= share
+        return Lane(lane.reserved, lane.length, share, past=_copy(lane.past))
+
+    def reorder(self, lanes: Sequence[Lane], parents: Sequence[int], start: int) -> None:
+        """See `CachedRunner.reorder`."""
+        self._spread()
+        pasts = [lanes[p].past for p in parents]
+        for lane, past, parent in zip(lanes, pasts, parents, strict=True):
+            lane.past = past if lanes[parent] is lane else _copy(past)
+
+    def close(self, lane: Lane) -> None:
+        """See `CachedRunner.close`."""
+        self._reserved -= lane.claim
+        lane.claim = 0
+        if lane in self._batch[0]:
+            self._spread()
+        lane.past = None
+
+    def reset(self) -> None:
+        """See `CachedRunner.reset`."""
+        self._batch, self._reserved = ([], None), 0
+
+    def recall(self, lane: Lane, ids: Sequence[int]) -> None:
+        """Nothing is recalled."""
+
+    def remember(self, lane: Lane, ids: Sequence[int]) -> None:
+        """Nothing is remembered."""
+
+    def forget_prompts(self) -> None:
+        """Nothing is remembered."""
+
+    def room(self, lane: Lane) -> int:
+        """One token at a time."""
+        return 1
+
+    def read(self, reads: Sequence[Read]) -> Tensor:
+        """See `CachedRunner.read`; one forward for all single tokens, and one for each length of prompts."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, read in enumerate(reads):
+            key = (read.lane.length, len(read.ids)) if read.prompt else (-1, 1)
+            groups.setdefault(key, []).append(index)
+        found: dict[int, Tensor] = {}
+        for members in groups.values():
+            batches = [members] if all(self._is_plain(reads[i].lane) for i in members) else [[i] for i in members]
+            for batch in batches:
+                hidden = self._forward([reads[i].lane for i in batch], [list(reads[i].ids) for i in batch])
+                found |= {i: h[h.shape[0] - reads[i].wanted :] for i, h in zip(batch, hidden, strict=True)}
+        return torch.cat([found[i] for i in range(len(reads))])
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """`[M, V]`."""
+        return logits_of(self.model, hidden_MD)
+
+    def _forward(self, lanes: list[Lane], ids: list[list[int]]) -> Tensor:
+        """Hidden states `[B, n, D]` of n new tokens of each lane."""
+        if self._batch[0] != lanes:
+            self._spread()
+            self._batch = (lanes, _merge([x.past for x in lanes]))
+        longest, new = max(x.length for x in lanes), len(ids[0])
+        starts = torch.tensor([longest - x.length for x in lanes], device=self.device)
+        place = torch.arange(longest + new, device=self.device)
+        positions = torch.tensor([[x.length + n for n in range(new)] for x in lanes], device=self.device)
+        arguments = {"position_ids": positions} if self._takes_positions else {}
+        output = self.model.base_model(
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=(place[None] >= starts[:, None]).long(),
+            past_key_values=self._batch[1],
+            use_cache=True,
+            **arguments,
+        )
+        self._batch = (lanes, output.past_key_values)
+        for lane in lanes:
+            lane.length += new
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _spread(self) -> None:
+        """Gives every lane of the batch its own cache back."""
+        lanes, past = self._batch
+        self._batch = ([], None)
+        for row, lane in enumerate(lanes):
+            lane.past = (
+                past
+                if len(lanes) == 1
+                else _cache(
+                    [
+                        (layer.keys[row : row + 1, :, -lane.length :], layer.values[row : row + 1, :, -lane.length :])
+                        for layer in past.layers
+                    ]
+                )
+            )
+
+    def _is_plain(self, lane: Lane) -> bool:
+        """Whether the lane's cache is keys and values of all positions, which can be padded and put together."""
+        past = self._batch[1] if lane in self._batch[0] else lane.past
+        return past is None or all(type(layer) is DynamicLayer for layer in past.layers)
+
+    def _bytes_per_position(self) -> int:
+        tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        past = self.model.base_model(input_ids=tokens, use_cache=True).past_key_values
+        states = [x for layer in past.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
+        return max(1, sum(x.nbytes for x in states))
+
+
+def _cache(states: States) -> DynamicCache:
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(states):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def _copy(past: Any) -> DynamicCache:
+    return _cache([(layer.keys.clone(), layer.values.clone()) for layer in past.layers])
+
+
+def _merge(pasts: Sequence[Any]) -> Any:
+    """One cache of several, padded on the left."""
+    if len(pasts) == 1 or pasts[0] is None:
+        return pasts[0]
+    longest = max(p.layers[0].keys.shape[2] for p in pasts)
+    states: States = []
+    for layer in range(len(pasts[0].layers)):
+        pairs = [(p.layers[layer].keys, p.layers[layer].values) for p in pasts]
+        keys, values = (
+            torch.cat([torch.nn.functional.pad(x, (0, 0, longest - x.shape[2], 0)) for x in side])
+            for side in zip(*pairs, strict=True)
+        )
+        states.append((keys, values))
+    return _cache(states)

@@ -1,0 +1,142 @@
+"""Runs a model for an engine: what lanes read goes through in one forward, with the engine's own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danlu.exceptions import EngineError
+from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, Read, StepPlan, arena_length
+from danlu.generation.prefixes import PrefixStore
+from danlu.models.attention import PLAN_ARGUMENT
+from danlu.models.heads import logits_of
+
+# A linear layer gives a row the same bits in every batch of at least so many rows, and an elementwise function where the numbers
+# fill whole vector registers, which a multiple of it sees to (measured in fp32 on CPUs).
+ROWS = 4
+PREFIX_SHARE = 0.25  # of the memory, for prompts that were read before
+
+
+class CachedRunner:
+    """For models whose attention takes a plan.
+
+    Args:
+        model: prepared (`models.root.prepare`), on the fast path.
+        memory: bytes for keys and values: a quarter for read prompts, the rest for running lanes.
+    """
+
+    def __init__(self, model: Any, memory: int) -> None:
+        self.model = model
+        self.shape = _shape(model)
+        self.cache = KeyValueCache(self.shape, int(memory * (1 - PREFIX_SHARE)))
+        self.prefixes = PrefixStore(int(memory * PREFIX_SHARE))
+
+    def require(self, positions: int, lanes: int) -> None:
+        """Refuses what could never run.
+
+        Raises:
+            EngineError: so many lanes of so many positions do not fit into the empty cache.
+        """
+        needed = lanes * arena_length(positions)
+        if needed > self.cache.limit:
+            unit = self.shape.bytes_per_position / 2**20
+            raise EngineError(
+                f"the request needs {needed * unit:,.1f} MiB of key/value cache, and {self.cache.limit * unit:,.1f} MiB are there",
+                hint="lower max_new_tokens or shorten the prompt, or give the engine more memory",
+            )
+
+    def fits(self, positions: int, lanes: int) -> bool:
+        """Whether so many lanes of so many positions can be opened now."""
+        return self.cache.fits(positions, lanes)
+
+    def open(self, reserved: int, start: int, lanes: int = 1) -> Lane:
+        """A lane that may need `reserved` positions, and soon `start`; that will be forked into so many."""
+        return self.cache.open(reserved, start, lanes)
+
+    def fork(self, lane: Lane) -> Lane:
+        """A lane with the same tokens."""
+        return self.cache.fork(lane)
+
+    def reorder(self, lanes: Sequence[Lane], parents: Sequence[int], start: int) -> None:
+        """Lane i takes over what lane parents[i] holds from position `start` on."""
+        self.cache.reorder(lanes, parents, start)
+
+    def close(self, lane: Lane) -> None:
+        """Frees a lane at once."""
+        self.cache.close(lane)
+
+    def reset(self) -> None:
+        """Forgets every lane and every prompt."""
+        self.cache.clear()
+        self.prefixes.clear()
+
+    @property
+    def recalls(self) -> bool:
+        """Whether prompts are kept at all."""
+        return self.prefixes.memory > 0
+
+    def recall(self, lane: Lane, ids: Sequence[int]) -> None:
+        """Lets a lane that has read less hold as much of the beginning of `ids` as an earlier prompt shares with it."""
+        self.prefixes.load(ids, lane)
+
+    def remember(self, lane: Lane, ids: Sequence[int]) -> None:
+        """Keeps a prompt's first ids, all of which the lane has read."""
+        self.prefixes.save(ids, lane)
+
+    def forget_prompts(self) -> None:
+        """To be called when the weights change."""
+        self.prefixes.clear()
+
+    def room(self, lane: Lane) -> int:
+        """How many tokens the lane may read at once with the bits of reading them one by one."""
+        return arena_length(lane.length + 1) - lane.length
+
+    def read(self, reads: Sequence[Read]) -> Tensor:
+        """One forward over what lanes read; hidden states `[M, D]` of the last `wanted` tokens of each read, in order."""
+        for read in reads:
+            self.cache.extend(read.lane, read.lane.length + len(read.ids))
+        plan = StepPlan.of(self.cache, reads)
+        device = self.shape.device
+        padding = [0] * (-len(plan.ids) % ROWS)
+        output = self.model.base_model(
+            input_ids=torch.tensor([[*plan.ids, *padding]], device=device),
+            position_ids=torch.tensor([[*plan.positions, *padding]], device=device),
+            use_cache=False,
+            **{PLAN_ARGUMENT: plan},
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        wanted = [p for r, places in zip(reads, plan.places, strict=True) for p in places[len(places) - r.wanted :]]
+        return hidden.index_select(0, torch.tensor(wanted, dtype=torch.int64, device=device))
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """`[M, V]`."""
+        rows = len(hidden_MD)
+        if 0 < rows < ROWS:
+            hidden_MD = torch.cat([hidden_MD, hidden_MD[:1].expand(ROWS - rows, -1)])
+        return logits_of(self.model, hidden_MD)[:rows]
+
+
+class _Probe:
+    """A plan that attends to nothing and notes what each layer would keep."""
+
+    longest = 1
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int, int, torch.dtype]] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **_: Any) -> Tensor:
+        self.found.append((key.shape[0], key.shape[2], value.shape[2], value.dtype))
+        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
+
+
+def _shape(model: Any) -> CacheShape:
+    device = next(model.base_model.parameters()).device
+    probe, tokens = _Probe(), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, **{PLAN_ARGUMENT: probe})
+    if len(set(probe.found)) > 1:
+        raise EngineError(f"the layers of {type(model).__name__} keep keys and values of different shapes")
+    heads, key_width, value_width, dtype = probe.found[0]
+    return CacheShape(len(probe.found), heads, key_width, value_width, dtype, device)

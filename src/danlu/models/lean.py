@@ -1,0 +1,216 @@
+"""Llama-like layers in fewer and larger operations: a fused query-key-value product, norms and rotations in few passes.
+
+A layer of transformers makes some sixty tensors of the size of its input; on small models on a CPU the passes over them cost as
+much as its matrix products. Here a layer is two functions around the attention, each with its own backward pass. Products run in
+the autocast dtype, the residual stream and all norms in the stream's own (fp32 under autocast), as in transformers. Layers with
+adapters, hooks in between or another shape keep transformers' forward, and so does generation.
+
+Axes: T tokens, D model width, H query heads, G key/value heads, K head width, I width of the feed-forward part.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from danlu.models.attention import PLAN_ARGUMENT, TreePlan
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+def install(trunk: nn.Module) -> int:
+    """Gives the layers of a trunk that can have it the lean forward pass; returns how many. Parameters stay what they are."""
+    found: list[Any] = [m for m in trunk.modules() if type(m) in LAYERS]
+    layers = [m for m in found if m.self_attn.config.hidden_act == "silu"]
+    for layer in layers:
+        layer.__class__ = _lean(type(layer))  # type: ignore[arg-type]
+    return len(layers)
+
+
+@functools.cache
+def _lean(kind: Any) -> type[nn.Module]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plan = kwargs.get(PLAN_ARGUMENT)
+        if args or not isinstance(plan, TreePlan) or plan.on_key_value is not None or not _is_plain(self):
+            return kind.forward(self, hidden_states, *args, **kwargs)
+        return _forward(self, hidden_states[0], plan, *kwargs["position_embeddings"])[None]
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _is_plain(layer: Any) -> bool:
+    parts = [getattr(layer.self_attn, n) for n in ATTENTION] + [getattr(layer.mlp, n) for n in FEED_FORWARD]
+    around = [layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
+    dropout = layer.self_attn.attention_dropout if layer.training else 0.0
+    hooked = any(p._forward_hooks or p._forward_pre_hooks for p in (*around, *parts))
+    return not dropout and not hooked and all(type(p) is nn.Linear for p in parts)
+
+
+def _forward(layer: Any, x_TD: Tensor, plan: TreePlan, cos: Tensor, sin: Tensor) -> Tensor:
+    attention, feed_forward = layer.self_attn, layer.mlp
+    device = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    with torch.autocast(device, enabled=False):
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        query, key, value = _Before.apply(
+            x_TD, first.weight, first.variance_epsilon, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias,
+            cos[0], sin[0], attention.head_dim, dtype,
+        )  # fmt: skip
+        window = getattr(attention, "sliding_window", None)
+        if window is None and isinstance(layer, MistralDecoderLayer):
+            window = attention.config.sliding_window
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        mixed = plan.attend(attention.layer_idx, query, key, value, attention.scaling, window)
+        o, gate, up, down = attention.o_proj, feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj
+        out: Tensor = _After.apply(
+            x_TD, mixed.flatten(1), o.weight, o.bias, second.weight, second.variance_epsilon,
+            gate.weight, up.weight, gate.bias, up.bias, down.weight, down.bias, dtype,
+        )  # fmt: skip
+    return out
+
+
+class _Before(torch.autograd.Function):
+    """Norm, the three projections as one product, rotary positions: x -> query [T, H, K], key and value [T, G, K]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, eps: float,
+        w_q: Tensor, w_k: Tensor, w_v: Tensor, b_q: Tensor | None, b_k: Tensor | None, b_v: Tensor | None,
+        cos: Tensor, sin: Tensor, width: int, dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        normed, scale = _norm(x, norm, eps, dtype)
+        weight, bias = _joined([w_q, w_k, w_v], [b_q, b_k, b_v], dtype)
+        rows = torch.nn.functional.linear(normed, weight, bias).view(len(x), -1, width)
+        heads, groups = w_q.shape[0] // width, w_k.shape[0] // width
+        turned = _rotate(rows[:, : heads + groups], cos, sin)
+        ctx.save_for_backward(x, norm, scale, normed, weight, cos, sin)
+        ctx.sizes = [w.shape[0] for w in (w_q, w_k, w_v)]
+        ctx.dtypes = [None if p is None else p.dtype for p in (norm, w_q, w_k, w_v, b_q, b_k, b_v)]
+        return turned[:, :heads], turned[:, heads:], rows[:, heads + groups :]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, scale, normed, weight, cos, sin = ctx.saved_tensors
+        turned = torch.cat([grads[0], grads[1]], dim=1)
+        width = turned.shape[2]
+        rows = normed.new_empty(len(x), weight.shape[0] // width, width)
+        rows[:, : turned.shape[1]] = _rotate(turned, cos, -sin)
+        rows[:, turned.shape[1] :] = grads[2]
+        flat = rows.view(len(x), -1)
+        needs = ctx.needs_input_grad
+        grad_x, grad_norm = _norm_backward(flat @ weight, x, norm, scale)
+        weights = [None, None, None]
+        if any(needs[3:6]):
+            weights = list((flat.T @ normed).split(ctx.sizes))
+        biases = [None, None, None]
+        if any(needs[6:9]):
+            biases = list(flat.float().sum(0).split(ctx.sizes))
+        found = [grad_norm, *weights, *biases]
+        asked = [needs[1], *needs[3:9]]
+        given = [g.to(d) if a and g is not None else None for g, d, a in zip(found, ctx.dtypes, asked, strict=True)]
+        return (grad_x if needs[0] else None, given[0], None, *given[1:], None, None, None, None)
+
+
+class _After(torch.autograd.Function):
+    """Output projection, residual, norm, gated feed-forward part, residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mixed: Tensor, w_o: Tensor, b_o: Tensor | None, norm: Tensor, eps: float,
+        w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        ctx.dtypes = [
+            None if p is None else p.dtype for p in (w_o, b_o, norm, w_gate, w_up, b_gate, b_up, w_down, b_down)
+        ]
+        mixed = mixed.to(dtype)
+        weights = [w.to(dtype) for w in (w_o, w_gate, w_up, w_down)]
+        b_o, b_gate, b_up, b_down = (None if b is None else b.to(dtype) for b in (b_o, b_gate, b_up, b_down))
+        middle = x + torch.nn.functional.linear(mixed, weights[0], b_o)
+        normed, scale = _norm(middle, norm, eps, dtype)
+        # Two products: halves of a fused one would be strided, and passes over those cost more than the fusion saves.
+        gate = torch.nn.functional.linear(normed, weights[1], b_gate)
+        up = torch.nn.functional.linear(normed, weights[2], b_up)
+        active = torch.nn.functional.silu(gate).mul_(up)
+        result = torch.nn.functional.linear(active, weights[3], b_down)
+        ctx.save_for_backward(mixed, middle, norm, scale, normed, gate, up, *weights)
+        return middle + result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mixed, middle, norm, scale, normed, gate, up, w_o, w_gate, w_up, w_down = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad = grads[0]
+        low = grad.to(normed.dtype)
+        silu = torch.nn.functional.silu(gate)
+        grad_active = low @ w_down
+        grad_down = low.T @ (silu * up) if needs[10] else None
+        grad_up = silu.mul_(grad_active)
+        grad_gate = torch.ops.aten.silu_backward(grad_active.mul_(up), gate)
+        grad_x, grad_norm = _norm_backward((grad_gate @ w_gate).addmm_(grad_up, w_up), middle, norm, scale)
+        grad_x += grad
+        low_x = grad_x.to(normed.dtype)
+        found = [
+            low_x.T @ mixed if needs[2] else None,
+            grad_x.float().sum(0) if needs[3] else None,
+            grad_norm,
+            grad_gate.T @ normed if needs[6] else None,
+            grad_up.T @ normed if needs[7] else None,
+            grad_gate.float().sum(0) if needs[8] else None,
+            grad_up.float().sum(0) if needs[9] else None,
+            grad_down,
+            grad.float().sum(0) if needs[11] else None,
+        ]
+        asked = [*needs[2:5], *needs[6:12]]
+        given = [g.to(d) if a and g is not None else None for g, d, a in zip(found, ctx.dtypes, asked, strict=True)]
+        grad_mixed = low_x @ w_o if needs[1] else None
+        return (grad_x if needs[0] else None, grad_mixed, *given[:3], None, *given[3:], None)
+
+
+def _joined(weights: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weights one below the other, in the dtype of products, and their biases."""
+    joined = weights[0].new_empty(sum(w.shape[0] for w in weights), weights[0].shape[1], dtype=dtype)
+    for part, weight in zip(joined.split([w.shape[0] for w in weights]), weights, strict=True):
+        part.copy_(weight)
+    present = [b for b in biases if b is not None]
+    return joined, torch.cat(present).to(dtype) if present else None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm (Zhang and Sennrich 2019) in `dtype`, and `1 / rms` as fp32 [T, 1]."""
+    exact = x.float()
+    scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    normed = (exact * scale).mul_(weight)
+    return normed.to(dtype), scale
+
+
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (in its dtype) and of the weight (fp32)."""
+    exact = x.float()
+    unit = exact * scale
+    grad_weight = torch.mul(unit, grad).sum(0)
+    grad_unit = grad * weight.float()
+    share = torch.linalg.vecdot(grad_unit, unit)[:, None].div_(x.shape[1])
+    grad_x = grad_unit.addcmul_(unit, share, value=-1).mul_(scale)
+    return grad_x.to(x.dtype), grad_weight
+
+
+def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021), halves of a head against each other: [T, n, K] -> the same in the dtype of cos."""
+    half = rows.shape[2] // 2
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    exact = rows.to(cos.dtype)
+    low, high = exact[..., :half], exact[..., half:]
+    out = torch.empty_like(exact)
+    torch.mul(low, cos, out=out[..., :half]).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out[..., half:]).addcmul_(low, sin)
+    return out

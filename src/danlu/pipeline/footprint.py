@@ -1,0 +1,274 @@
+"""What training holds in memory, counted: a small copy of the model makes one forward pass, and what autograd keeps is added up.
+
+Activations grow in proportion to tokens and layers, so one and two layers of the model's family at two sizes tell what a token
+keeps in a layer, whatever attention, dtype and adapters do. A wide model is narrowed for that, and the count scaled back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from danlu.config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, Starter, TrainSettings
+from danlu.losses.logprobs import CHUNK_ENTRIES
+from danlu.models.load import starter_config
+from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.root import RootModel
+from danlu.training.compute import Compute
+from danlu.training.step import language_loss
+from danlu.tree import TreeBatch, conversation, forest
+
+MB = 2.0**20
+Strategy = Literal["full", "lora", "qlora", "prefix", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[Strategy, ...] = ("full", "lora", "qlora", "prefix", "zero1", "zero2", "zero3")
+# Peak over what is kept: the backward pass's own arrays, and what an allocator cannot hand out again (measured, docs/log.md).
+OVERHEAD = {"float32": 1.1, "bfloat16": 1.3}
+BUFFERS_MB = 75.0  # of the libraries, from their first use on
+PREFIX = 128  # virtual tokens of P-Tuning v2
+WIDEST = 512  # of a probe
+VOCABULARY = 64
+ROWS = (2, 6)  # of the two sizes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's memory and time follow from.
+
+    config: transformers'; parameters: of the causal language model, shared ones once; head: in the head, also where it is
+    the embedding.
+    """
+
+    config: Any
+    parameters: int
+    head: int
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def products(self) -> int:
+        """Parameters that take part in matrix products: the layers' and the head's."""
+        tied = bool(getattr(self.config, "tie_word_embeddings", False))
+        return self.parameters - (0 if tied else self.head)
+
+    @property
+    def key_values(self) -> int:
+        """Numbers that a token keeps in the cache of a roll-out."""
+        heads = int(self.config.num_attention_heads)
+        groups = int(getattr(self.config, "num_key_value_heads", None) or heads)
+        head = int(getattr(self.config, "head_dim", None) or self.width // heads)
+        return 2 * self.layers * groups * head
+
+
+def shape_of_starter(settings: Starter, vocab: int) -> Shape:
+    """Of the small Llama that `pretrain` makes when no model is given."""
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return _shape(starter_config(vocab, **settings.model_dump(), ids=ids))
+
+
+def shape_of_folder(model: str) -> Shape | None:
+    """Of a model folder, by its config.json; None for a hub id, and for a family that transformers does not know."""
+    import transformers
+
+    if not model or not (Path(model) / "config.json").is_file():
+        return None
+    try:
+        return _shape(transformers.AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False))
+    except (ValueError, KeyError, AttributeError):
+        return None
+
+
+def _shape(config: Any) -> Shape:
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings().weight
+    return Shape(config, sum(p.numel() for p in model.parameters()), head.numel())
+
+
+# -- activations ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one token keeps for the backward pass: in each layer, and outside of the layers."""
+
+    layer: float
+    rest: float
+
+
+def kept(shape: Shape, *, length: int, dtype: str, rank: int | None = None) -> Kept:
+    """Counts what autograd keeps, in items of `length` tokens.
+
+    Args:
+        dtype: of matrix products: "float32" or "bfloat16".
+        rank: of LoRA adapters; None: all weights learn.
+    """
+    return _kept(_Probe(shape.config), length, dtype, rank)
+
+
+class _Probe:
+    """A small copy of a configuration that is equal to others like it, so that it is counted once.
+
+    scale: how many times narrower it is.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = copy.deepcopy(config)
+        self.scale = 1
+        while config.hidden_size // self.scale > WIDEST and config.num_attention_heads % (2 * self.scale) == 0:
+            self.scale *= 2
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            value = getattr(self.config, name, None)
+            if isinstance(value, int):
+                setattr(self.config, name, max(1, value // self.scale))
+        if hasattr(config, "head_dim"):
+            self.config.head_dim = head
+        self.config.vocab_size = VOCABULARY
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.config, name, 0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Probe) and self.config.to_dict() == other.config.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.config.model_type, self.config.hidden_size, self.config.num_attention_heads))
+
+    def root(self, layers: int, rank: int | None) -> RootModel:
+        import transformers
+
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        roles: nn.Module
+        if rank is None:
+            roles = SeparateModels({"policy": model}, ["policy"])
+        else:
+            roles = AdapterRoles(model, ["policy"], rank=rank)
+        return RootModel(roles).train()
+
+
+@functools.lru_cache(maxsize=32)
+def _kept(probe: _Probe, length: int, dtype: str, rank: int | None) -> Kept:
+    compute = Compute("cpu", "bfloat16" if dtype == "bfloat16" else "float32", torch.get_num_threads())
+    sizes: list[list[int]] = []
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for layers in (1, 2):
+            root = probe.root(layers, rank)
+            sizes.append([_bytes(root, rows, length, compute) for rows in ROWS])
+    tokens = (ROWS[1] - ROWS[0]) * length
+    one, two = ((large - small) / tokens * probe.scale for small, large in sizes)
+    return Kept(two - one, max(0.0, 2 * one - two))
+
+
+def _bytes(root: RootModel, rows: int, length: int, compute: Compute) -> int:
+    items = [conversation([3] * length, [0.0] + [1.0] * (length - 1)) for _ in range(rows)]
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), compute.autocast():
+        loss, _ = root(TreeBatch.of(forest(items)), "policy", lambda out: language_loss(out, 1.0))
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in found.values())
+
+
+# -- a stage --------------------------------------------------------------------------------------------------------------
+
+
+def adapter_parameters(shape: Shape, rank: int) -> int:
+    """Of LoRA on every linear layer of the trunk: rank times what goes in and what comes out."""
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        trunk = transformers.AutoModelForCausalLM.from_config(shape.config).base_model
+    sides = [sum(m.weight.shape) for m in trunk.modules() if isinstance(m, nn.Linear | Conv1D)]
+    return rank * sum(sides)
+
+
+def stage_memory(
+    shape: Shape, settings: TrainSettings, strategy: Strategy, *, dtype: str, length: int, processes: int
+) -> dict[str, float]:
+    """Megabytes of a training stage at its peak, by part, in each process.
+
+    Args:
+        dtype: of matrix products.
+        length: mean tokens of an item.
+        processes: that ZeRO divides over.
+    """
+    small = strategy in ("lora", "qlora", "prefix")
+    learnt = {
+        "lora": lambda: adapter_parameters(shape, settings.lora.r),
+        "qlora": lambda: adapter_parameters(shape, settings.lora.r),
+        "prefix": lambda: PREFIX * shape.key_values,
+    }.get(strategy, lambda: shape.parameters)()
+    models, learners = _models(settings, small=small)
+    share = {"zero1": (1, 1), "zero2": (1, processes), "zero3": (processes, processes)}.get(strategy, (1, 1))
+    base = (shape.parameters - shape.head) * 0.55 + shape.head * 4 if strategy == "qlora" else shape.parameters * 4
+    copies = 2.0 * shape.products if dtype == "bfloat16" and strategy != "qlora" else 0.0
+    weights = models * base / share[0] + copies
+    gradients = 4.0 * learnt / share[1]
+    states = {"adamw": 8.0, "adamw8bit": 2.03, "adamw_offload": 0.0 if torch.cuda.is_available() else 8.0}
+    averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
+    tokens = settings.micro_tokens
+    count = kept(shape, length=length, dtype=dtype, rank=settings.lora.r if small else None)
+    layers = count.layer * shape.layers
+    if settings.activation_checkpointing:
+        layers = 4.0 * shape.width * shape.layers + count.layer
+    activations = OVERHEAD[dtype] * tokens * (layers + count.rest)
+    logits = 0.0
+    if not isinstance(settings, RewardSettings):
+        number = 2 if dtype == "bfloat16" else 4
+        logits = number * min(CHUNK_ENTRIES, tokens * shape.vocab) + (0.0 if small else 4.0 * shape.head)
+    cache = 0.0
+    if isinstance(settings, PpoSettings | GrpoSettings):
+        positions = settings.rollout.batch * (length + settings.rollout.max_new_tokens)
+        cache = positions * shape.key_values * (2.0 if dtype == "bfloat16" else 4.0)
+    # At the end adapters are merged into a copy of the weights, and that is written from another.
+    merged = 8.0 * shape.parameters if strategy in ("lora", "qlora") else 0.0
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": averages,
+        "activations": activations,
+        "logits": logits,
+        "cache": cache,
+        "merged": merged,
+    }
+    return {name: value / MB for name, value in parts.items()} | {"buffers": BUFFERS_MB}
+
+
+def _models(settings: TrainSettings, *, small: bool) -> tuple[float, int]:
+    """(whole models in memory, how many of them learn); adapters share one base, roll-outs have weights of their own."""
+    if isinstance(settings, PpoSettings):
+        return (1 + 1 + 1, 2) if small else (3 + 1 + 1, 2)
+    if isinstance(settings, GrpoSettings):
+        judge = bool(settings.reward_model)
+        return (1 + 1 + judge, 1) if small else (1 + settings.ref_bits / 32 + 1 + judge, 1)
+    if isinstance(settings, DpoSettings) and settings.reference == "online" and not small:
+        return 1 + settings.ref_bits / 32, 1
+    return 1, 1

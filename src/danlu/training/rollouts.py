@@ -1,0 +1,132 @@
+"""What PPO and GRPO do alike around their roll-outs: prompts and their order, the engine's weights, readings, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from danlu.config import GrpoSettings, PpoSettings
+from danlu.data.collate import EncodedPrompt, encode_prompts
+from danlu.exceptions import DataError, SettingsError, TrainingError
+from danlu.generation.protocol import Engine, SamplingParams
+from danlu.generation.rollout import rollout
+from danlu.generation.seeds import mix_seed
+from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.root import RoleName, RootModel, TrunkOutput
+from danlu.text.chat_template import ChatTemplate
+from danlu.training import distributed
+from danlu.training.compute import Compute
+from danlu.training.logprobs import logprobs
+from danlu.training.setup import limits_of, records_of
+from danlu.training.sharding import whole_of
+from danlu.tree import Trajectory, TreeBatch
+
+HELDOUT_PROMPTS = 128
+Scorer = Callable[[Sequence[EncodedPrompt], Sequence[Trajectory]], list[float]]
+
+
+def prompts_of(
+    settings: PpoSettings | GrpoSettings, template: ChatTemplate
+) -> tuple[list[EncodedPrompt], list[EncodedPrompt], dict[str, Any]]:
+    """Training prompts, held-out prompts (at most `HELDOUT_PROMPTS`), and facts about them.
+
+    Raises:
+        SettingsError: max_length leaves no room for a prompt beside the answer.
+        DataError: no prompt is left.
+    """
+    train_records, heldout_records, dataset = records_of(settings, "prompt")
+    limit = settings.max_length - settings.rollout.max_new_tokens
+    if limit < 1:
+        raise SettingsError(f"max_length {settings.max_length} leaves no room for a prompt", field="max_length")
+    limits = limits_of(settings, limit)
+    prompts, dropped = encode_prompts(train_records, template, limits)  # type: ignore[arg-type]
+    heldout, _ = encode_prompts(heldout_records[:HELDOUT_PROMPTS], template, limits)  # type: ignore[arg-type]
+    if not prompts:
+        raise DataError(f"no prompt is left ({dropped} are longer than {limit} tokens)", hint="raise max_length")
+    left_out = {**dataset.left_out, "prompt too long": dropped}
+    return prompts, heldout, {"prompts": len(prompts), "dropped": left_out, "origins": dataset.origins}
+
+
+def prompt_order(count: int, batch: int, step: int, seed: int) -> list[int]:
+    """Prompts of an iteration: epochs of fresh permutations, cut into batches; a function of the arguments alone."""
+    wanted = range(step * batch, (step + 1) * batch)
+    orders = {e: np.random.default_rng([seed, 0x90, e]).permutation(count) for e in {i // count for i in wanted}}
+    return [int(orders[i // count][i % count]) for i in wanted]
+
+
+def sampling_of(settings: PpoSettings | GrpoSettings, template: ChatTemplate) -> SamplingParams:
+    """How roll-outs are drawn."""
+    return SamplingParams(
+        max_new_tokens=settings.rollout.max_new_tokens,
+        temperature=settings.rollout.temperature,
+        stop_ids=template.stop_ids,
+    )
+
+
+def push_weights(engine: Engine, root: RootModel, version: int) -> None:
+    """The engine answers with the policy as it is now."""
+    trunks = root.trunks
+    if isinstance(trunks, AdapterRoles):
+        engine.update_weights(whole_of(trunks.merged("policy").items()), version)
+    else:
+        assert isinstance(trunks, SeparateModels)
+        engine.update_weights(whole_of(trunks.models["policy"].named_parameters()), version)
+
+
+def share_rollout(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int, step: int
+) -> list[Trajectory]:
+    """`rollout`, each rank at work on its own prompts; what is drawn does not depend on who draws it."""
+    return distributed.share(
+        list(enumerate(prompts)),
+        lambda part: rollout(
+            engine, [ids for _, ids in part], params, seed=seed, step=step, numbers=[number for number, _ in part]
+        ),
+    )
+
+
+@torch.no_grad()
+def read_actions(
+    root: RootModel, role: RoleName, tree: TreeBatch, compute: Compute, *, temperature: float, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a tree's action tokens under a role, and the entropies there (else zeros), on the CPU."""
+
+    def head(out: TrunkOutput) -> tuple[Tensor, Tensor]:
+        return logprobs(out, out.tree.action_index(), temperature, entropy=entropy)
+
+    with compute.autocast():
+        logp, entropies = root(tree.to(compute.device), role, head)
+    return logp.cpu(), entropies.cpu()
+
+
+def evaluate(
+    engine: Engine,
+    root: RootModel,
+    prompts: Sequence[EncodedPrompt],
+    settings: PpoSettings | GrpoSettings,
+    template: ChatTemplate,
+    scorer: Scorer,
+) -> dict[str, float]:
+    """Score, length and stop rate of one answer to each held-out prompt, with draws that are the same at every evaluation."""
+    push_weights(engine, root, engine.version + 1)
+    seed = mix_seed(settings.seed, 0xE7)
+    found = share_rollout(engine, [p.ids for p in prompts], sampling_of(settings, template), seed=seed, step=0)
+    count = len(found)
+    return {
+        "eval_score": sum(scorer(prompts, found)) / count,
+        "eval_length": sum(len(t.actions) for t in found) / count,
+        "eval_stop_rate": sum(t.finished for t in found) / count,
+    }
+
+
+def refuse_runaway(kl: float, max_kl: float, step: int, *, group: str) -> None:
+    """Raises TrainingError when the policy is further from the reference than `max_kl` (nats per answer)."""
+    if kl > max_kl:
+        raise TrainingError(
+            f"the policy is {kl:.1f} nats from the reference at iteration {step + 1} (max_kl {max_kl})",
+            hint=f"raise {group}.kl_coef or lower learning_rate",
+        )

@@ -1,0 +1,119 @@
+"""A whole chain that is killed again and again, at any moment, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+RUNS, KILLS = 30, 3
+STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+def _child(arguments: list[str], root: str, change: int, seconds: float, log: str) -> None:
+    """`danlu ARGUMENTS`, killed before the change-th change to a file under `root` or after so many seconds; 0: not at all.
+
+    With neither, writes how many changes there were.
+    """
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        reading = event == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wax+"))
+        if event in CHANGES and not reading and str(args[0]).startswith(root):
+            count += 1
+            if count == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    if seconds:
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    try:
+        tiny._in_child(arguments, log, {"DANLU_RUNS": root})
+    finally:
+        if not (change or seconds):
+            Path(f"{log}.changes").write_text(str(count))
+
+
+def go(recipe: Path, runs: Path, log: Path, *, change: int = 0, seconds: float = 0.0) -> int:
+    """Exit status of `danlu run`, negative if killed."""
+    arguments = ["run", str(recipe), "--force"]
+    child = tiny._server().Process(target=_child, args=(arguments, str(runs), change, seconds, str(log)), daemon=True)
+    child.start()
+    child.join(300)
+    assert child.exitcode is not None, "it hangs"
+    return child.exitcode
+
+
+def recipe(folder: Path) -> Path:
+    """The tiny recipe up to PPO, with steps enough for kills between checkpoints."""
+    often = {"save_every": 2, "eval_every": 3, "keep_checkpoints": 1}
+    best = {"checkpoint_best": {"monitor": "eval_loss", "keep": 2}}
+    changes = {
+        "pretrain": {"max_steps": 9, **often, **best},
+        "sft": {"max_steps": 15, **often, **best},
+        "reward": {"max_steps": 7, **often},
+        "ppo": {"max_steps": 5, **often},
+    }
+    path = tiny.recipe(folder, "chaos", **changes)
+    content = yaml.safe_load(path.read_text("utf-8"))
+    content["stages"] = [s for s in content["stages"] if s["kind"] in STAGES]
+    path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
+    return path
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Every model's weights, every stage's metrics, and the lines of every metrics.jsonl."""
+    found: dict[str, Any] = {}
+    for number, stage in enumerate(STAGES, start=1):
+        folder = run / f"{number:02d}-{stage}"
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        assert manifest["status"] == "done"
+        file = folder / "model" / ("tokenizer.json" if stage == "tokenizer" else "model.safetensors")
+        lines = folder / "metrics.jsonl"
+        told = lines.read_text("utf-8") if lines.is_file() else ""
+        found[stage] = (file.read_bytes(), manifest["metrics"], manifest["gates"], told)
+    return found
+
+
+@functools.cache
+def whole() -> tuple[Path, dict[str, Any], int, float]:
+    """(recipe, outcome, changes to files, seconds) of a run that nobody disturbs."""
+    folder = tiny.home() / "chaos"
+    folder.mkdir()
+    path = recipe(folder)
+    begun = time.monotonic()
+    log = folder / "log"
+    assert go(path, folder / "runs", log) == 0, log.read_text("utf-8")
+    return path, outcome(folder / "runs" / "chaos"), int(Path(f"{log}.changes").read_text()), time.monotonic() - begun
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(RUNS))
+def test_killed_at_random(trial: int, tmp_path: Path) -> None:
+    path, expected, changes, seconds = whole()
+    rng = random.Random(f"chaos/{trial}")
+    log = tmp_path / "log"
+    killed = 0
+    for _ in range(KILLS):
+        where = {"change": rng.randint(1, changes)} if rng.random() < 0.7 else {"seconds": rng.uniform(0.1, seconds)}
+        status = go(path, tmp_path / "runs", log, **where)
+        assert status in (0, -signal.SIGKILL), log.read_text("utf-8")
+        killed += status != 0
+    assert go(path, tmp_path / "runs", log) == 0, log.read_text("utf-8")
+    assert outcome(tmp_path / "runs" / "chaos") == expected
+    assert killed, "at least the first kill was within the run"

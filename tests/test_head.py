@@ -1,0 +1,189 @@
+"""The chunked head against the plain one: log-probabilities, cross entropy, gradients, adapters, and what it holds at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import make
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from danlu.exceptions import ModelError
+from danlu.losses.logprobs import token_logprobs, weighted_nll
+from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.root import RootModel
+from danlu.training.logprobs import logprobs, nll
+from danlu.tree import TreeBatch, branches
+
+Near = Callable[..., None]
+ROWS, WIDTH, VOCAB = 23, 6, 37
+RULES = [{}, {"scale": 0.4}, {"softcap": 1.5}, {"scale": 2.0, "softcap": 3.0}]
+TREE = TreeBatch.of(branches([5, 9, 30], [[7, 8, 44, 12], [3, 3]]))
+
+
+def problem(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Hidden states, weight (and bias); targets; one number per row of any sign."""
+    generator = torch.Generator().manual_seed(3)
+    shapes: list[tuple[int, ...]] = [(ROWS, WIDTH), (VOCAB, WIDTH)] + ([(VOCAB,)] if bias else [])
+    leaves = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    return leaves, targets, torch.randn(ROWS, generator=generator)
+
+
+def plain(
+    leaves: list[Tensor], targets: Tensor, temperature: float, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Log-probabilities from whole logits, in double precision."""
+    logits = (nn.functional.linear(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits / temperature, -1)[torch.arange(ROWS), targets]
+
+
+def test_cross_entropy_by_hand() -> None:
+    # p = 1/2, 1/4, 1/8 and weights 1, 0, 2: 1 * ln 2 + 0 * ln 4 + 2 * ln 8 = 7 ln 2. The head is the identity: logits are rows.
+    rows = (
+        torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.125, 0.5, 0.375]]).log().clamp_(min=-80).requires_grad_()
+    )
+    loss = weighted_nll(rows, torch.eye(3), torch.zeros(3, dtype=torch.int64), torch.tensor([1.0, 0.0, 2.0]))
+    assert loss.item() == pytest.approx(7 * math.log(2), rel=1e-6)
+    [grad] = torch.autograd.grad(loss / 5, rows)
+    # w (p - onehot) / 5
+    assert grad.flatten().tolist() == pytest.approx([-0.1, 0.1, 0, 0, 0, 0, -0.35, 0.2, 0.15], abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("chunk", [5, None])
+@pytest.mark.parametrize("learning", [(0, 1, 2), (0,), (1, 2)], ids=["all", "hidden", "head"])
+def test_gradients_are_those_of_whole_logits(
+    rule: dict[str, float], bias: bool, chunk: int | None, learning: tuple[int, ...], near: Near
+) -> None:
+    leaves, targets, upstream = problem(bias)
+    parts = [x.detach().requires_grad_(i in learning) for i, x in enumerate(leaves)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    options = {"bias_V": parts[2] if bias else None, "chunk": chunk, **rule}
+    found, _ = token_logprobs(*parts[:2], targets, temperature=0.7, **options)
+    expected = plain(exact, targets, 0.7, **rule)
+    near(found, expected.float())
+    loss = weighted_nll(*parts[:2], targets, upstream, **options)
+    expected_loss = -(plain(exact, targets, 1.0, **rule) * upstream).sum()
+    near(loss, expected_loss.float())
+    for result, reference in (
+        ((found * upstream).sum(), (expected * upstream).sum()),
+        (3.0 * loss, 3.0 * expected_loss),
+    ):
+        wanted = [p for p in parts if p.requires_grad]
+        own = torch.autograd.grad(result, wanted)
+        right = torch.autograd.grad(reference, [e for e, p in zip(exact, parts, strict=True) if p.requires_grad])
+        for gradient, other in zip(own, right, strict=True):
+            near(gradient, other.float())
+
+
+def test_bf16_hidden_states_give_an_fp32_head_an_fp32_gradient(near: Near) -> None:
+    """Each row adds 2^-12 of the largest gradient: summed in bf16 it would be lost."""
+    hidden = torch.ones(4097, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, requires_grad=True)
+    targets = torch.zeros(4097, dtype=torch.int64)
+    weighted_nll(hidden, weight, targets, torch.ones(4097), chunk=1).backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    assert weight.grad.tolist() == [[-2048.5], [2048.5]]  # 4097 rows of p - 1 = -1/2
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, Tensor):
+                self.entries = max(self.entries, made.untyped_storage().nbytes() // made.element_size())
+        return out
+
+
+@pytest.mark.parametrize("form", ["logprobs", "frozen", "nll", "entropy"])
+def test_the_largest_tensor_does_not_grow_with_the_rows(form: str) -> None:
+    def largest(rows: int) -> int:
+        hidden = torch.randn(rows, 4, requires_grad=True)
+        weight = torch.randn(512, 4, requires_grad=form != "frozen")
+        targets = torch.zeros(rows, dtype=torch.int64)
+        with Largest() as seen:
+            if form == "nll":
+                weighted_nll(hidden, weight, targets, torch.ones(rows), softcap=2.0, chunk=32).backward()
+            else:
+                token_logprobs(hidden, weight, targets, chunk=32, entropy=form == "entropy")[0].sum().backward()
+        return seen.entries
+
+    assert largest(128) == largest(2048) == 32 * 512
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "phi", "llama"])
+def test_tied_embeddings_caps_and_factors_of_families(family: str, near: Near) -> None:
+    """The embedding's gradient is that of both its uses (Gemma 2 ties, caps; Granite scales; Phi has a bias)."""
+    index = TREE.action_index()
+    grads = []
+    for head in ("chunks", "whole"):
+        model = make(family)
+        root = RootModel(SeparateModels({"policy": model}, ["policy"]))
+        if head == "chunks":
+            loss = root(TREE, "policy", lambda out: nll(out, index, torch.ones(len(index))))
+        else:
+            rows = root(TREE, "policy", lambda out: out.logits(TREE.predictor_T[index]))
+            loss = -torch.log_softmax(rows, -1)[torch.arange(len(index)), TREE.input_ids_T[index]].sum()
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[1].items():
+        near(grads[0][name], gradient)
+
+
+# --- LoRA on the head -------------------------------------------------------------------------------------------------
+
+
+def adapted(**options: Any) -> AdapterRoles:
+    roles = AdapterRoles(make("llama"), ["policy"], rank=3, target=["q_proj", "lm_head"], **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in roles.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return roles
+
+
+def test_an_adapter_on_the_head_learns_and_is_off_for_ref(near: Near) -> None:
+    roles = adapted()
+    root = RootModel(roles)
+    index = TREE.action_index()
+
+    def whole(out: Any) -> Tensor:
+        rows = torch.log_softmax(out.logits(TREE.predictor_T[index]), -1)
+        return rows[torch.arange(len(index)), TREE.input_ids_T[index]]
+
+    grads = []
+    for form in (lambda out: logprobs(out, index)[0], whole):
+        roles.zero_grad(set_to_none=True)
+        root(TREE, "policy", form).square().sum().backward()
+        grads.append({n: p.grad for n, p in roles.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and sum("lm_head" in n for n in grads[0]) == 2
+    for name, gradient in grads[1].items():
+        near(grads[0][name], gradient)
+    with torch.no_grad():
+        near(root(TREE, "ref", lambda out: logprobs(out, index)[0]), root(TREE, "ref", whole))
+        plain_root = RootModel(SeparateModels({"policy": make("llama")}, []))
+        near(root(TREE, "ref", whole), plain_root(TREE, "policy", whole))
+        assert (root(TREE, "policy", whole) - root(TREE, "ref", whole)).abs().max() > 0.1
+
+
+def test_dropout_on_the_heads_adapter_is_refused_in_training() -> None:
+    roles = adapted(dropout=0.1)
+    roles.train()
+    with pytest.raises(ModelError, match="plain LoRA without dropout"):
+        RootModel(roles)(TREE, "policy", lambda out: logprobs(out, TREE.action_index()))
