@@ -45,9 +45,11 @@ docs: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: open site/index.html"
 
+# The peers' environments are made once; DATA_ROOT holds alpaca-en and hh-rlhf. Preparing data has its own: `benchmarks data`.
+DATA_ROOT ?= ../shared/data
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks core
-	$(BIN)/python -m benchmarks data
+	$(BIN)/python -m benchmarks peers
+	$(BIN)/python -m benchmarks core --data-root $(DATA_ROOT)
 
 # Minutes each: not part of `test`.
 slow: $(DEV_STAMP)

@@ -1,29 +1,68 @@
-"""`python -m benchmarks seeds|core|data [--json FILE]`: what is measured, with ratios taken in one run and their spread."""
+"""`python -m benchmarks core|data|seeds|gpu|peers`: what is measured, with ratios taken in one run and their spread."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks import core, data, seeds
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = {"seeds": seeds.measure, "core": core.measure, "data": data.measure}
-    for name in parts:
+    for name in ("core", "data", "seeds", "gpu"):
         command = commands.add_parser(name)
         command.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
-        command.add_argument("--quick", action="store_true", help="fewer repetitions")
+        if name != "gpu":
+            command.add_argument("--quick", action="store_true", help="fewer repetitions")
+    commands.add_parser("peers", help="make the peers' environments")
+    core = commands.choices["core"]
+    core.add_argument("--data-root", type=Path, default=None, help="folder with alpaca-en and hh-rlhf")
+    core.add_argument("--only", default="", help="works, separated by commas")
+    core.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
+    gpu = commands.choices["gpu"]
+    gpu.add_argument("--tiny", action="store_true", help="tiny models: a test of the benchmark itself, on any machine")
+    gpu.add_argument("--only", default="", help="parts, separated by commas")
     arguments = parser.parse_args()
-    rows = parts[arguments.command](quick=arguments.quick)
-    if arguments.json is not None:
+    rows = _measure(arguments)
+    if rows is not None and arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
     sys.stdout.flush()
+
+
+def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, Any] | None:
+    only = [name for name in getattr(arguments, "only", "").split(",") if name]
+    if arguments.command == "core":
+        from benchmarks import core
+
+        docs = DOCS if arguments.write_docs else None
+        return core.measure(quick=arguments.quick, data_root=arguments.data_root, only=only, docs=docs)
+    if arguments.command == "gpu":
+        from benchmarks import gpu
+
+        return gpu.measure(tiny=arguments.tiny, only=only)
+    if arguments.command == "seeds":
+        from benchmarks import seeds
+
+        return seeds.measure(quick=arguments.quick)
+    from benchmarks.peers import environments
+
+    if arguments.command == "peers":
+        environments.make_all()
+        return None
+    from benchmarks import data
+
+    for variable, name in (("DANLU_BENCH_TRL", "trl"), ("DANLU_BENCH_LLAMAFACTORY", "llamafactory")):
+        python = environments.python(name)
+        if python is not None:
+            os.environ.setdefault(variable, str(python))
+    return data.measure(quick=arguments.quick)
 
 
 if __name__ == "__main__":

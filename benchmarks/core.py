@@ -1,117 +1,249 @@
-"""Training on token trees beside the padded layout, same model, same rows, same precision, interleaved in one process.
+"""Training and generation beside the peers: same weights, same rows, same tokens, in turns; `python -m benchmarks core`.
 
-Rows are drawn from the generated town (documents and pairs). Both sides take the same loss over the same tokens; the losses
-are compared first, and a row whose losses differ is void. Peers' own trainers are not measured here yet.
+Every side is a process of its own, in an environment of its own, and only one works at a time: A B C A B C. First each takes
+three steps on the same rows (or scores the same given answers); where its losses differ from danlu's by more than the tolerance,
+the row is void. Then each goes over the same rows again and again; a ratio is that of two windows of one turn. The first turn
+warms up, and chooses: of several settings of a peer, the fastest one goes on. Optimizer, rates and schedule are the same on all
+sides.
 """
 
 from __future__ import annotations
 
-import statistics
+import json
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks import tables
+from benchmarks.inputs import MAX_LENGTH, SIZES, Inputs, Rows, prepare
+from benchmarks.ratios import Report, fastest, rates, row, spread
+from benchmarks.turns import Side, SideFailed, take_turns
+from benchmarks.works import GEMM_GOALS, WORKS, Peer, Work, command
 
-from danlu.data.collate import Trees, encode_comparisons, encode_conversations
-from danlu.data.read import read
-from danlu.losses.preference import pairwise
-from danlu.models.load import starter
-from danlu.models.roles import SeparateModels
-from danlu.models.root import RootModel
-from danlu.synth.town.write import write_town
-from danlu.text.chat_template import ChatTemplate
-from danlu.text.tokenizer import train_tokenizer
-from danlu.training.compute import Compute
-from danlu.training.step import language_loss
-from danlu.tree import TreeBatch
-
-ROWS = 48
-SHAPE = {"hidden_size": 192, "layers": 4, "heads": 6, "kv_heads": 3, "context": 512}
+HERE = Path(__file__).parent
+OURS = [sys.executable, "-m", "benchmarks.danlu_side"]
+CHECK_ROWS = 16
+TURNS = (4, 3)
+RATES = {"check_rate": 2e-4, "rate": 1e-5}
+GEMM_SECONDS = 1.0
 
 
-def measure(*, quick: bool = False) -> list[dict[str, Any]]:
-    """Prints and returns one row per kind of work: real tokens per second of both layouts, ratio with its range."""
-    repeats = 3 if quick else 9
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_town(Path(folder), 0, scale=0.1)
-        conversations = read(files["sft"], "conversation").records
-        comparisons = read(files["comparisons"], "comparison").records
-    tokenizer = train_tokenizer([m["content"] for r in conversations for m in r.messages], 1024)  # type: ignore[union-attr]
-    template = ChatTemplate(tokenizer)
-    ids = {"bos_token_id": 0, "eos_token_id": 3, "pad_token_id": 1}
-    model = starter(len(tokenizer), **SHAPE, seed=0, ids=ids)
-    compute = Compute("cpu", "bfloat16", torch.get_num_threads())
-    sft = encode_conversations(conversations[:ROWS], template, 256)  # type: ignore[arg-type]
-    pairs = encode_comparisons(comparisons[:ROWS], template, 256)  # type: ignore[arg-type]
-    rows = [
-        _compare("sft", sft, model, compute, repeats, _sft_step),
-        _compare("reward", pairs, model, compute, repeats, _pair_step),
-    ]
-    print("| work | tree tok/s | padded tok/s | ratio (lowest to highest) | loss difference |")
-    print("|---|---|---|---|---|")
-    for r in rows:
-        print(
-            f"| {r['work']} | {r['ours']:,.0f} | {r['peer_value']:,.0f} | {r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f}) "
-            f"| {r['loss_difference']:.1e} |"
-        )
+@dataclass(frozen=True)
+class Measured:
+    """What one side said: the losses of its first steps, its windows, its peak memory in bytes."""
+
+    losses: list[float]
+    windows: list[Report]
+    peak: float
+
+
+def default_data_root() -> Path:
+    """$DANLU_SHARED/data, or `shared/data` beside the repository."""
+    return Path(os.environ.get("DANLU_SHARED", HERE.parents[1] / "shared")) / "data"
+
+
+def measure(
+    *, quick: bool = False, data_root: Path | None = None, only: Sequence[str] = (), docs: Path | None = None
+) -> list[dict[str, Any]]:
+    """Measures, prints the table and returns its rows.
+
+    Args:
+        quick: 7M, fewer settings of each peer, fewer turns; at most 5 minutes on two cores.
+        data_root: holds `alpaca-en` and `hh-rlhf`.
+        only: names of works; none: all.
+        docs: a Markdown file whose section "Core" is written anew.
+    """
+    begun = time.monotonic()
+    root = data_root or default_data_root()
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="danlu-bench-") as folder:
+        inputs = prepare(root, Path(folder))
+        for work in WORKS:
+            if (only and work.name not in only) or (quick and not work.quick):
+                continue
+            print(f"{work.name} {work.size} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
+            found += _work(work, inputs, Path(folder) / f"{work.name}-{work.size}", quick)
+    print(tables.markdown(found))
+    if docs is not None:
+        words = f"`python -m benchmarks core{' --quick' if quick else ''}`, {tables.machine()}"
+        tables.write_section(docs, "Core", f"{words}.\n\n{tables.NOTE}\n\n{tables.markdown(found)}")
+    return found
+
+
+def _work(work: Work, inputs: Inputs, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """All rows of one work."""
+    folder.mkdir()
+    turns = TURNS[quick]
+    windows = 1 if work.name == "memory" else turns + 1
+    job = _job(work, inputs, folder, work.rows[quick], windows)
+    peers = [p for p in work.peers if p.quick or not quick]
+    own = sorted({p.ours for p in peers})
+    sides = [(f"danlu {name}", OURS, work.ours[name]) for name in own]
+    names: dict[str, Peer] = {}
+    for index, peer in enumerate(peers):
+        start = command(peer.name)
+        if start is None:
+            print(f"  {peer.name} is not there: `python -m benchmarks peers` makes it", file=sys.stderr)
+            continue
+        names[f"{peer.name} {peer.setting} {index}"] = peer
+        sides.append((f"{peer.name} {peer.setting} {index}", start, peer.settings))
+    if work.name == "sft":
+        sides.append(("gemm", OURS, {}))
+    labels = {name: (peer.name, peer.setting) for name, peer in names.items()}
+    found = _measure(sides, job, folder, windows, labels)
+    return _rows(work, found, names, job)
+
+
+def _measure(
+    sides: Sequence[tuple[str, list[str], dict[str, Any]]],
+    job: dict[str, Any],
+    folder: Path,
+    windows: int,
+    labels: dict[str, tuple[str, str]],
+) -> dict[str, Measured]:
+    """Every side's reports. The first window warms up; of sides with one label only the one that was fastest in it goes on.
+
+    A side that fails is named and left out.
+    """
+    with ExitStack() as stack:
+        started: list[Side] = []
+        losses: dict[str, list[float]] = {}
+        for name, start, settings in sides:
+            told = {**job, "settings": settings, "work": "gemm" if name == "gemm" else job["work"]}
+            started.append(stack.enter_context(Side(name, start, told, folder / name.replace(" ", "-"))))
+        for side in list(started):
+            try:
+                losses[side.name] = side.check()
+            except SideFailed as error:
+                started.remove(side)
+                print(f"  {error}", file=sys.stderr, flush=True)
+        reports = take_turns(started, 1)
+        if windows > 1:
+            first = {side.name: found for side, found in zip(started, reports, strict=True)}
+            kept = _survivors(first, labels)
+            started = [side for side in started if side.name in kept]
+            reports = take_turns(started, windows - 1)
+        return {
+            side.name: Measured(losses[side.name], found, side.next("peak")["peak"])
+            for side, found in zip(started, reports, strict=True)
+        }
+
+
+def _survivors(first: dict[str, list[Report]], labels: dict[str, tuple[str, str]]) -> set[str]:
+    """Of the sides of a label the fastest one, and all sides without a label."""
+    kept = {name for name in first if name not in labels}
+    for label in {labels[name] for name in first if name in labels}:
+        kept.add(fastest([(name, found) for name, found in first.items() if labels.get(name) == label]))
+    return kept
+
+
+def _rows(work: Work, found: dict[str, Measured], names: dict[str, Peer], job: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    measured = {name: peer for name, peer in names.items() if name in found}
+    for label in dict.fromkeys((p.name, p.setting) for p in measured.values()):
+        candidates = [name for name, peer in measured.items() if (peer.name, peer.setting) == label]
+        name = fastest([(c, found[c].windows) for c in candidates])
+        peer, ours = measured[name], found.get(f"danlu {measured[name].ours}")
+        if ours is None:
+            continue
+        facts = {"work": work.name, "size": work.size, "peer": peer.name, "peer_setting": peer.setting}
+        facts |= {"unit": work.unit, "goal": work.goals.get(peer.setting)}
+        losses = (ours.losses, found[name].losses)
+        if work.name == "memory":
+            peaks = [[{"tokens": m.peak, "seconds": 1.0}] for m in (ours, found[name])]
+            rows.append(row(*peaks, losses=losses, tolerance=work.tolerance, **facts))
+        else:
+            rows.append(row(ours.windows, found[name].windows, losses=losses, tolerance=work.tolerance, **facts))
+    if "gemm" in found and "danlu bfloat16" in found:
+        rows.append(_share(work, found["danlu bfloat16"], found["gemm"], job))
     return rows
 
 
-def _compare(
-    work: str,
-    trees: Trees,
-    model: Any,
-    compute: Compute,
-    repeats: int,
-    step: Callable[[RootModel, TreeBatch, Compute], float],
-) -> dict[str, Any]:
-    tree = trees.batch(range(len(trees.items)))
-    root = RootModel(SeparateModels({"policy": model}, ["policy"]))
-    trunk = model.base_model
-    times: dict[bool, list[float]] = {True: [], False: []}
-    losses: dict[bool, float] = {}
-    for _ in range(repeats + 1):
-        for fast in (True, False):
-            trunk.danlu_fast_path = fast
-            model.set_attn_implementation("danlu" if fast else "sdpa")
-            begun = time.perf_counter()
-            losses[fast] = step(root, tree, compute)
-            times[fast].append(time.perf_counter() - begun)
-            model.zero_grad()
-    trunk.danlu_fast_path = True
-    model.set_attn_implementation("danlu")
-    ratios = sorted(b / a for a, b in zip(times[True][1:], times[False][1:], strict=True))  # the first of each warms up
+def _share(work: Work, ours: Measured, gemm: Measured, job: dict[str, Any]) -> dict[str, Any]:
+    """6 x parameters x tokens/s of SFT over the rate of bare products of the same shapes."""
+    used = [6 * job["parameters"] * rate for rate in rates(ours.windows)]
+    bare = rates(gemm.windows)
+    share, low, high = spread(used, bare)
     return {
-        "work": work,
-        "size": sum(p.numel() for p in model.parameters()),
-        "ours": tree.tokens / statistics.median(times[True][1:]),
-        "peer": "padded layout of the same loop",
-        "peer_value": tree.tokens / statistics.median(times[False][1:]),
-        "unit": "distinct tokens per second",
-        "ratio": statistics.median(ratios),
-        "low": ratios[0],
-        "high": ratios[-1],
-        "loss_difference": abs(losses[True] - losses[False]),
+        "work": "gemm_share",
+        "size": work.size,
+        "peer": "bare bf16 products",
+        "peer_setting": "best",
+        "ours": sorted(used)[len(used) // 2],
+        "peer_value": sorted(bare)[len(bare) // 2],
+        "unit": "FLOP/s",
+        "ratio": share,
+        "low": low,
+        "high": high,
+        "goal": GEMM_GOALS[work.size],
+        "loss_difference": 0.0,
     }
 
 
-def _sft_step(root: RootModel, tree: TreeBatch, compute: Compute) -> float:
-    with compute.autocast():
-        loss, _ = root(tree, "policy", lambda out: language_loss(out, float(tree.loss_weight_T.sum())))
-    loss.backward()
-    return float(loss.detach())
+def _job(work: Work, inputs: Inputs, folder: Path, count: int, windows: int) -> dict[str, Any]:
+    """What every side of a work is told."""
+    models = inputs.models(work.size)
+    job: dict[str, Any] = {"work": work.name, "kind": work.name, "max_length": MAX_LENGTH, "windows": windows}
+    job |= {"model": str(models / "lm"), "eos": inputs.tokenizer.eos_token_id, **RATES, **work.extra}
+    if work.name == "generate":
+        rows = [{"prompt": r["prompt"], "new": len(r["answer"])} for r in inputs.prompts.ids[:count]]
+        (folder / "rows.json").write_text(json.dumps(rows), "utf-8")
+        return job | {"rows": str(folder / "rows.json")}
+    if work.name in ("grpo", "ppo", "memory"):
+        job["kind"] = "grpo" if work.name == "grpo" else "ppo"
+        return job | _roll_outs(work, inputs, folder, count, windows)
+    rows = inputs.conversations if work.name == "sft" else inputs.comparisons
+    job["check"] = rows.write(folder / "check.jsonl", 0, CHECK_ROWS)
+    job["rows"] = rows.write(folder / "rows.jsonl", CHECK_ROWS, count)
+    job["tokens"] = sum(_tokens(r) for r in rows.ids[CHECK_ROWS : CHECK_ROWS + count])
+    if work.name == "reward":
+        job |= {"model": str(models / "reward"), "value_head": str(models / "value-head")}
+    if work.name == "sft":
+        job |= _gemm(work.size, len(inputs.tokenizer))
+    return job
 
 
-def _pair_step(root: RootModel, tree: TreeBatch, compute: Compute) -> float:
-    def head(out: Any) -> torch.Tensor:
-        # A fixed direction as scalar head: the trunk's work is what is measured.
-        scores = out.hidden_TD[out.tree.node_end_N - 1].float().mean(-1)
-        return pairwise(scores[1::3], scores[2::3], float(tree.nodes // 3))[0]
+def _tokens(ids: dict[str, Any]) -> int:
+    """Tokens that count: of a conversation all, of a pair the prompt once."""
+    parts = ("input_ids",) if "input_ids" in ids else ("prompt", "chosen", "rejected")
+    return sum(len(ids[part]) for part in parts)
 
-    with compute.autocast():
-        loss = root(tree, "policy", head)
-    loss.backward()
-    return float(loss.detach())
+
+def _roll_outs(work: Work, inputs: Inputs, folder: Path, count: int, windows: int) -> dict[str, Any]:
+    """Prompts for the check with given answers (other prompts' real ones), and prompts for every window."""
+    models = inputs.models(work.size)
+    model = models / ("lm" if work.name == "memory" else "stopping")
+    prompts: Rows = inputs.prompts
+    size = work.extra["episodes"] // count
+    real = [r["answer"][: work.extra["new"] - 1] for r in prompts.ids]
+    stop = inputs.tokenizer.eos_token_id
+    answers = []
+    for i in range(count):
+        given = [real[(i * size + k) % len(real)] for k in range(size)]
+        ids = [a if a[-1] == stop else [*a, stop] for a in given]
+        answers.append({"prompt": prompts.ids[i]["prompt"], "messages": prompts.records[i]["prompt"], "answers": ids})
+    (folder / "answers.json").write_text(json.dumps(answers), "utf-8")
+    return {
+        "model": str(model),
+        "reward": str(models / "reward"),
+        "answers": str(folder / "answers.json"),
+        "check": prompts.write(folder / "check.jsonl", 0, count),
+        "rows": prompts.write(folder / "rows.jsonl", 0, count * windows),
+        "compare": list(work.compare),
+    }
+
+
+def _gemm(size: str, vocabulary: int) -> dict[str, Any]:
+    """The shapes [out, in] of a model's linear layers, and how many parameters it has."""
+    shape = SIZES[size]
+    width, kv = shape["hidden_size"], shape["hidden_size"] * shape["kv_heads"] // shape["heads"]
+    inner = -(-width * 8 // 3 // 32) * 32
+    layer = [(width, width)] * 2 + [(kv, width)] * 2 + [(inner, width)] * 2 + [(width, inner)]
+    parameters = vocabulary * width + shape["layers"] * (sum(n * k for n, k in layer) + 2 * width) + width
+    return {"shapes": layer, "parameters": parameters, "seconds": GEMM_SECONDS, "gemm_rows": 4096}

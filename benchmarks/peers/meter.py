@@ -1,0 +1,52 @@
+"""The child's end of `benchmarks/turns.py`: it waits for its turn before every window and reports it. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Meter:
+    """One per child. Reports are JSON lines on the file descriptor that the parent opened; turns are lines on stdin."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._out = os.fdopen(descriptor, "w")
+        self._begun = 0.0
+
+    def say(self, **facts: Any) -> None:
+        """One report."""
+        self._out.write(json.dumps(facts) + "\n")
+        self._out.flush()
+
+    def checked(self, losses: Sequence[float]) -> None:
+        """The losses of the first steps, on rows that both sides take in equal steps."""
+        self.say(losses=list(losses))
+
+    def wait(self) -> None:
+        """Waits for the parent's word, then starts the clock. The parent's end of the pipe closed: there is no more to do."""
+        self.say(ready=True)
+        if not sys.stdin.readline():
+            sys.exit(0)
+        self._begun = time.perf_counter()
+
+    def report(self, **facts: Any) -> None:
+        """Ends the window that `wait` began."""
+        self.say(seconds=time.perf_counter() - self._begun, **facts)
+
+    def end(self) -> None:
+        """The last report: the most memory this process ever had, in bytes."""
+        self.say(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def run(work: Callable[[dict[str, Any], Meter], None]) -> None:
+    """A child's `main`: arguments are a job's file and the descriptor for reports."""
+    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    meter = Meter(int(sys.argv[2]))
+    work(job, meter)
+    meter.end()

@@ -1,0 +1,116 @@
+"""Child processes that take turns: each loads, warms up and then waits, and only one of them works at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class SideFailed(RuntimeError):
+    """A child ended without the report it owed; the message ends with what it printed last."""
+
+
+class Side:
+    """One child.
+
+    Args:
+        name: for messages.
+        command: its program; a job's file and a descriptor for reports are added.
+        job: what it is told.
+        folder: for its job, its log and its cache files.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path) -> None:
+        self.name, self.folder = name, folder
+        folder.mkdir(parents=True)
+        file = folder / "job.json"
+        file.write_text(json.dumps({**job, "folder": str(folder)}), "utf-8")
+        self._log = (folder / "log.txt").open("w")
+        reads, writes = os.pipe()
+        self._child = subprocess.Popen(
+            [*command, str(file), str(writes)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(writes,),
+            cwd=REPOSITORY,
+            env=environment(folder),
+            text=True,
+        )
+        os.close(writes)
+        self._reports = os.fdopen(reads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.kill()
+        self._child.wait()
+        assert self._child.stdin is not None, "opened as a pipe"
+        for stream in (self._child.stdin, self._reports, self._log):
+            stream.close()
+
+    def next(self, key: str) -> dict[str, Any]:
+        """The next report, which must hold `key`.
+
+        Raises:
+            SideFailed: the child ended, or said something else.
+        """
+        line = self._reports.readline()
+        report: dict[str, Any] = json.loads(line) if line else {}
+        if key not in report:
+            said = (self.folder / "log.txt").read_text("utf-8", "replace")[-2000:]
+            raise SideFailed(f"{self.name}: no '{key}' but {report or 'an end'}; it printed:\n{said}")
+        return report
+
+    def _turn(self, key: str) -> dict[str, Any]:
+        self.next("ready")
+        assert self._child.stdin is not None, "opened as a pipe"
+        self._child.stdin.write("go\n")
+        self._child.stdin.flush()
+        return self.next(key)
+
+    def check(self) -> list[float]:
+        """Lets it take the first steps; their losses."""
+        losses: list[float] = self._turn("losses")["losses"]
+        return losses
+
+    def go(self) -> dict[str, Any]:
+        """Lets it work for one window."""
+        return self._turn("seconds")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Nothing is fetched, nothing is reported anywhere, and caches stay in the child's own folder."""
+    source = [str(REPOSITORY / "src"), str(REPOSITORY)]
+    own = {
+        "PYTHONPATH": os.pathsep.join(source),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "huggingface"),
+        "DANLU_CACHE": str(folder / "tokens"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "WANDB_DISABLED": "true",
+    }
+    return {**os.environ, **own}
+
+
+def take_turns(sides: Sequence[Side], windows: int) -> list[list[dict[str, Any]]]:
+    """Every side's reports: A B C A B C ..., `windows` of each."""
+    found: list[list[dict[str, Any]]] = [[] for _ in sides]
+    for turn in range(windows):
+        for reports, side in zip(found, sides, strict=True):
+            reports.append(side.go())
+            print(f"  turn {turn + 1}: {side.name} {reports[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return found

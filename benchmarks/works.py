@@ -1,0 +1,170 @@
+"""What is compared: works, sizes, peers, their settings, and the goals.
+
+"default" is what a peer does when nothing is said about speed. "best" are settings that were found to be its fastest on a CPU; of
+several, all take the first turn and the fastest one goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from benchmarks.peers import environments
+
+TRL = "TRL 1.16"
+TRL_PPO = "TRL 1.12"
+LLAMAFACTORY = "LLaMA-Factory 0.9.5"
+TRANSFORMERS = "transformers"
+Setting = Literal["default", "best"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer's way of doing one work.
+
+    Args:
+        name: of the peer, or of its function.
+        settings: what decides its speed; the optimizer, the schedule and the rows are the same for all.
+        ours: which of danlu's own settings it is held against.
+        quick: whether the quick run measures it.
+    """
+
+    name: str
+    setting: Setting
+    settings: dict[str, Any]
+    ours: str = "bfloat16"
+    quick: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """One comparison at one size.
+
+    Args:
+        ours: danlu's settings by precision.
+        rows: timed rows of a window, of the full and of the quick run.
+        goals: ratios to reach, by the peer's setting.
+        tolerance: of the losses of both sides.
+        compare: metrics that stand in for losses (where answers are given to both sides).
+        quick: whether the quick run has it.
+    """
+
+    name: str
+    size: str
+    unit: str
+    ours: dict[str, dict[str, Any]]
+    peers: list[Peer]
+    rows: tuple[int, int]
+    goals: dict[Setting, float]
+    tolerance: float = 0.02
+    compare: tuple[str, ...] = ()
+    quick: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def command(peer: str) -> list[str] | None:
+    """How a peer's side is started, if its environment is there."""
+    modules = {TRL: ("trl", "trl_training"), TRL_PPO: ("trl-ppo", "trl_ppo")}
+    modules |= {LLAMAFACTORY: ("llamafactory", "llamafactory_training")}
+    if peer not in modules:
+        return [sys.executable, "-m", "benchmarks.peers.transformers_generation"]
+    environment, module = modules[peer]
+    python = environments.python(environment)
+    return [str(python), "-m", f"benchmarks.peers.{module}"] if python is not None else None
+
+
+GROUPED = {"train_sampling_strategy": "group_by_length"}
+TRL_FAST = {"bf16": True, "gradient_checkpointing": False}
+LF_FAST = {"bf16": True, "disable_gradient_checkpointing": True, **GROUPED}
+
+
+def _size(rows: int, accumulated: int = 1) -> dict[str, Any]:
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+
+
+def _supervised(name: str, size: str, goals: dict[Setting, float], rows: tuple[int, int], **changes: Any) -> Work:
+    lengths: dict[str, Any] = {} if name == "sft" else {"length_column_name": "length"}
+    kept = {**lengths, "remove_unused_columns": False} if lengths else {}  # TRL's trainers would drop the lengths
+    peers = [
+        Peer(TRL, "default", {}),
+        Peer(TRL, "best", TRL_FAST | GROUPED | kept),
+        Peer(TRL, "best", TRL_FAST | GROUPED | kept | _size(16), quick=False),
+        Peer(LLAMAFACTORY, "default", {}, quick=False),
+        Peer(LLAMAFACTORY, "best", LF_FAST | lengths),
+        Peer(LLAMAFACTORY, "best", LF_FAST | lengths | _size(16), quick=False),
+    ]
+    if name != "reward":
+        peers.insert(2, Peer(TRL, "best", TRL_FAST | {"padding_free": True}, quick=False))
+    ours = {"bfloat16": {**OURS, **changes.pop("settings", {})}}
+    return Work(name, size, "tokens/s", ours, peers, rows, goals, **changes)
+
+
+def _grpo() -> Work:
+    whole = {"num_generations": 8, "max_completion_length": 64, "beta": 0.04, "loss_type": "grpo"}
+    fast = {**whole, **TRL_FAST}
+    peers = [
+        Peer(TRL, "default", whole | _size(8, 8)),
+        Peer(TRL, "best", fast | _size(64)),
+        Peer(TRL, "best", fast | _size(16, 4), quick=False),
+        Peer(TRL, "best", fast | _size(64) | {"use_transformers_continuous_batching": True}, quick=False),
+    ]
+    own = {"group_size": 8, "kl_coef": 0.04, "missing_stop_penalty": 0.0}
+    settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "grpo": own}
+    goals: dict[Setting, float] = {"default": 4, "best": 3}
+    options: dict[str, Any] = {"compare": ("score", "loss"), "extra": EPISODES}
+    return Work("grpo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (8, 8), goals, **options)
+
+
+def _ppo() -> Work:
+    peers = [
+        Peer(TRL_PPO, "default", _size(8, 8)),
+        Peer(TRL_PPO, "best", TRL_FAST | _size(64)),
+        Peer(TRL_PPO, "best", TRL_FAST | _size(16, 4), quick=False),
+    ]
+    settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "ppo": PPO}
+    goals: dict[Setting, float] = {"default": 5, "best": 4}
+    options: dict[str, Any] = {"compare": ("score",), "extra": EPISODES}
+    return Work("ppo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (64, 64), goals, **options)
+
+
+def _generate() -> Work:
+    peers = [Peer(f"{TRANSFORMERS} generate", "default", {"method": "generate", "dtype": "float32"}, "float32")]
+    for dtype in ("float32", "bfloat16"):
+        sorted_rows = {"method": "generate", "dtype": dtype, "by_length": True}
+        peers.append(Peer(f"{TRANSFORMERS} generate", "best", sorted_rows, dtype, quick=dtype == "float32"))
+        continuous = {"method": "generate_batch", "dtype": dtype}
+        peers.append(Peer(f"{TRANSFORMERS} generate_batch", "best", continuous, dtype, quick=dtype == "float32"))
+    ours = {dtype: {"dtype": dtype} for dtype in ("float32", "bfloat16")}
+    goals: dict[Setting, float] = {"default": 3, "best": 2.5}
+    return Work("generate", "7M", "tokens/s", ours, peers, (64, 64), goals, extra={"slots": 16})
+
+
+def _memory() -> Work:
+    """One trunk with adapters beside four models, of which policy and critic train adapters of the same rank."""
+    four = Peer(TRL_PPO, "best", TRL_FAST | _size(4, 2))
+    rollout = {"batch": 8, "max_new_tokens": 16}
+    ppo = {"dtype": "bfloat16", "adapter": "lora", "micro_tokens": 1024, "rollout": rollout, "ppo": PPO}
+    extra = {"episodes": 8, "new": 16, "lora": 8}
+    options: dict[str, Any] = {"compare": ("score",), "extra": extra, "quick": False}
+    return Work("memory", "0.5B", "bytes", {"bfloat16": ppo}, [four], (8, 8), {"best": 0.4}, **options)
+
+
+OURS = {"dtype": "bfloat16", "tokens_per_step": 4096, "micro_tokens": 4096}
+ROLLOUT = {"batch": 64, "max_new_tokens": 64}
+PPO = {"epochs": 1, "minibatches": 1, "missing_stop_penalty": 0.0, "score_clip": 100.0}
+EPISODES = {"episodes": 64, "new": 64}
+# "online": the reference is read in every step on both sides, so that a window has all the work of an epoch.
+ONLINE = {"reference": "online"}
+GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
+
+WORKS = [
+    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (128, 48)),
+    _supervised("reward", "7M", {"default": 5, "best": 2}, (48, 24)),
+    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (48, 24), settings=ONLINE),
+    _generate(),
+    _grpo(),
+    _ppo(),
+    _supervised("sft", "60M", {"default": 4, "best": 1.3}, (32, 32), quick=False),
+    _memory(),
+]

@@ -1,0 +1,266 @@
+"""The harness's own arithmetic and protocol: a benchmark that counts wrongly is worse than none."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import core, gpu, inputs, ratios, tables
+from benchmarks.core import Measured
+from benchmarks.peers import environments
+from benchmarks.turns import Side, SideFailed, take_turns
+from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRL, WORKS, Work
+from danlu.config import KINDS, parse
+from danlu.models.load import load_model, starter
+
+KEYS = {"work", "size", "ours", "peer", "peer_setting", "peer_value", "unit", "ratio", "low", "high", "goal"}
+FACTS = {"work": "sft", "size": "7M", "peer": "P", "peer_setting": "best", "unit": "tokens/s", "goal": 1.5}
+
+
+def windows(*seconds: float, tokens: float = 120.0) -> list[dict[str, Any]]:
+    return [{"seconds": s, "tokens": tokens} for s in seconds]
+
+
+def test_a_ratio_is_taken_within_a_turn() -> None:
+    # Turn by turn: 120 / 2 over 120 / 4 = 2, 120 / 3 over 120 / 12 = 4, 120 / 4 over 120 / 12 = 3.
+    found = ratios.row(windows(2, 3, 4), windows(4, 12, 12), losses=([1.0], [1.0]), tolerance=0.02, **FACTS)
+    assert (found["ratio"], found["low"], found["high"]) == (3.0, 2.0, 4.0)
+    assert (found["ours"], found["peer_value"]) == (40.0, 10.0)
+    assert set(found) == KEYS | {"loss_difference"}
+
+
+def test_tokens_are_counted_per_side() -> None:
+    found = ratios.row(windows(2), windows(2, tokens=30), losses=([1.0], [1.0]), tolerance=0.02, **FACTS)
+    assert found["ratio"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [
+        ([2.0, 1.0], [2.0, 0.8], 0.25),
+        ([-0.5], [-0.4], 0.25),
+        ([0.01], [0.0], 0.1),  # 0.01 of the smallest scale, 0.1
+        ([1.0, 1.0], [1.0], math.inf),
+        ([], [], math.inf),
+    ],
+)
+def test_loss_difference(ours: list[float], theirs: list[float], difference: float) -> None:
+    assert ratios.loss_difference(ours, theirs) == pytest.approx(difference)
+
+
+@pytest.mark.parametrize(("theirs", "shown"), [([1.03], 0.03 / 1.03), ([1.0, 1.0], None)])
+def test_other_losses_make_a_row_void(theirs: list[float], shown: float | None) -> None:
+    found = ratios.row(windows(1), windows(2), losses=([1.0], theirs), tolerance=0.02, **FACTS)
+    assert found["ratio"] is found["low"] is found["high"] is None
+    assert found["loss_difference"] == (None if shown is None else pytest.approx(shown))
+    assert "| void |" in tables.markdown([found])
+
+
+def test_the_fastest_setting_counts() -> None:
+    assert ratios.fastest([("a", windows(9, 1, 3)), ("b", windows(2, 2, 8))]) == "b"
+
+
+# -- turns --------------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, time
+from benchmarks.peers.meter import run
+
+def work(job, meter):
+    meter.wait()
+    meter.checked(job["losses"])
+    for i in range(job["windows"]):
+        meter.wait()
+        with open(job["diary"], "a") as diary:
+            diary.write(f"{job['name']}{i} ")
+        meter.report(tokens=i + 1, steps=1)
+
+run(work)
+"""
+
+
+def side(folder: Path, name: str, **job: Any) -> Side:
+    script = folder / "child.py"
+    script.write_text(CHILD, "utf-8")
+    told = {"name": name, "diary": str(folder / "diary"), "windows": 3, "losses": [1.0, 0.5], **job}
+    return Side(name, [sys.executable, str(script)], told, folder / name)
+
+
+def test_sides_take_turns(tmp_path: Path) -> None:
+    with side(tmp_path, "a") as a, side(tmp_path, "b") as b:
+        assert [a.check(), b.check()] == [[1.0, 0.5], [1.0, 0.5]]
+        found = take_turns([a, b], 3)
+        peaks = [s.next("peak")["peak"] for s in (a, b)]
+    assert (tmp_path / "diary").read_text() == "a0 b0 a1 b1 a2 b2 "
+    assert [[w["tokens"] for w in reports] for reports in found] == [[1, 2, 3], [1, 2, 3]]
+    assert all(1e6 < peak < 1e9 for peak in peaks)
+
+
+def test_a_side_that_dies_says_why(tmp_path: Path) -> None:
+    with side(tmp_path, "a", windows="none") as a:
+        a.check()
+        with pytest.raises(SideFailed, match="'str' object cannot be interpreted as an integer"):
+            a.go()
+
+
+# -- works, peers, tables ------------------------------------------------------------------------------------------------
+
+
+def test_every_goal_has_its_work() -> None:
+    goals = {(w.name, w.size, setting): goal for w in WORKS for setting, goal in w.goals.items()}
+    assert goals == {
+        ("sft", "7M", "default"): 4,
+        ("sft", "7M", "best"): 1.5,
+        ("sft", "60M", "default"): 4,
+        ("sft", "60M", "best"): 1.3,
+        ("reward", "7M", "default"): 5,
+        ("reward", "7M", "best"): 2,
+        ("dpo", "7M", "default"): 5,
+        ("dpo", "7M", "best"): 2.5,
+        ("grpo", "7M", "default"): 4,
+        ("grpo", "7M", "best"): 3,
+        ("ppo", "7M", "default"): 5,
+        ("ppo", "7M", "best"): 4,
+        ("generate", "7M", "default"): 3,
+        ("generate", "7M", "best"): 2.5,
+        ("memory", "0.5B", "best"): 0.4,
+    }
+    assert GEMM_GOALS == {"7M": 0.4, "60M": 0.6}
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda w: f"{w.name}-{w.size}")
+def test_settings_of_a_work(work: Work) -> None:
+    assert {p.setting for p in work.peers if p.quick or not work.quick} == set(work.goals)
+    assert {p.ours for p in work.peers} == set(work.ours)
+    kind = {"memory": "ppo"}.get(work.name, work.name)
+    for settings in work.ours.values() if kind in KINDS else ():
+        parse(KINDS[kind], {**settings, "max_length": inputs.MAX_LENGTH})
+
+
+def test_rows_of_a_work_with_several_settings_of_a_peer() -> None:
+    work = next(w for w in WORKS if (w.name, w.size) == ("sft", "7M"))
+    names = {f"{p.name} {p.setting} {i}": p for i, p in enumerate(work.peers)}
+    found = {"danlu bfloat16": Measured([9.0], windows(1, 1), 1e9), "gemm": Measured([], windows(1, 2), 1e9)}
+    for index, name in enumerate(names):
+        found[name] = Measured([9.0], windows(2 + index, 2 + index), 1e9)
+    rows = core._rows(work, found, names, {"parameters": 10})
+    best = {(r["peer"], r["peer_setting"]): r["ratio"] for r in rows}
+    slow = {
+        (p.name, p.setting): 2 + i for i, p in reversed(list(enumerate(work.peers)))
+    }  # the first one is the fastest
+    assert best == {**slow, ("bare bf16 products", "best"): pytest.approx(90.0)}  # 60 of 1 and of 2, over 120 and 60
+    assert all(set(r) == KEYS | {"loss_difference"} for r in rows)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_the_first_turn_chooses_among_settings() -> None:
+    first = {"danlu": windows(1), "a1": windows(3), "a2": windows(2), "b": windows(9)}
+    assert core._survivors(first, {"a1": ("A", "best"), "a2": ("A", "best"), "b": ("A", "default")}) == {
+        "danlu",
+        "a2",
+        "b",
+    }
+
+
+def test_parameters_and_shapes_are_those_of_the_model() -> None:
+    found = core._gemm("7M", 8192)
+    model = starter(8192, **inputs.SIZES["7M"], seed=0, ids={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
+    layer = model.model.layers[0]
+    shapes = sorted(list(m.weight.shape) for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    assert sorted(map(list, found["shapes"])) == shapes
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert round(found["parameters"] / 1e6) == 7
+
+
+def test_write_section_leaves_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "benchmarks.md"
+    file.write_text("# Benchmarks\n\n## Core\n\nold\n\n## Data\n\nkept\n", "utf-8")
+    tables.write_section(file, "Core", "new\n\n| a |")
+    tables.write_section(file, "GPU", "last")
+    text = file.read_text("utf-8")
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Benchmarks",
+        "## Core",
+        "## Data",
+        "## GPU",
+    ]
+    assert "old" not in text and "new\n\n| a |\n\n## Data\n\nkept\n\n## GPU" in text
+
+
+def test_an_environment_of_other_versions_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DANLU_BENCH_PEERS", str(tmp_path))
+    assert environments.python("trl") is None
+    (tmp_path / "trl").mkdir()
+    stamp = tmp_path / "trl" / "installed"
+    stamp.write_text(environments._digest("trl"), "utf-8")
+    assert environments.python("trl") == tmp_path / "trl" / "bin" / "python"
+    stamp.write_text(environments._digest("llamafactory"), "utf-8")
+    assert environments.python("trl") is None
+
+
+@pytest.mark.parametrize(("name", "peer"), [("trl", "trl==1.16.0"), ("trl-ppo", "trl==1.12.0")])
+def test_pins_are_exact(name: str, peer: str) -> None:
+    pins = (Path(environments.__file__).parent / f"{name}.txt").read_text("utf-8").split()
+    assert {peer, "torch==2.13.0"} <= set(pins)
+    assert all(pin.count("==") == 1 for pin in pins)
+    assert TRL.endswith("1.16") and LLAMAFACTORY.endswith("0.9.5")
+
+
+def test_the_command_line_names_its_parts() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(core.__file__).parents[1])
+    assert "{core,data,seeds,gpu,peers}" in shown.stdout
+
+
+# -- inputs and the GPU benchmark -----------------------------------------------------------------------------------------
+
+
+def test_inputs_give_both_sides_the_same_tokens(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "ROWS", 60)
+    monkeypatch.setattr(inputs, "VOCABULARY", 600)
+    monkeypatch.setitem(inputs.SIZES, "7M", {**inputs.SIZES["7M"], "hidden_size": 40, "layers": 2})
+    found = inputs.prepare(shared_data, tmp_path)
+    file = Path(found.comparisons.write(tmp_path / "rows.jsonl", 2, 5))
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    ids = json.loads(Path(f"{file}.ids.json").read_text("utf-8"))
+    for row, given in zip(rows, ids, strict=True):
+        assert found.template.encode_prompt(row["prompt"]) == given["prompt"]
+        assert found.tokenizer.decode(given["chosen"]).startswith(row["chosen"][0]["content"])
+        assert given["chosen"][-1] == found.tokenizer.eos_token_id
+    labelled = found.conversations.ids[0]
+    assert [i for i in labelled["labels"] if i != -100] == labelled["input_ids"][labelled["labels"].count(-100) :]
+
+    model = load_model(found.models("7M") / "stopping")
+    prompts = [r["prompt"] for r in found.prompts.ids[:16]]
+    with torch.no_grad():
+        last = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts]).softmax(-1)
+    assert float(last[:, found.tokenizer.eos_token_id].mean()) == pytest.approx(1 / inputs.MEAN_ANSWER, rel=0.2)
+
+
+@pytest.mark.parametrize("size", ["1B", "7B"])
+def test_shapes_of_the_gpu_benchmark(size: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, **gpu.SHAPES[size]))
+    place = gpu.Place("cpu", tmp_path, False, 1.0)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert gpu._parameters(size, place) == linear
+    assert round(linear / 1e9) == int(size[0])
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_tiny_models() -> None:
+    found = gpu.measure(tiny=True)
+    assert {r["part"] for r in found["rows"]} == {"correct", "train", "decode"}
+    assert not [r for r in found["rows"] if isinstance(r["value"], str)]
+    assert all(r["share"] < 1 for r in found["rows"] if r["part"] == "correct")
