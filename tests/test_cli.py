@@ -18,6 +18,7 @@ from tiny import chain
 import danlu
 from danlu.cli import doctor
 from danlu.cli.main import VERBS, run
+from danlu.cli.run import _as_called
 from danlu.exceptions import ModelError
 from danlu.generation.protocol import SamplingParams
 
@@ -434,3 +435,20 @@ def test_a_run_is_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     by_name, by_path = danlu.load("runs/tiny"), danlu.load(chain().model("ppo"))
     assert by_name.chat("Hi", params=params())[0] == by_path.chat("Hi", params=params())[0]
     assert by_name.name == "runs/tiny"
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "said"),
+    [
+        (".venv/bin/danlu", None, ".venv/bin/danlu"),
+        ("/x/danlu/__main__.py", None, "/env/bin/python -m danlu"),
+        (".venv/bin/danlu", "/usr/bin/danlu", "danlu"),
+    ],
+)
+def test_the_next_commands_can_be_called(
+    called: str, on_path: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("sys.executable", "/env/bin/python")
+    monkeypatch.setattr("shutil.which", lambda name: on_path)
+    assert _as_called() == said

@@ -71,7 +71,7 @@ def run(
         people.print(results_table(found))
     people.print(f"\n{found['seconds']:.0f} s in all stages. Report: [bold]{report}[/bold]")
     people.print("Try next:")
-    me = "danlu" if shutil.which("danlu") else f"{Path(sys.executable).name} -m danlu"
+    me = _as_called()
     people.print(f"  {me} chat {folder}")
     people.print(f"  {me} serve {folder}")
 
@@ -115,6 +115,13 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
         "Red: does not fit this machine. Memory is counted, times follow from the matrix rate measured now, tokens from the "
         "sizes of the files: expect a factor of two for time."
     )
+
+
+def _as_called() -> str:
+    """How the user can call danlu again: not every environment is on the shell's path."""
+    if shutil.which("danlu"):
+        return "danlu"
+    return f"{sys.executable} -m danlu" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
 
 
 def _room(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ scaled up before the backward pass (Micikevicius et al. 2018, section 3.2).
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A power of two costs no precision. Should it still overflow, the step is skipped like any whose gradient is no number.
 FLOAT16_SCALE = 1024.0
+# oneDNN keeps the compiled products of its last 1024 shapes, and on trees nearly every step has shapes of its own: after a
+# hundred steps of a 2M model that was half a gigabyte. 128 hold the shapes of a step and cost no time (docs/log.md). It is read at
+# the first product.
+PRIMITIVES_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def choose(folder: Path, wanted: Dtype | Literal["auto"], width: int) -> Compute
     Raises:
         SettingsError: float16 where there is something better.
     """
+    os.environ.setdefault(*PRIMITIVES_KEPT)
     found = distributed.same(_choice(folder, wanted, width) if distributed.is_main() else None)
     assert found is not None, "rank 0 chose"
     torch.set_num_threads(found.threads)
