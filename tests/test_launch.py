@@ -46,7 +46,7 @@ def gone(process: int) -> bool:
 
 def begin(out: Path, **changes: Any) -> tuple[Any, dict[int, int], list[str]]:
     """An SFT stage of two processes at work: the parent, its ranks, and the command line."""
-    call = tiny.arguments("sft", tiny.stage("sft", out, max_steps=120, save_every=7, processes=2, **changes))
+    call = tiny.arguments("sft", tiny.stage("sft", out, max_steps=300, save_every=7, processes=2, **changes))
     parent = tiny.start(call, out.with_suffix(".log"))
     tiny.wait_for(lambda: (tiny.steps_of(out) or [0])[-1] >= 20, parent)
     return parent, ranks_of(parent.pid), call
