@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.pace import paced
 from benchmarks.peers.meter import Meter, run
-from danlu.config import KINDS, parse
+from danlu.config import KINDS
 from danlu.models.load import load_model
+from danlu.parsing import parse
 from danlu.tree import Segment, Trajectory
 
 CHECK_STEPS = 3

@@ -25,13 +25,14 @@ import yaml
 
 from benchmarks import tables
 from benchmarks.pace import paced
-from danlu.config import KINDS, parse
+from danlu.config import KINDS
 from danlu.exceptions import DanluError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.models.load import load_model, save_model
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, TrunkOutput
+from danlu.parsing import parse
 from danlu.pipeline.plan import estimate
 from danlu.pipeline.recipe import load_recipe
 from danlu.synth.town.write import write_town

@@ -17,8 +17,9 @@ from benchmarks.core import Measured
 from benchmarks.peers import environments
 from benchmarks.turns import Side, SideFailed, take_turns
 from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRL, WORKS, Work
-from danlu.config import KINDS, parse
+from danlu.config import KINDS
 from danlu.models.load import load_model, starter
+from danlu.parsing import parse
 
 KEYS = {"work", "size", "ours", "peer", "peer_setting", "peer_value", "unit", "ratio", "low", "high", "goal"}
 FACTS = {"work": "sft", "size": "7M", "peer": "P", "peer_setting": "best", "unit": "tokens/s", "goal": 1.5}

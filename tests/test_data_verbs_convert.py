@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from danlu.cli.data_convert import TARGETS as CHOICES
 from danlu.cli.main import run
-from danlu.config import SftSettings, parse
+from danlu.config import SftSettings
 from danlu.data.convert import TARGETS, Converted, convert
 from danlu.data.formats.registry import by_name, detect
 from danlu.data.importer import import_registry, is_registry
@@ -26,6 +26,7 @@ from danlu.data.problems import RowError
 from danlu.data.read import read, scan
 from danlu.data.rows_out import RowFile, row_of
 from danlu.exceptions import DataError
+from danlu.parsing import parse
 from danlu.types import (
     Comparison,
     Conversation,

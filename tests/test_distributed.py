@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from test_checkpoint import PUBLISHED, Tiny, optimizer_of
 from torch import Tensor, nn
 
-from danlu.config import KINDS, SftSettings, parse
+from danlu.config import KINDS, SftSettings
 from danlu.data.collate import Trees
 from danlu.models.load import starter
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
+from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
 from danlu.training import checkpoint, distributed, sharding
 from danlu.training.compute import Compute

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from danlu.config import DpoSettings, parse
+from danlu.config import DpoSettings
 from danlu.losses.dpo import sigmoid
 from danlu.losses.reduce import sum_by_node
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, TrunkOutput
+from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.text.chat_template import ChatTemplate
 from danlu.trainers import dpo

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from danlu.config import DpoSettings, GrpoSettings, parse
+from danlu.config import DpoSettings, GrpoSettings
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.losses.grpo import clipped_with_kl, group_advantages
 from danlu.models.load import load_model, save_model
+from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
 from danlu.pipeline.stages import STAGES
 from danlu.rewards.model import ModelReward

@@ -15,8 +15,8 @@ from tiny import STAGES, Chain, chain
 
 from danlu.cli.main import run
 from danlu.config import KINDS as KINDS_SETTINGS
-from danlu.config import parse
 from danlu.exceptions import Interrupted, RunError
+from danlu.parsing import parse
 from danlu.pipeline.listing import describe
 from danlu.pipeline.run import run_stage
 from danlu.pipeline.stages import STAGES as KINDS

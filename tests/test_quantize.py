@@ -47,7 +47,8 @@ def test_round_trip_is_within_half_a_step(rows: list[list[float]]) -> None:
     assert q.dtype == torch.int8 and scale.dtype == torch.float32 and int(q.abs().max()) <= 127
     error = (q.float() * scale[:, None] - weight).abs()
     largest = weight.abs().amax(1, keepdim=True)
-    assert (error <= largest / 254 * 1.0001).all()  # steps of max / 127
+    rounded = 127 * 2.0**-150  # what a scale below fp32's normal range may be off by, for the largest q
+    assert (error <= largest / 254 * 1.0001 + rounded).all()  # steps of max / 127
 
 
 def test_rows_by_hand() -> None:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from danlu.config import RewardSettings, parse
+from danlu.config import RewardSettings
 from danlu.data.collate import Trees, encode_comparisons, encode_rankings
 from danlu.losses.preference import kwise, pairwise
+from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.text.chat_template import ChatTemplate
 from danlu.types import Comparison, Ranking

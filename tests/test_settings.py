@@ -9,8 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from danlu import config
 from danlu.cli.options import given_values, options_of
-from danlu.config import KINDS, Settings, SftSettings, parse
+from danlu.config import KINDS, Settings, SftSettings
 from danlu.exceptions import SettingsError
+from danlu.parsing import parse
 
 STAGE = "out seed"
 TRAIN = (

@@ -12,13 +12,14 @@ import tiny
 from rows import a, u, write
 
 from danlu.cli.options import given_values
-from danlu.config import KINDS, RewardSettings, SftSettings, Source, Sources, as_list, parse
+from danlu.config import KINDS, RewardSettings, SftSettings, Source, Sources, as_list
 from danlu.data.formats.containers import RawRow, raw_rows
 from danlu.data.hub import hub_rows
 from danlu.data.problems import RowError
 from danlu.data.read import ReadOptions, read
 from danlu.data.sources import read_sources, weigh
 from danlu.exceptions import DataError, RunError, SettingsError, UsageError
+from danlu.parsing import parse
 from danlu.pipeline.recipe import load_recipe
 from danlu.pipeline.run import Hashes, _inputs, _refuse_missing_files, _with_origins, placed, stage_key
 from danlu.training.setup import records_of

@@ -21,13 +21,14 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danlu.config import KINDS, parse
+from danlu.config import KINDS
 from danlu.data import token_cache
 from danlu.data.collate import Trees, encode_comparisons, encode_conversations, encode_documents
 from danlu.data.read import read
 from danlu.data.token_cache import Encoder, load, tokenise, tokenizer_digest
 from danlu.data.token_store import MARKS, Columns, Gathering, StoredItems, TooManyMarks, to_columns
 from danlu.data.token_workers import in_parts
+from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import load_tokenizer

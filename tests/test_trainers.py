@@ -16,12 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import danlu
-from danlu.config import KINDS, parse
+from danlu.config import KINDS
 from danlu.evals import perplexity
 from danlu.exceptions import DataError, ModelError, SettingsError, TrainingError
 from danlu.generation.protocol import SamplingParams
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
+from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.rewards.model import CONFIG_KEY, ModelReward
 from danlu.rewards.protocol import Episode, Score

@@ -1,13 +1,11 @@
-"""Frozen, typed settings of every stage. Checked before anything runs; an unknown key is refused with the nearest right name.
+"""Frozen, typed settings of every stage; `parsing.py` makes them from plain values.
 
 The command line's flags, a recipe's keys and these fields are the same names.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,15 +13,9 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     field_validator,
     model_validator,
 )
-
-from danlu.exceptions import SettingsError
-
-S = TypeVar("S", bound="Settings")
-
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Pairs = Literal["best-worst", "all", "adjacent"]
@@ -484,46 +476,3 @@ KINDS: dict[str, type[StageSettings]] = {
     "quantize": QuantizeSettings,
 }
 POLICY_KINDS = ("pretrain", "sft", "dpo", "ppo", "grpo")
-
-
-def parse(cls: type[S], values: Mapping[str, Any], *, file: str | None = None, prefix: str = "") -> S:
-    """Settings from plain values.
-
-    Args:
-        values: from YAML or the command line.
-        file: named in errors.
-        prefix: what stands before a field's name in errors, such as "sft.".
-
-    Raises:
-        SettingsError: an unknown key (with the nearest right name), a wrong type or a value out of range; the first one found.
-    """
-    try:
-        return cls.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(p) for p in first["loc"] if not str(p).startswith("<")]  # <...>: which shape of a union it has
-        name = prefix + ".".join(path)
-        if first["type"] == "extra_forbidden":
-            known = _fields_at(cls, path[:-1])
-            near = difflib.get_close_matches(path[-1], known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
-            raise SettingsError("there is no such setting", file=file, field=name, hint=hint) from None
-        found = "" if first["type"] == "missing" else f" (found: {first['input']!r})"
-        message = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(
-            f"{message[0].lower()}{message[1:]}{found}", file=file, field=name.rstrip(".") or None
-        ) from None
-
-
-def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
-    for name in path:
-        found = cls.model_fields.get(name)
-        cls = next(_models_in(found.annotation), cls) if found is not None else cls
-    return [field.alias or name for name, field in cls.model_fields.items()]
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)

@@ -22,7 +22,7 @@ def command(verb: str) -> click.Command:
     options.append(click.Option(["--force"], is_flag=True, help="Go on although a gate does not hold."))
 
     def run(force: bool, **arguments: Any) -> None:
-        from danlu.config import parse
+        from danlu.parsing import parse
         from danlu.pipeline.run import run_stage
 
         if verb == "tokenizer" and arguments.get("data") == () and not arguments.get("out"):

@@ -10,26 +10,25 @@ A request's tokens do not depend on what else runs (bit for bit in fp32 on a CPU
 
 from __future__ import annotations
 
-import threading
-import uuid
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from danlu.exceptions import EngineError, GenerationFailed
+from danlu.exceptions import EngineError
 from danlu.generation.kv_cache import Lane, Read
 from danlu.generation.memory import default_memory
 from danlu.generation.past import PastRunner
-from danlu.generation.protocol import Completion, FinishReason, Request, Token, TopLogprobs, require_single
+from danlu.generation.protocol import Request
 from danlu.generation.runner import CachedRunner
 from danlu.generation.sampling import sample
 from danlu.generation.search import Search, search_of
 from danlu.generation.speculative import Drafter, Guessing
+from danlu.generation.stepwise import Row, StepwiseEngine
 from danlu.models.families import context_of
 from danlu.models.root import prepare
 
@@ -39,24 +38,14 @@ LIKELY_SHARED = 16  # ids after what two prompts have read that make them worth 
 
 
 @dataclass(eq=False)
-class _Row:
-    """The state of one request."""
-
+class _Row(Row):
     request: Request
-    id: str
     limit: int
     text: array[int]  # prompt and answer
     search: Search | None = None
     lanes: list[Lane] = field(default_factory=list)
     next_tokens: list[int] = field(default_factory=list)  # of a search: what its lanes read next
     hidden: list[Tensor] = field(default_factory=list)  # of a search that wants it: the prompt's, as far as it is read
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tops: list[TopLogprobs] = field(default_factory=list)
-    finished: FinishReason | None = None
-    read: int = 0
-    version: int = 0
-    error: BaseException | None = None
 
     @property
     def prompt(self) -> int:
@@ -77,7 +66,7 @@ class _Part(NamedTuple):
     guesses: Sequence[int] = ()
 
 
-class LocalEngine:
+class LocalEngine(StepwiseEngine[_Row]):
     """Generates with a transformers model in this process.
 
     Args:
@@ -99,17 +88,15 @@ class LocalEngine:
         memory: int | None = None,
         drafter: Drafter | None = None,
     ) -> None:
+        super().__init__()
         self.model = prepare(model).eval()
         self.tokenizer = tokenizer
         self.max_slots = max_slots
-        self.version = 0
         self.context = context_of(model.config)
         self.drafter = drafter if model.base_model.danlu_fast_path else None
         self._memory = memory
-        self._lock = threading.RLock()
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
-        self._rows: dict[str, _Row] = {}
         self._made: CachedRunner | PastRunner | None = None
 
     # -- protocol -------------------------------------------------------------------------------------------------------
@@ -117,19 +104,12 @@ class LocalEngine:
     @torch.inference_mode()
     def submit(self, request: Request) -> str:
         """See `Engine.submit`."""
+        self._check(request)
         prompt, params = len(request.prompt_ids), request.params
-        require_single(params)
-        if prompt == 0:
-            raise EngineError("the prompt is empty")
-        if prompt >= self.context:
-            raise EngineError(
-                f"the prompt has {prompt} tokens and the model's context holds {self.context}",
-                hint="shorten the conversation",
-            )
         if params.stop and self.tokenizer is None:
             raise EngineError("stop texts need a tokenizer")
         limit = min(params.max_new_tokens, self.context - prompt)
-        row = _Row(request, uuid.uuid4().hex, limit, array("q", request.prompt_ids))
+        row = _Row(request, limit, array("q", request.prompt_ids))
         row.search = search_of(request.prompt_ids, params, limit, lambda ids: self._ends(row, ids))
         if row.width > self.max_slots:
             raise EngineError(
@@ -141,42 +121,6 @@ class LocalEngine:
             self._rows[row.id] = row
             self._waiting.append(row)
         return row.id
-
-    def stream(self, request_id: str) -> Iterator[Token]:
-        """See `Engine.stream`."""
-        row = self._row(request_id)
-        try:
-            while True:
-                # Looked at before the tokens: another thread may append the last one and finish the row in between.
-                error, finished = row.error, row.finished
-                while row.read < len(row.ids):
-                    at = row.read
-                    row.read += 1
-                    yield Token(row.ids[at], row.logprobs[at], row.tops[at] if at < len(row.tops) else ())
-                if error is not None:
-                    raise GenerationFailed(f"generation failed: {error}") from error
-                if finished is not None:
-                    return
-                self._advance(row, row.read)
-        finally:
-            if row.finished is None:
-                self.cancel(request_id)
-
-    def result(self, request_id: str) -> Completion:
-        """See `Engine.result`."""
-        row = self._row(request_id)
-        try:
-            while row.finished is None:
-                self._advance(row, len(row.ids))
-        finally:
-            self.cancel(request_id)
-            with self._lock:
-                self._rows.pop(request_id, None)
-        if row.error is not None:
-            raise GenerationFailed(f"generation failed: {row.error}") from row.error
-        return Completion(
-            row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version, top_logprobs=tuple(row.tops)
-        )
 
     @torch.inference_mode()
     def cancel(self, request_id: str) -> None:
@@ -221,18 +165,6 @@ class LocalEngine:
             kind = CachedRunner if self.model.base_model.danlu_fast_path else PastRunner
             self._made = kind(self.model, memory)
         return self._made
-
-    def _row(self, request_id: str) -> _Row:
-        row = self._rows.get(request_id)
-        if row is None:
-            raise EngineError(f"no request has the id {request_id}")
-        return row
-
-    def _advance(self, row: _Row, known: int) -> None:
-        """One step, unless another thread already took this row past the `known` tokens."""
-        with self._lock:
-            if row.finished is None and len(row.ids) <= known:
-                self.step()
 
     @torch.inference_mode()
     def step(self) -> None:

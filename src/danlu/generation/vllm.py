@@ -7,10 +7,8 @@ the lock and moves all of them one step on. New weights reach its processes thro
 from __future__ import annotations
 
 import tempfile
-import threading
-import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,16 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from danlu.exceptions import EngineError, GenerationFailed
+from danlu.exceptions import EngineError
 from danlu.generation.protocol import (
-    Completion,
     FinishReason,
     Request,
     SamplingParams,
-    Token,
-    TopLogprobs,
-    require_single,
 )
+from danlu.generation.stepwise import Row, StepwiseEngine
 
 SHARED_MEMORY: Final = Path("/dev/shm")
 PIECE_BYTES: Final = 1 << 30
@@ -36,22 +31,12 @@ COLDEST_DRAW: Final = 1e-2  # vLLM raises lower temperatures to this
 REASONS: Final[dict[str, FinishReason]] = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
 
-@dataclass
-class _Row:
-    """The state of one request."""
-
-    id: str
-    version: int
+@dataclass(eq=False)
+class _Row(Row):
     top: int  # log-probabilities asked for
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tops: list[TopLogprobs] = field(default_factory=list)
-    finished: FinishReason | None = None
-    read: int = 0
-    error: BaseException | None = None
 
 
-class VllmEngine:
+class VllmEngine(StepwiseEngine[_Row]):
     """Generates with vLLM.
 
     Seeds make draws repeatable, but they are not danlu's draws: another batch or another version of vLLM may give others.
@@ -82,6 +67,7 @@ class VllmEngine:
         transfer: str | Path | None = None,
         **options: Any,
     ) -> None:
+        super().__init__()
         self._vllm = _import_vllm()
         self._llm = self._vllm.LLM(
             model=str(model),
@@ -97,65 +83,21 @@ class VllmEngine:
         )
         self._engine = self._llm.llm_engine
         self.context = int(self._engine.model_config.max_model_len)
-        self.version = 0
         self._transfer = Path(transfer) if transfer else (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
-        self._lock = threading.RLock()
-        self._rows: dict[str, _Row] = {}
 
     # -- protocol -------------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> str:
         """See `Engine.submit`."""
-        prompt = len(request.prompt_ids)
-        require_single(request.params)
-        if prompt == 0:
-            raise EngineError("the prompt is empty")
-        if prompt >= self.context:
-            raise EngineError(
-                f"the prompt has {prompt} tokens and the model's context holds {self.context}",
-                hint="shorten the conversation",
-            )
-        arguments = sampling_arguments(request.params, self.context - prompt)
+        self._check(request)
+        arguments = sampling_arguments(request.params, self.context - len(request.prompt_ids))
         delta = self._vllm.sampling_params.RequestOutputKind.DELTA
         params = self._vllm.SamplingParams(**arguments, output_kind=delta)
         with self._lock:
-            row = _Row(uuid.uuid4().hex, self.version, request.params.logprobs)
+            row = _Row(request.params.logprobs, version=self.version)
             self._engine.add_request(row.id, {"prompt_token_ids": list(request.prompt_ids)}, params)
             self._rows[row.id] = row
         return row.id
-
-    def stream(self, request_id: str) -> Iterator[Token]:
-        """See `Engine.stream`."""
-        row = self._row(request_id)
-        try:
-            while True:
-                # Looked at before the tokens: another thread may append the last one and finish the row in between.
-                error, finished = row.error, row.finished
-                while row.read < len(row.ids):
-                    at, row.read = row.read, row.read + 1
-                    yield Token(row.ids[at], row.logprobs[at], row.tops[at] if row.tops else ())
-                if error is not None:
-                    raise GenerationFailed(f"generation failed: {error}") from error
-                if finished is not None:
-                    return
-                self._advance(row, row.read)
-        finally:
-            if row.finished is None:
-                self.cancel(request_id)
-
-    def result(self, request_id: str) -> Completion:
-        """See `Engine.result`."""
-        row = self._row(request_id)
-        try:
-            while row.finished is None:
-                self._advance(row, len(row.ids))
-        finally:
-            self.cancel(request_id)
-            with self._lock:
-                self._rows.pop(request_id, None)
-        if row.error is not None:
-            raise GenerationFailed(f"generation failed: {row.error}") from row.error
-        return Completion(row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version, tuple(row.tops))
 
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
@@ -193,28 +135,19 @@ class VllmEngine:
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
-    def _row(self, request_id: str) -> _Row:
-        row = self._rows.get(request_id)
-        if row is None:
-            raise EngineError(f"no request has the id {request_id}")
-        return row
-
-    def _advance(self, row: _Row, known: int) -> None:
-        """One step, unless another thread already took this row past the `known` tokens."""
-        with self._lock:
-            if row.finished is not None or len(row.ids) > known:
-                return
-            try:
-                outputs = self._engine.step()
-            except BaseException as error:  # Ctrl-C too: whoever waits for one of these requests must hear of it
-                for other in self._rows.values():
-                    if other.finished is None:
-                        other.error, other.finished = error, "cancelled"
-                raise
-            for output in outputs:
-                waiting = self._rows.get(output.request_id)
-                if waiting is not None and waiting.finished is None:
-                    _take(waiting, output.outputs[0])
+    def step(self) -> None:
+        """See `StepwiseEngine.step`."""
+        try:
+            outputs = self._engine.step()
+        except BaseException as error:  # Ctrl-C too: whoever waits for one of these requests must hear of it
+            for row in self._rows.values():
+                if row.finished is None:
+                    row.error, row.finished = error, "cancelled"
+            raise
+        for output in outputs:
+            waiting = self._rows.get(output.request_id)
+            if waiting is not None and waiting.finished is None:
+                _take(waiting, output.outputs[0])
 
 
 def _take(row: _Row, output: Any) -> None:

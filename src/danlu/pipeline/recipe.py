@@ -22,8 +22,9 @@ from typing import Any
 
 import yaml
 
-from danlu.config import KINDS, POLICY_KINDS, StageSettings, parse
+from danlu.config import KINDS, POLICY_KINDS, StageSettings
 from danlu.exceptions import SettingsError, UsageError
+from danlu.parsing import parse
 
 TOP = ("description", "seed", "model", "processes", "strategy", "stages")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from danlu.config import DpoSettings
 from danlu.data.collate import Trees, encode_comparisons, require_items
-from danlu.data.packing import Plan, plan_steps
+from danlu.data.packing import Plan
 from danlu.losses.dpo import sigmoid
 from danlu.losses.reduce import sum_by_node
 from danlu.models.load import load_model
@@ -32,7 +32,7 @@ from danlu.training.progress import Bar
 from danlu.training.result import save_result
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import limits_of, lora_roles, records_of
+from danlu.training.setup import limits_of, lora_roles, plan_of, records_of
 from danlu.training.sharding import shard, share_forwards
 from danlu.training.step import TrainResult, accumulate, apply, batches_of
 from danlu.training.templates import template_of
@@ -52,15 +52,7 @@ def train(settings: DpoSettings) -> TrainResult:
     heldout = trees_of(encode_comparisons, heldout_records, template, stage="dpo", max_length=limits_of(settings))
     require_items(trees, "comparison", settings.max_length)
     lengths = trees.lengths
-    steps = plan_steps(
-        lengths,
-        tokens_per_step=settings.tokens_per_step,
-        micro_tokens=settings.micro_tokens,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-        ranks=distributed.world()[1],
-    )
+    steps = plan_of(lengths, settings)
 
     roles, model = _roles(settings)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)

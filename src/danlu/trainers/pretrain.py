@@ -6,7 +6,6 @@ from pathlib import Path
 
 from danlu.config import PretrainSettings
 from danlu.data.collate import encode_documents, require_items
-from danlu.data.packing import plan_steps
 from danlu.exceptions import SettingsError
 from danlu.models.load import load_model, starter
 from danlu.models.roles import SeparateModels
@@ -19,7 +18,7 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import lora_roles, records_of
+from danlu.training.setup import lora_roles, plan_of, records_of
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import tokenizer_of
@@ -54,15 +53,7 @@ def train(settings: PretrainSettings) -> TrainResult:
     heldout = trees_of(encode_documents, heldout_records, tokenizer, stage="pretrain", max_length=settings.max_length)
     require_items(trees, "document", settings.max_length)
     lengths, weights = trees.lengths, trees.weights
-    steps = plan_steps(
-        lengths,
-        tokens_per_step=settings.tokens_per_step,
-        micro_tokens=settings.micro_tokens,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-        ranks=distributed.world()[1],
-    )
+    steps = plan_of(lengths, settings)
 
     roles = (
         lora_roles(model, ["policy"], settings)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from danlu.config import RewardSettings
 from danlu.data.collate import Trees, encode_comparisons, encode_rankings, require_items
-from danlu.data.packing import plan_steps
 from danlu.losses.preference import kwise, pairwise
 from danlu.models.heads import head_of
 from danlu.models.roles import AdapterRoles
@@ -25,7 +24,7 @@ from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.session import Session
-from danlu.training.setup import limits_of, policy_roles, records_of
+from danlu.training.setup import limits_of, plan_of, policy_roles, records_of
 from danlu.training.sharding import shard, share_forwards, whole, whole_of
 from danlu.training.step import TrainResult, accumulate, apply, batches_of
 from danlu.training.templates import template_facts, template_of
@@ -55,15 +54,7 @@ def train(settings: RewardSettings) -> TrainResult:
     heldout = trees_of(encode, heldout_records, template, stage="reward", max_length=limits_of(settings))
     require_items(trees, "ranking" if ranked else "comparison", settings.max_length)
     lengths = trees.lengths
-    steps = plan_steps(
-        lengths,
-        tokens_per_step=settings.tokens_per_step,
-        micro_tokens=settings.micro_tokens,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-        ranks=distributed.world()[1],
-    )
+    steps = plan_of(lengths, settings)
 
     roles, model = policy_roles(settings, trained="reward")
     model.config.pad_token_id = template.tokenizer.pad_token_id

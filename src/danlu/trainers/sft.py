@@ -6,7 +6,6 @@ from pathlib import Path
 
 from danlu.config import SftSettings
 from danlu.data.collate import encode_conversations, require_items
-from danlu.data.packing import plan_steps
 from danlu.models.root import RootModel
 from danlu.training import distributed
 from danlu.training.answers import answer_facts
@@ -15,7 +14,7 @@ from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.session import Session
-from danlu.training.setup import limits_of, policy_roles, records_of
+from danlu.training.setup import limits_of, plan_of, policy_roles, records_of
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import template_of
@@ -32,15 +31,7 @@ def train(settings: SftSettings) -> TrainResult:
     heldout = trees_of(encode_conversations, heldout_records, template, stage="sft", max_length=limits_of(settings))
     require_items(trees, "conversation", settings.max_length)
     lengths, weights = trees.lengths, trees.weights
-    steps = plan_steps(
-        lengths,
-        tokens_per_step=settings.tokens_per_step,
-        micro_tokens=settings.micro_tokens,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-        ranks=distributed.world()[1],
-    )
+    steps = plan_of(lengths, settings)
 
     roles, model = policy_roles(settings)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)

@@ -8,11 +8,12 @@ what bits are left for a linear fraction, so that they span seven orders of magn
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from danlu.training.own_adamw import OwnAdamW, fused_adamw
 
 BLOCK = 256
 SMALL = 4096  # tensors up to this many numbers (norms, biases, heads) keep fp32 averages
@@ -72,31 +73,8 @@ def unpack(packed: Codes, *, signed: bool) -> Tensor:
     return rows.mul_(scale.repeat_interleave(BLOCK)[: codes.numel()])
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) over packed averages; tensors of at most `SMALL` numbers keep fp32 ones.
-
-    Args:
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "danlu's loops have none"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+class AdamW8bit(OwnAdamW):
+    """AdamW over packed averages; tensors of at most `SMALL` numbers keep fp32 ones."""
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -105,7 +83,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] += 1
         weight, grad = parameter.view(-1), cast(Tensor, parameter.grad).reshape(-1)
         if "exp_avg" in state:
-            self._adamw(weight, grad, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), state["step"], group)
+            fused_adamw(weight, grad, state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), state["step"], group)
             return
         for begin in range(0, weight.numel(), PIECE):
             part = slice(begin, begin + PIECE)
@@ -114,7 +92,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 key: (state[f"{key}_codes"][part], state[f"{key}_scale"][blocks]) for key in ("exp_avg", "exp_avg_sq")
             }
             first, second = unpack(kept["exp_avg"], signed=True), unpack(kept["exp_avg_sq"], signed=False)
-            self._adamw(weight[part], grad[part], first, second, state["step"], group)
+            fused_adamw(weight[part], grad[part], first, second, state["step"], group)
             for (codes, scale), now, signed in (
                 (kept["exp_avg"], first, True),
                 (kept["exp_avg_sq"], second, False),
@@ -133,27 +111,6 @@ class AdamW8bit(torch.optim.Optimizer):
             found[f"{key}_codes"] = torch.full((parameter.numel(),), zero, dtype=torch.uint8, device=parameter.device)
             found[f"{key}_scale"] = torch.zeros(-(-parameter.numel() // BLOCK), device=parameter.device)
         return found
-
-    @staticmethod
-    def _adamw(
-        weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]
-    ) -> None:
-        """The update in place, by torch's fused kernel."""
-        torch._fused_adamw_(
-            [weight],
-            [grad],
-            [first],
-            [second],
-            [],
-            [step.to(weight.device)],
-            amsgrad=False,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `Optimizer.load_state_dict`, which would turn the codes into the parameters' dtype."""

@@ -6,36 +6,18 @@ numbers are those of AdamW, and the device holds the averages of one parameter a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from danlu.training.own_adamw import OwnAdamW, fused_adamw
+
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
-class AdamWOffload(torch.optim.Optimizer):
-    """Args: as `torch.optim.AdamW`."""
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "danlu's loops have none"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+class AdamWOffload(OwnAdamW):
+    """AdamW over averages in the CPU's memory."""
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, device = self.state[parameter], parameter.device
@@ -44,23 +26,9 @@ class AdamWOffload(torch.optim.Optimizer):
             for key in AVERAGES:
                 state[key] = torch.zeros_like(parameter, device="cpu", pin_memory=device.type == "cuda")
         state["step"] += 1
-        averages = [state[key].to(device, non_blocking=True) for key in AVERAGES]
-        torch._fused_adamw_(
-            [parameter],
-            [cast(Tensor, parameter.grad)],
-            [averages[0]],
-            [averages[1]],
-            [],
-            [state["step"].to(device)],
-            amsgrad=False,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for key, new in zip(AVERAGES, averages, strict=True):
+        first, second = (state[key].to(device, non_blocking=True) for key in AVERAGES)
+        fused_adamw(parameter, cast(Tensor, parameter.grad), first, second, state["step"], group)
+        for key, new in zip(AVERAGES, (first, second), strict=True):
             if new.device != state[key].device:
                 state[key].copy_(new)
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from danlu.config import Sources, TrainSettings
+from danlu.data.packing import Lengths, Plan, plan_steps
 from danlu.data.read import Dataset
 from danlu.data.sources import read_sources
 from danlu.data.split import split_heldout
@@ -16,6 +17,7 @@ from danlu.generation.seeds import mix_seed
 from danlu.models.load import load_model
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RoleName
+from danlu.training import distributed
 from danlu.training.runs import resolve_model
 from danlu.types import Record, RecordKind
 
@@ -88,4 +90,17 @@ def limits_of(settings: TrainSettings, total: int | None = None) -> Limits:
     """The settings' limits; `total` in place of `max_length` where an answer still needs room."""
     return Limits(
         total or settings.max_length, settings.max_prompt_tokens, settings.max_answer_tokens, settings.overlength
+    )
+
+
+def plan_of(lengths: Lengths, settings: TrainSettings) -> Plan:
+    """Which items each optimizer step sees, for as many processes as there are."""
+    return plan_steps(
+        lengths,
+        tokens_per_step=settings.tokens_per_step,
+        micro_tokens=settings.micro_tokens,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+        ranks=distributed.world()[1],
     )

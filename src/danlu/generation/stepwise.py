@@ -1,0 +1,110 @@
+"""What engines that go on in steps do alike: whoever waits for a token takes the lock and moves all requests one step on."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from danlu.exceptions import EngineError, GenerationFailed
+from danlu.generation.protocol import Completion, FinishReason, Request, Token, TopLogprobs, require_single
+
+
+@dataclass(eq=False, kw_only=True)
+class Row:
+    """The state of one request. Readers without the lock go by the length of `ids`, so it grows last."""
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    version: int = 0
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[TopLogprobs] = field(default_factory=list)
+    finished: FinishReason | None = None
+    error: BaseException | None = None
+    read: int = 0
+
+
+R = TypeVar("R", bound=Row)
+
+
+class StepwiseEngine(ABC, Generic[R]):
+    """Hands out what `step` has made of the rows in `_rows`.
+
+    Attributes:
+        context: tokens that prompt and answer may have together.
+    """
+
+    context: int
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._lock = threading.RLock()
+        self._rows: dict[str, R] = {}
+
+    @abstractmethod
+    def step(self) -> None:
+        """Moves every request one step on; the lock is held."""
+
+    @abstractmethod
+    def cancel(self, request_id: str) -> None:
+        """See `Engine.cancel`."""
+
+    def stream(self, request_id: str) -> Iterator[Token]:
+        """See `Engine.stream`."""
+        row = self._row(request_id)
+        try:
+            while True:
+                # Looked at before the tokens: another thread may append the last one and finish the row in between.
+                error, finished = row.error, row.finished
+                while row.read < len(row.ids):
+                    at, row.read = row.read, row.read + 1
+                    yield Token(row.ids[at], row.logprobs[at], row.tops[at] if at < len(row.tops) else ())
+                if error is not None:
+                    raise GenerationFailed(f"generation failed: {error}") from error
+                if finished is not None:
+                    return
+                self._advance(row, row.read)
+        finally:
+            if row.finished is None:
+                self.cancel(request_id)
+
+    def result(self, request_id: str) -> Completion:
+        """See `Engine.result`."""
+        row = self._row(request_id)
+        try:
+            while row.finished is None:
+                self._advance(row, len(row.ids))
+        finally:
+            self.cancel(request_id)
+            with self._lock:
+                self._rows.pop(request_id, None)
+        if row.error is not None:
+            raise GenerationFailed(f"generation failed: {row.error}") from row.error
+        return Completion(row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version, tuple(row.tops))
+
+    def _check(self, request: Request) -> None:
+        """Raises EngineError for several answers at once, an empty prompt, and one that leaves no room for an answer."""
+        prompt = len(request.prompt_ids)
+        require_single(request.params)
+        if prompt == 0:
+            raise EngineError("the prompt is empty")
+        if prompt >= self.context:
+            raise EngineError(
+                f"the prompt has {prompt} tokens and the model's context holds {self.context}",
+                hint="shorten the conversation",
+            )
+
+    def _row(self, request_id: str) -> R:
+        row = self._rows.get(request_id)
+        if row is None:
+            raise EngineError(f"no request has the id {request_id}")
+        return row
+
+    def _advance(self, row: R, known: int) -> None:
+        """One step, unless another thread already took this row past the `known` tokens."""
+        with self._lock:
+            if row.finished is None and len(row.ids) <= known:
+                self.step()
