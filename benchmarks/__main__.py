@@ -42,7 +42,9 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
         from benchmarks import core
 
         docs = DOCS if arguments.write_docs else None
-        return core.measure(quick=arguments.quick, data_root=arguments.data_root, only=only, docs=docs)
+        return core.measure(
+            quick=arguments.quick, data_root=arguments.data_root, only=only, docs=docs, json_file=arguments.json
+        )
     if arguments.command == "gpu":
         from benchmarks import gpu
 

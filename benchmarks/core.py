@@ -29,7 +29,7 @@ from benchmarks.works import GEMM_GOALS, WORKS, Peer, Work, command
 HERE = Path(__file__).parent
 OURS = [sys.executable, "-m", "benchmarks.danlu_side"]
 CHECK_ROWS = 16
-TURNS = (4, 3)
+TURNS = (3, 2)
 RATES = {"check_rate": 2e-4, "rate": 1e-5}
 GEMM_SECONDS = 1.0
 
@@ -49,7 +49,12 @@ def default_data_root() -> Path:
 
 
 def measure(
-    *, quick: bool = False, data_root: Path | None = None, only: Sequence[str] = (), docs: Path | None = None
+    *,
+    quick: bool = False,
+    data_root: Path | None = None,
+    only: Sequence[str] = (),
+    docs: Path | None = None,
+    json_file: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measures, prints the table and returns its rows.
 
@@ -58,6 +63,7 @@ def measure(
         data_root: holds `alpaca-en` and `hh-rlhf`.
         only: names of works; none: all.
         docs: a Markdown file whose section "Core" is written anew.
+        json_file: gets the rows of what is measured after every work.
     """
     begun = time.monotonic()
     root = data_root or default_data_root()
@@ -69,6 +75,8 @@ def measure(
                 continue
             print(f"{work.name} {work.size} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
             found += _work(work, inputs, Path(folder) / f"{work.name}-{work.size}", quick)
+            if json_file is not None:
+                json_file.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     print(tables.markdown(found))
     if docs is not None:
         words = f"`python -m benchmarks core{' --quick' if quick else ''}`, {tables.machine()}"

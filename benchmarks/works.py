@@ -159,12 +159,12 @@ ONLINE = {"reference": "online"}
 GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
 
 WORKS = [
-    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (128, 48)),
-    _supervised("reward", "7M", {"default": 5, "best": 2}, (48, 24)),
-    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (48, 24), settings=ONLINE),
+    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (48, 48)),
+    _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 24)),
+    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (24, 24), settings=ONLINE),
     _generate(),
     _grpo(),
     _ppo(),
-    _supervised("sft", "60M", {"default": 4, "best": 1.3}, (32, 32), quick=False),
+    _supervised("sft", "60M", {"default": 4, "best": 1.3}, (16, 16), quick=False),
     _memory(),
 ]
