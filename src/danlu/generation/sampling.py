@@ -67,10 +67,11 @@ def _sample(
         index = torch.tensor(kept.rows, device=logits.device)
         own = [params[r] for r in kept.rows]
         probs = torch.softmax(kept.scores_RC, dim=-1)
-        columns = inverse_cdf(probs, draws[index])
-        if any(p.greedy for p in own):
-            greedy = torch.tensor([p.greedy for p in own], device=logits.device)
-            columns = torch.where(greedy, most_likely(kept.scores_RC), columns)
+        greedy = [p.greedy for p in own]
+        columns = most_likely(kept.scores_RC) if any(greedy) else index
+        if not all(greedy):
+            drawn = inverse_cdf(probs, draws[index])
+            columns = torch.where(torch.tensor(greedy, device=logits.device), columns, drawn) if any(greedy) else drawn
         picked = probs.gather(1, columns[:, None]).log()
         if kept.ids_RC is not None:
             columns = kept.ids_RC.gather(1, columns[:, None]).squeeze(1)

@@ -2,8 +2,9 @@
 
 A layer of transformers makes some sixty tensors of the size of its input; on small models on a CPU the passes over them cost as
 much as its matrix products. Here a layer is two functions around the attention, each with its own backward pass. Products run in
-the autocast dtype, the residual stream and all norms in the stream's own (fp32 under autocast), as in transformers. Layers with
-adapters, hooks in between or another shape keep transformers' forward, and so does generation.
+the autocast dtype, the residual stream and all norms in the stream's own (fp32 under autocast), as in transformers. Generation has
+a forward of its own, in which query, key and value, and gate and up, are one product each, over weights that lie side by side.
+Layers with adapters, hooks in between or another shape keep transformers' forward.
 
 Axes: T tokens, D model width, H query heads, G key/value heads, K head width, I width of the feed-forward part.
 """
@@ -39,9 +40,14 @@ def install(trunk: nn.Module) -> int:
 def _lean(kind: Any) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = kwargs.get(PLAN_ARGUMENT)
-        if args or not isinstance(plan, TreePlan) or plan.on_key_value is not None or not _is_plain(self):
+        known = plan is not None and (not isinstance(plan, TreePlan) or plan.on_key_value is None)
+        if args or not known or not _is_plain(self):
             return kind.forward(self, hidden_states, *args, **kwargs)
-        return _forward(self, hidden_states[0], plan, *kwargs["position_embeddings"])[None]
+        if isinstance(plan, TreePlan):
+            return _forward(self, hidden_states[0], plan, *kwargs["position_embeddings"])[None]
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
+            return kind.forward(self, hidden_states, *args, **kwargs)
+        return _generate(self, hidden_states[0], plan, *kwargs["position_embeddings"])[None]
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
@@ -65,17 +71,80 @@ def _forward(layer: Any, x_TD: Tensor, plan: TreePlan, cos: Tensor, sin: Tensor)
             x_TD, first.weight, first.variance_epsilon, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias,
             cos[0], sin[0], attention.head_dim, dtype,
         )  # fmt: skip
-        window = getattr(attention, "sliding_window", None)
-        if window is None and isinstance(layer, MistralDecoderLayer):
-            window = attention.config.sliding_window
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        mixed = plan.attend(attention.layer_idx, query, key, value, attention.scaling, window)
+        mixed = plan.attend(attention.layer_idx, query, key, value, attention.scaling, window=_window(layer))
         o, gate, up, down = attention.o_proj, feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj
         out: Tensor = _After.apply(
             x_TD, mixed.flatten(1), o.weight, o.bias, second.weight, second.variance_epsilon,
             gate.weight, up.weight, gate.bias, up.bias, down.weight, down.bias, dtype,
         )  # fmt: skip
     return out
+
+
+def _window(layer: Any) -> int | None:
+    window: int | None = getattr(layer.self_attn, "sliding_window", None)
+    if window is None and isinstance(layer, MistralDecoderLayer):
+        window = layer.self_attn.config.sliding_window
+    return window
+
+
+# -- generation -----------------------------------------------------------------------------------------------------------
+
+
+def _generate(layer: Any, x_TD: Tensor, plan: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    """A layer without gradients."""
+    attention, feed_forward = layer.self_attn, layer.mlp
+    dtype, width = x_TD.dtype, attention.head_dim
+    normed, _ = _norm(x_TD, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon, dtype)
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    rows = torch.nn.functional.linear(normed, *_side_by_side([q, k, v])).view(len(x_TD), -1, width)
+    heads, groups = q.out_features // width, k.out_features // width
+    turned = _rotate(rows[:, : heads + groups], cos[0], sin[0]).transpose(0, 1)
+    value = rows[:, heads + groups :].transpose(0, 1)
+    mixed = plan.attend(
+        attention.layer_idx, turned[:heads], turned[heads:], value, attention.scaling, window=_window(layer)
+    )
+    middle = attention.o_proj(mixed.flatten(1).to(dtype)).add_(x_TD)
+    second = layer.post_attention_layernorm
+    normed, _ = _norm(middle, second.weight, second.variance_epsilon, dtype)
+    inner = feed_forward.gate_proj.out_features
+    both = torch.nn.functional.linear(normed, *_side_by_side([feed_forward.gate_proj, feed_forward.up_proj]))
+    active = torch.nn.functional.silu(both[:, :inner]).mul_(both[:, inner:])
+    out: Tensor = feed_forward.down_proj(active).add_(middle)
+    return out
+
+
+def _side_by_side(parts: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of several linear layers as one; the layers' own become views of them, so nothing is held twice.
+
+    Whoever gives a layer other memory (`.to(device)`) finds them laid side by side again at the next call.
+    """
+    weight = _view_of([p.weight for p in parts])
+    biases = [p.bias for p in parts]
+    if all(b is None for b in biases):
+        return weight, None
+    if all(b is not None for b in biases):
+        return weight, _view_of(biases)
+    return weight, torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in parts])
+
+
+def _view_of(parts: list[Tensor]) -> Tensor:
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous():
+            break
+        end += part.numel() * part.element_size()
+    else:
+        if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() >= end:
+            return first.as_strided((sum(len(p) for p in parts), *first.shape[1:]), first.stride())
+    with torch.inference_mode(False):  # the layers may be trained later
+        joined = torch.cat([p.detach() for p in parts])
+        for part, own in zip(parts, joined.split([len(p) for p in parts]), strict=True):
+            part.data = own
+    return joined
+
+
+# -- training -------------------------------------------------------------------------------------------------------------
 
 
 class _Before(torch.autograd.Function):
