@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from danlu.config import KINDS, Source, StageSettings, TrainSettings
+from danlu.config import KINDS
 from danlu.data.formats.base import Format
 from danlu.data.formats.registry import FORMATS, REFUSED
 from danlu.data.kinds import SERVED_BY
 from danlu.data.rows_out import row_of
+from danlu.train_config import Source, StageSettings, TrainSettings
 from danlu.types import Origin, RecordKind
 
 DOCS = Path(__file__).parent

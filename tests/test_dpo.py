@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from danlu.config import DpoSettings
+from danlu.alignment_config import DpoSettings
 from danlu.losses.dpo import sigmoid
 from danlu.losses.reduce import sum_by_node
 from danlu.models.roles import SeparateModels

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tiny
 
-from danlu.config import QuantizeSettings, RewardSettings, SftSettings
+from danlu.alignment_config import RewardSettings
+from danlu.config import QuantizeSettings, SftSettings
 from danlu.parsing import parse
 from danlu.pipeline import gates
 from danlu.pipeline.stages import run_sft

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from danlu.config import DpoSettings, GrpoSettings
+from danlu.alignment_config import DpoSettings, GrpoSettings
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.losses.grpo import clipped_with_kl, group_advantages
 from danlu.models.load import load_model, save_model

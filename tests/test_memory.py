@@ -13,8 +13,9 @@ import pytest
 import tiny
 import torch
 
+from danlu.alignment_config import PpoSettings
 from danlu.cli.main import run
-from danlu.config import PpoSettings, SftSettings
+from danlu.config import SftSettings
 from danlu.training import checkpoint, memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of other systems differ")

@@ -16,7 +16,7 @@ import tiny
 import torch
 
 from danlu.cli.main import run
-from danlu.config import Defence
+from danlu.train_config import Defence
 from danlu.trainers import sft
 from danlu.training.monitor import Monitor, robust_z
 from danlu.training.step import language_loss

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from danlu.config import RewardSettings
+from danlu.alignment_config import RewardSettings
 from danlu.data.collate import Trees, encode_comparisons, encode_rankings
 from danlu.losses.preference import kwise, pairwise
 from danlu.parsing import parse

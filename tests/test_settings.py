@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from danlu import config
+from danlu import alignment_config, config, train_config
 from danlu.cli.options import given_values, options_of
-from danlu.config import KINDS, Settings, SftSettings
+from danlu.config import KINDS, SftSettings
 from danlu.exceptions import SettingsError
 from danlu.parsing import parse
+from danlu.train_config import Settings
 
 STAGE = "out seed"
 TRAIN = (
@@ -50,7 +51,8 @@ FROZEN = {
 
 
 def classes() -> dict[str, type[Settings]]:
-    found = {n: c for n, c in vars(config).items() if isinstance(c, type) and issubclass(c, Settings)}
+    everything = vars(train_config) | vars(alignment_config) | vars(config)
+    found = {n: c for n, c in everything.items() if isinstance(c, type) and issubclass(c, Settings)}
     return {n: c for n, c in found.items() if c is not Settings}
 
 

@@ -11,8 +11,9 @@ import pytest
 import tiny
 from rows import a, u, write
 
+from danlu.alignment_config import RewardSettings
 from danlu.cli.options import given_values
-from danlu.config import KINDS, RewardSettings, SftSettings, Source, Sources, as_list
+from danlu.config import KINDS, SftSettings
 from danlu.data.formats.containers import RawRow, raw_rows
 from danlu.data.hub import hub_rows
 from danlu.data.problems import RowError
@@ -22,6 +23,7 @@ from danlu.exceptions import DataError, RunError, SettingsError, UsageError
 from danlu.parsing import parse
 from danlu.pipeline.recipe import load_recipe
 from danlu.pipeline.run import Hashes, _inputs, _refuse_missing_files, _with_origins, placed, stage_key
+from danlu.train_config import Source, Sources, as_list
 from danlu.training.setup import records_of
 from danlu.training.templates import template_facts, template_of
 from danlu.types import Comparison, Document, Record

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from danlu.cli.main import run
-from danlu.config import Source
 from danlu.data.corpus import stream_texts
 from danlu.exceptions import DataError, ModelError, SettingsError
 from danlu.text import sentencepiece as sp
@@ -27,6 +26,7 @@ from danlu.text.sample import pieces, sample
 from danlu.text.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from danlu.text.tokenizer_files import has_tokenizer, open_tokenizer
 from danlu.text.word_pieces import byte_alphabet
+from danlu.train_config import Source
 
 TEXT = ["the furnace is hot\nand the coals glow 1234\n\n    indented", "今天天气很好，我们去公园。\n第二行"] * 30
 MODEL_TYPES = ("bpe", "sentencepiece", "sentencepiece-bpe")

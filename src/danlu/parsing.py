@@ -8,8 +8,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from danlu.config import Settings
 from danlu.exceptions import SettingsError
+from danlu.train_config import Settings
 
 S = TypeVar("S", bound=Settings)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from danlu.config import Pairs
 from danlu.data.formats.base import RowDropped
 from danlu.data.formats.registry import detect
 from danlu.data.kinds import as_kind, kind_of, serves
@@ -25,6 +24,7 @@ from danlu.data.written import (
     sharegpt_row,
     trl_row,
 )
+from danlu.train_config import Pairs
 from danlu.types import Comparison, Conversation, Message, Ranking, Record, RecordKind, Unpaired
 
 

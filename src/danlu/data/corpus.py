@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from danlu.config import Source, Sources, as_list
 from danlu.data import contents
 from danlu.data.problems import Problem
 from danlu.data.read import ReadOptions, scan
 from danlu.data.sources import options_of
+from danlu.train_config import Source, Sources, as_list
 from danlu.types import Origin, Record
 
 

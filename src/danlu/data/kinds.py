@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from itertools import combinations, pairwise
 from typing import Final, cast
 
-from danlu.config import Pairs
 from danlu.data.formats.base import RowDropped
 from danlu.data.formats.turns import before_answer, is_blank
 from danlu.data.problems import RowError
+from danlu.train_config import Pairs
 from danlu.types import Comparison, Conversation, Message, Origin, Prompt, Ranking, Record, RecordKind, Unpaired
 
 SERVED_BY: Final[dict[RecordKind, frozenset[RecordKind]]] = {

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from danlu.config import Pairs
 from danlu.data.columns import format_of, map_columns, naming_columns
 from danlu.data.files import find_files, is_hub
 from danlu.data.formats import plain_text
@@ -22,6 +21,7 @@ from danlu.data.kinds import as_kind, pool_singles, serves, wrong_kind
 from danlu.data.licences import commercial_use
 from danlu.data.problems import FILE_WIDE, Collected, Problem, RowError, problem_of
 from danlu.exceptions import DataError
+from danlu.train_config import Pairs
 from danlu.types import Conversation, Document, Message, Origin, Record, RecordKind
 
 Paths = str | Path | Sequence[str | Path]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from danlu.config import Pairs, Source, Sources, as_list
 from danlu.data.files import find_files, is_hub
 from danlu.data.read import Dataset, ReadOptions, read
 from danlu.exceptions import DataError
+from danlu.train_config import Pairs, Source, Sources, as_list
 from danlu.types import Record, RecordKind
 
 

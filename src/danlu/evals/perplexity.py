@@ -7,13 +7,13 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from danlu.config import Sources
 from danlu.data.collate import Trees, encode_conversations, encode_documents
 from danlu.data.sources import read_sources
 from danlu.exceptions import DataError
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.text.chat_template import ChatTemplate
+from danlu.train_config import Sources
 from danlu.training.compute import Compute
 from danlu.training.step import heldout_loss
 

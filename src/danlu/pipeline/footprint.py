@@ -16,11 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from danlu.config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, Starter, TrainSettings
+from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.config import Starter
 from danlu.losses.logprobs import CHUNK_ENTRIES
 from danlu.models.load import starter_config
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
+from danlu.train_config import TrainSettings
 from danlu.training.compute import Compute
 from danlu.training.step import language_loss
 from danlu.tree import TreeBatch, conversation, forest

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from danlu.config import QuantizeSettings, RewardSettings
+from danlu.alignment_config import RewardSettings
+from danlu.config import QuantizeSettings
 from danlu.text.chat_template import ChatTemplate
 from danlu.types import Conversation
 

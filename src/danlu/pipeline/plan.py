@@ -9,18 +9,8 @@ from typing import Any
 
 import torch
 
-from danlu.config import (
-    DpoSettings,
-    EvalSettings,
-    GrpoSettings,
-    PpoSettings,
-    PretrainSettings,
-    QuantizeSettings,
-    RewardSettings,
-    StageSettings,
-    TrainSettings,
-    as_list,
-)
+from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError
 from danlu.pipeline.footprint import (
@@ -33,6 +23,7 @@ from danlu.pipeline.footprint import (
 )
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.run import TOWN
+from danlu.train_config import StageSettings, TrainSettings, as_list
 
 BYTES_PER_TOKEN = 3.5  # of a small vocabulary over English; Chinese is near 3
 GZIP = 3.0

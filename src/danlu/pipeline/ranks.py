@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from danlu.config import StageSettings, TrainSettings
 from danlu.exceptions import PeerLost
 from danlu.pipeline.stages import STAGES, Outcome
+from danlu.train_config import StageSettings, TrainSettings
 from danlu.training import distributed
 from danlu.training.launch import Crew, resolve_count
 from danlu.training.peak import peak_memory_mb, reset_peak_memory

@@ -22,9 +22,10 @@ from typing import Any
 
 import yaml
 
-from danlu.config import KINDS, POLICY_KINDS, StageSettings
+from danlu.config import KINDS, POLICY_KINDS
 from danlu.exceptions import SettingsError, UsageError
 from danlu.parsing import parse
+from danlu.train_config import StageSettings
 
 TOP = ("description", "seed", "model", "processes", "strategy", "stages")
 

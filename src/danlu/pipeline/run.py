@@ -24,7 +24,6 @@ import yaml
 
 import danlu
 from danlu import atomic
-from danlu.config import Source, StageSettings, as_list
 from danlu.data.files import is_hub
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
@@ -32,6 +31,7 @@ from danlu.pipeline.ranks import Runner
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.stages import STAGES
 from danlu.synth.town.write import TOWN_FILES, write_town
+from danlu.train_config import Source, StageSettings, as_list
 from danlu.training import checkpoint, memory
 from danlu.training.runs import MANIFEST, RECIPE, resolve_model
 

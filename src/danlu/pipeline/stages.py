@@ -11,22 +11,8 @@ from typing import Any, TypeVar
 
 import danlu
 from danlu import atomic
-from danlu.config import (
-    DpoSettings,
-    EvalSettings,
-    GrpoSettings,
-    PpoSettings,
-    PretrainSettings,
-    QuantizeSettings,
-    RewardSettings,
-    SftSettings,
-    Source,
-    Sources,
-    StageSettings,
-    TokenizerSettings,
-    TrainSettings,
-    as_list,
-)
+from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings, SftSettings, TokenizerSettings
 from danlu.data.corpus import stream_texts
 from danlu.data.problems import Collected
 from danlu.data.sources import read_sources
@@ -42,6 +28,7 @@ from danlu.synth.compare import collect
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import load_tokenizer, train_tokenizer
+from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
 from danlu.trainers import dpo, grpo, ppo, pretrain, reward_model, sft
 from danlu.training import distributed
 from danlu.training.progress import Bar

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
+from danlu.alignment_config import Collect
 from danlu.assistant import Assistant
-from danlu.config import Collect
 from danlu.evals.generation import answer
 from danlu.synth.annotator import compare
 from danlu.training import distributed

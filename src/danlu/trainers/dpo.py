@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from danlu.config import DpoSettings
+from danlu.alignment_config import DpoSettings
 from danlu.data.collate import Trees, encode_comparisons, require_items
 from danlu.data.packing import Plan
 from danlu.losses.dpo import sigmoid

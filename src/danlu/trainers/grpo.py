@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from danlu.config import GrpoSettings
+from danlu.alignment_config import GrpoSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.data.packing import micro_batches
 from danlu.exceptions import DataError, SettingsError

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from danlu.config import PpoSettings
+from danlu.alignment_config import PpoSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.data.packing import micro_batches
 from danlu.exceptions import SettingsError

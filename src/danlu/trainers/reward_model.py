@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.config import RewardSettings
+from danlu.alignment_config import RewardSettings
 from danlu.data.collate import Trees, encode_comparisons, encode_rankings, require_items
 from danlu.losses.preference import kwise, pairwise
 from danlu.models.heads import head_of

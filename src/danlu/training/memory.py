@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 
 from danlu import atomic
-from danlu.config import GrpoSettings, PpoSettings, TrainSettings
+from danlu.alignment_config import GrpoSettings, PpoSettings
 from danlu.exceptions import DanluError, TrainingError
+from danlu.train_config import TrainSettings
 from danlu.training import distributed
 
 CHOICE = "micro_tokens.json"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from danlu.config import Defence
+from danlu.train_config import Defence
 
 # Scale of a spike: standard deviation of a normal distribution from its median absolute deviation, and the least deviation that
 # counts, as a share of a loss and in units of a log gradient norm. Else a loss that is flat would make every wiggle a spike.

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from danlu.config import TrainSettings
 from danlu.exceptions import SettingsError
+from danlu.train_config import TrainSettings
 from danlu.training.adamw8bit import AdamW8bit
 from danlu.training.adamw_offload import AdamWOffload
 

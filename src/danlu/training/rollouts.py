@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.config import GrpoSettings, PpoSettings
+from danlu.alignment_config import GrpoSettings, PpoSettings
 from danlu.data.collate import EncodedPrompt, encode_prompts
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.generation.protocol import Engine, SamplingParams

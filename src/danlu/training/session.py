@@ -16,10 +16,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from danlu.config import Best, TrainSettings
 from danlu.exceptions import Interrupted, TrainingError
 from danlu.generation.seeds import mix_seed
 from danlu.models.recompute import recompute_layers
+from danlu.train_config import Best, TrainSettings
 from danlu.training import checkpoint, distributed, memory
 from danlu.training.monitor import Monitor
 from danlu.training.optim import rate_factor

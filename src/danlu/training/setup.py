@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from danlu.config import Sources, TrainSettings
 from danlu.data.packing import Lengths, Plan, plan_steps
 from danlu.data.read import Dataset
 from danlu.data.sources import read_sources
@@ -17,6 +16,7 @@ from danlu.generation.seeds import mix_seed
 from danlu.models.load import load_model
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RoleName
+from danlu.train_config import Sources, TrainSettings
 from danlu.training import distributed
 from danlu.training.runs import resolve_model
 from danlu.types import Record, RecordKind

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from danlu.config import TrainSettings
 from danlu.models.root import RoleName, RootModel, TrunkOutput
+from danlu.train_config import TrainSettings
 from danlu.training import distributed
 from danlu.training.compute import Compute
 from danlu.tree import Node, TreeBatch

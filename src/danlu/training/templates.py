@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from danlu.config import TrainSettings
 from danlu.exceptions import ModelError
 from danlu.models.places import resolve
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import load_tokenizer
+from danlu.train_config import TrainSettings
 from danlu.training import distributed
 from danlu.training.runs import resolve_model
 

@@ -1,0 +1,224 @@
+"""Frozen, typed settings: what all stages and what all training stages have; `parsing.py` makes settings from plain values.
+
+The command line's flags, a recipe's keys and these fields are the same names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Pairs = Literal["best-worst", "all", "adjacent"]
+"""Which comparisons a ranking gives: the best against the worst answer, all pairs, or neighbours in order of score."""
+
+
+class Settings(BaseModel):
+    """Base: immutable, no unknown keys, defaults are checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class Source(Settings):
+    """Data with something to say about it, in place of a bare path."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    path: str = Field(min_length=1, description="file, folder, glob or hf:owner/name[:split]")
+    weight: float = Field(1.0, gt=0, description="how often its records count: 2 is twice, 0.5 a seeded half of them")
+    format: str | None = Field(None, alias="as", description="a format's name, in place of recognising it")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="danlu's field to the table's column, as prompt: content"
+    )
+    source_prefix: str = Field("", description="put before every prompt")
+    licence: str = Field("", description="of the data, where its rows do not say")
+
+
+def _source_shape(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<path>"
+    if isinstance(value, (dict, Source)):
+        return "<source>"
+    return "<list>" if isinstance(value, (list, tuple)) else None
+
+
+def _one_of(what: str) -> Discriminator:
+    return Discriminator(_source_shape, custom_error_type="source", custom_error_message=f"expected {what}")
+
+
+_Path = Annotated[str, Tag("<path>")]
+_Described = Annotated[Source, Tag("<source>")]
+_One = Annotated[_Path | _Described, _one_of("a path, or an object with a path")]
+Sources = Annotated[
+    _Path | _Described | Annotated[list[_One], Tag("<list>")],
+    _one_of("a path, an object with a path, or a list of these"),
+]
+"""What `data:` takes: a path, an object with a path, or a list of these."""
+
+
+def as_list(sources: Sources) -> list[Source]:
+    """Every source as an object; an empty path is left out."""
+    given = sources if isinstance(sources, list) else [sources]
+    return [Source(path=one) if isinstance(one, str) else one for one in given if one != ""]
+
+
+class EarlyStopping(Settings):
+    """Stop when a held-out metric no longer gets better."""
+
+    monitor: str = Field("eval_loss", description="metric of the held-out evaluation to watch")
+    mode: Literal["min", "max"] = Field("min", description="whether smaller or larger is better")
+    patience: int = Field(3, ge=1, description="evaluations without a better value before stopping")
+
+
+class Best(Settings):
+    """Keep the weights that were best on a held-out metric."""
+
+    monitor: str = Field(
+        "eval_loss", description="metric to watch, of the held-out evaluation or of the step before it"
+    )
+    mode: Literal["min", "max"] = Field("min", description="whether smaller or larger is better")
+    keep: int = Field(1, ge=1, description="how many of the best are kept")
+    restore: bool = Field(True, description="the stage ends with the best weights, not the last ones")
+
+
+class Defence(Settings):
+    """What training does about steps that go wrong: a loss or gradient that is no number, a loss spike, a gradient blow-up.
+
+    The update of such a step is not made and its batch is skipped, so weights and optimizer stay as they were; the rate is
+    lowered for a while. Several in a row: back to the last checkpoint.
+    """
+
+    on: bool = Field(True, description="false: train on, and stop at the first number that is none")
+    spike_z: float = Field(
+        20.0,
+        gt=0,
+        description="a loss (or log gradient norm) so many robust standard deviations above its running median is a spike; "
+        "healthy runs stay below 13",
+    )
+    window: int = Field(
+        64, ge=4, description="updates that median and deviation are taken over; judged from a quarter of it on"
+    )
+    patience: int = Field(3, ge=1, description="bad steps in a row before going back to the last checkpoint")
+    cooldown_steps: int = Field(50, ge=0, description="steps at a lowered rate after a bad one")
+    cooldown_rate: float = Field(
+        0.5, gt=0, le=1, description="what the rate is multiplied by then; once more for each return to a checkpoint"
+    )
+    max_skipped: int = Field(20, ge=0, description="skipped batches before giving up")
+    max_rollbacks: int = Field(3, ge=0, description="returns to a checkpoint before giving up")
+
+
+class Lora(Settings):
+    """Low-rank adapters (Hu et al. 2021); read when `adapter: lora`."""
+
+    r: int = Field(8, ge=1, description="rank")
+    alpha: float = Field(16.0, gt=0, description="scale: the update is alpha / r times B A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target: str | list[str] = Field("all-linear", description="modules that get an adapter")
+
+
+class StageSettings(Settings):
+    """What every stage has."""
+
+    out: str = Field("", description="folder the stage writes into")
+    seed: int = Field(0, ge=0, description="every random number is a function of (seed, stage, step, sample)")
+
+
+class TrainSettings(StageSettings):
+    """What every training stage has."""
+
+    model: str = Field("", description="folder, run or hub id to start from")
+    data: Sources = Field("", description="file, folder, glob or hf:owner/name[:split]; a list of them; or objects")
+    eval_data: Sources | None = Field(None, description="held-out data; none: a share of `data` is held out")
+    eval_fraction: float = Field(
+        0.02, ge=0, lt=1, description="share of `data` held out (by hash of the prompt) if no eval_data"
+    )
+    skip_bad: bool = Field(False, description="leave out faulty rows (counted in the manifest) instead of stopping")
+    max_records: int | None = Field(
+        None, ge=1, description="use only so many records (the first after a seeded shuffle)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute dtype; auto: measured once, then kept; float16 only on cards that have no bfloat16"
+    )
+    adapter: Literal["full", "lora"] = Field("full", description="train all weights, or LoRA adapters")
+    lora: Lora = Field(default_factory=lambda: Lora())
+    processes: int | Literal["auto"] = Field(
+        1,
+        description="processes of this machine that share the work; auto: one for each GPU, or for each core up to four; "
+        "under torchrun: as many as it started",
+    )
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        "ddp", description="with several processes: each holds the whole model, or its share of it (FSDP2)"
+    )
+    template: str | None = Field(None, description="a chat template that danlu ships, in place of the tokenizer's own")
+    max_length: int = Field(
+        512,
+        ge=8,
+        description="tokens of one conversation: its oldest exchanges are dropped until it fits, or all of it; both are counted",
+    )
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="tokens of a prompt at most (comparisons, prompts of RL)"
+    )
+    max_answer_tokens: int | None = Field(None, ge=1, description="tokens of one answer at most")
+    overlength: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what happens to what exceeds a limit: prompts of RL lose their left end when truncated"
+    )
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    tokens_per_step: int = Field(2048, ge=8, description="tokens of an optimizer step, accumulated from micro-batches")
+    micro_tokens: int = Field(2048, ge=8, description="tokens that are in memory at once")
+    optimizer: Literal["adamw", "adamw8bit", "adamw_offload"] = Field(
+        "adamw",
+        description="AdamW; adamw8bit keeps its averages in 8 bits, adamw_offload keeps them in the CPU's memory",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep only each layer's input for the backward pass and compute the rest again: slower, smaller",
+    )
+    on_oom: Literal["stop", "halve"] = Field(
+        "stop", description="when memory runs out: stop and say what to change, or halve micro_tokens and go on"
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="peak rate of AdamW")
+    schedule: Schedule = Field("cosine", description="rate after the warm-up; wsd: constant, then a short decay")
+    warmup: float = Field(0.03, ge=0, description="below 1 a share of the steps, else a number of steps")
+    decay: float = Field(
+        0.1,
+        ge=0,
+        description="wsd: its last part, in which the rate falls; below 1 a share of the steps, else a number of them",
+    )
+    min_rate: float | None = Field(
+        None, ge=0, le=1, description="share of the peak rate at the end; none: 0.1 for cosine, 0 for linear and wsd"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl")
+    eval_every: int = Field(100, ge=1, description="steps between held-out evaluations")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints to keep")
+    checkpoint_best: Best | None = Field(None, description="keep the weights that were best on a metric")
+    early_stopping: EarlyStopping | None = Field(None, description="stop when a held-out metric stops improving")
+    defence: Defence = Field(default_factory=lambda: Defence())
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="where metrics go beside metrics.jsonl"
+    )
+
+    @field_validator("processes", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        if value != "auto" and not (str(value).isdecimal() and int(value) > 0):
+            raise ValueError("expected a number from 1 on, or auto")
+        return value if value == "auto" else int(value)
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """`report_to: tensorboard, wandb` means the list."""
+        return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _budget(self) -> TrainSettings:
+        if self.micro_tokens < self.max_length:
+            raise ValueError(
+                f"micro_tokens ({self.micro_tokens}) must hold one conversation of max_length ({self.max_length})"
+            )
+        return self
