@@ -60,9 +60,26 @@ def test_reward_model(accuracy: float, correlation: float, passed: bool) -> None
     assert (gate.code, gate.passed, gate.value, gate.threshold) == ("G-RM", passed, accuracy, 0.6)
 
 
-def test_a_reward_model_that_was_not_evaluated_does_not_pass() -> None:
-    (gate,) = gates.reward_model({}, RewardSettings())
-    assert not gate.passed
+@pytest.mark.parametrize(("auc", "passed"), [(0.6, True), (0.59, False)])
+def test_reward_model_of_labels(auc: float, passed: bool) -> None:
+    """Most answers being liked, a model that likes everything has a high accuracy, but ranks no better than a coin."""
+    metrics = {"eval_accuracy": 0.9, "eval_auc": auc, "eval_auc_low": 0.55, "eval_auc_high": 0.65}
+    (gate,) = gates.reward_model(metrics, RewardSettings(loss="unpaired"))
+    assert (gate.code, gate.passed, gate.value) == ("G-RM", passed, auc)
+    assert "(95% interval 55.0% to 65.0%)" in gate.sentence
+
+
+@pytest.mark.parametrize(
+    ("loss", "metrics", "said"),
+    [
+        ("pairwise", {}, "no held-out pairs"),
+        ("pointwise", {"eval_loss": 1.0}, "no held-out pairs"),
+        ("unpaired", {"eval_accuracy": 1.0}, "no held-out answers of both labels"),
+    ],
+)
+def test_a_reward_model_that_was_not_evaluated_does_not_pass(loss: Any, metrics: dict[str, float], said: str) -> None:
+    (gate,) = gates.reward_model(metrics, RewardSettings(loss=loss))
+    assert not gate.passed and said in gate.sentence
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,15 @@ FROZEN = {
     "SftSettings": f"{STAGE} {TRAIN}",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
     "EngineSettings": "slots cache_gib speculate guesses",
-    "RewardSettings": f"{STAGE} {TRAIN} loss pairs margin centring collect min_accuracy max_length_correlation",
+    "RewardSettings": f"{STAGE} {TRAIN} loss level pairs margin label_smoothing centring score_range balance collect "
+    "min_accuracy max_length_correlation",
     "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta label_smoothing reference ref_bits",
     "Rollout": "batch max_new_tokens temperature",
     "Ppo": "kl_coef gamma gae_lambda clip_range value_clip_range epochs minibatches score_clip missing_stop_penalty "
     "critic_learning_rate max_kl",
-    "PpoSettings": f"{STAGE} {TRAIN} reward_model rollout ppo ref_bits",
+    "PpoSettings": f"{STAGE} {TRAIN} reward_model ensemble rollout ppo ref_bits",
     "Grpo": "group_size kl_coef clip_range loss_average epochs minibatches missing_stop_penalty max_kl",
-    "GrpoSettings": f"{STAGE} {TRAIN} method reward_model verifier verifier_weight rollout grpo ref_bits",
+    "GrpoSettings": f"{STAGE} {TRAIN} method reward_model ensemble verifier verifier_weight rollout grpo ref_bits",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
     "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
     "max_length",
@@ -133,6 +134,12 @@ def test_rules_between_options() -> None:
     error = refused("sft", max_length=512, micro_tokens=256)
     assert "micro_tokens (256)" in error.message and "max_length (512)" in error.message
     assert "needs loss: pairwise" in refused("reward", loss="kwise", margin=True).message
+    assert "level: token needs loss: pairwise" in refused("reward", loss="kwise", level="token").message
+    for name, value in (("label_smoothing", 0.1), ("centring", 0.1)):
+        assert f"{name} needs loss: pairwise or kwise" in refused("reward", loss="unpaired", **{name: value}).message
+    assert "score_range needs loss: pointwise" in refused("reward", score_range=[0, 5]).message
+    assert "lowest and highest" in refused("reward", loss="pointwise", score_range=[5, 5]).message
+    assert "pointwise needs scores" in refused("reward", loss="pointwise", collect={"prompts": "p"}).message
     assert "whole groups" in refused("grpo", rollout={"batch": 12}).message  # of 8
     assert "whole groups" in refused("grpo", rollout={"batch": 8}, grpo={"minibatches": 2}).message
     assert "multiple of heads" in refused("pretrain", starter={"hidden_size": 32, "heads": 3}).message
@@ -169,6 +176,9 @@ def test_flags_are_the_settings_names(kind: str) -> None:
         ({"lora__target": ("all-linear",)}, {"lora": {"target": "all-linear"}}),
         ({"lora__target": ("q_proj", "v_proj")}, {"lora": {"target": ["q_proj", "v_proj"]}}),
         ({"margin": False}, {"margin": False}),
+        ({"reward_model": ("a",)}, {"reward_model": "a"}),
+        ({"reward_model": ("a", "b")}, {"reward_model": ["a", "b"]}),
+        ({"score_range": (0.0, 5.0)}, {"score_range": [0.0, 5.0]}),
     ],
 )
 def test_given_values(given: dict[str, Any], nested: dict[str, Any]) -> None:

@@ -21,28 +21,65 @@ class Collect(Settings):
 
 
 class RewardSettings(TrainSettings):
-    """Reward model on comparisons or rankings (Bradley-Terry)."""
+    """Reward model on comparisons, rankings, scores or single labelled answers."""
 
-    loss: Literal["pairwise", "kwise"] = Field(
-        "pairwise", description="pairs alone, or all pairs of a ranking in one tree (InstructGPT)"
+    loss: Literal["pairwise", "kwise", "pointwise", "unpaired"] = Field(
+        "pairwise",
+        description="pairs alone; all pairs of a ranking in one tree (InstructGPT); the given score of each answer "
+        "(ChatLLaMA); or whether somebody liked an answer",
+    )
+    level: Literal["answer", "token"] = Field(
+        "answer",
+        description="pairwise: what the loss compares, the scores at the last tokens, or those of all tokens from where the "
+        "answers part (DeepSpeed-Chat)",
     )
     pairs: Pairs = Field("best-worst", description="pairwise: which of them several ranked or scored answers give")
     margin: bool = Field(
         False,
         description="use the comparisons' margins in the loss; those made of scores get the difference; pairwise only",
     )
-    centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of comparisons taken to be the wrong way round; pairwise and kwise"
+    )
+    centring: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2; pairwise and kwise")
+    score_range: list[float] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="pointwise: lowest and highest score that was given, mapped to 0 and 1 (ChatLLaMA: 0 and 5); none: as given",
+    )
+    balance: bool = Field(
+        True, description="unpaired: liked answers weigh as much as those that were not, however many there are"
+    )
     collect: Collect | None = Field(None, description="gather comparisons of the policy's own answers first")
-    min_accuracy: float = Field(0.6, ge=0, le=1, description="G-RM: held-out pair accuracy")
+    min_accuracy: float = Field(
+        0.6, ge=0, le=1, description="G-RM: held-out pair accuracy (unpaired: that of a liked against another answer)"
+    )
     max_length_correlation: float = Field(
         0.5, ge=0, le=1, description="G-RM: correlation of the score with answer length"
     )
 
     @model_validator(mode="after")
-    def _margins(self) -> RewardSettings:
-        if self.margin and self.loss == "kwise":
+    def _fits_the_loss(self) -> RewardSettings:
+        if self.margin and self.loss != "pairwise":
             raise ValueError("margin needs loss: pairwise (a ranking's answers have an order, but no margins)")
+        if self.level == "token" and self.loss != "pairwise":
+            raise ValueError(f"level: token needs loss: pairwise (found: {self.loss})")
+        for name in ("label_smoothing", "centring"):
+            if getattr(self, name) and self.loss not in ("pairwise", "kwise"):
+                raise ValueError(f"{name} needs loss: pairwise or kwise (found: {self.loss})")
+        if self.collect is not None and self.loss == "pointwise":
+            raise ValueError("collect gathers comparisons, and loss: pointwise needs scores")
+        if self.score_range is not None:
+            if self.loss != "pointwise":
+                raise ValueError(f"score_range needs loss: pointwise (found: {self.loss})")
+            if self.score_range[0] >= self.score_range[1]:
+                raise ValueError(f"score_range is lowest and highest score (found: {self.score_range})")
         return self
+
+
+Ensemble = Literal["mean", "min", "mean-std"]
+"""What becomes of the scores of several reward models: their mean, the lowest, or the mean less the standard deviation."""
 
 
 class DpoSettings(TrainSettings):
@@ -96,7 +133,8 @@ class Ppo(Settings):
 class PpoSettings(TrainSettings):
     """Proximal policy optimisation against a reward model; `max_steps` counts iterations."""
 
-    reward_model: str = Field("", description="folder or stage of the reward model")
+    reward_model: str | list[str] = Field("", description="folder or stage of the reward model; or of several")
+    ensemble: Ensemble = Field("mean", description="several reward models: what becomes of their scores")
     rollout: Rollout = Field(default_factory=lambda: Rollout())
     ppo: Ppo = Field(default_factory=lambda: Ppo())
     ref_bits: Literal[8, 32] = Field(
@@ -127,7 +165,10 @@ class GrpoSettings(TrainSettings):
     """Group-relative policy optimisation against a reward model or a verifier; `max_steps` counts iterations."""
 
     method: Literal["grpo"] = Field("grpo", description="grpo: the plain form (Shao et al. 2024)")
-    reward_model: str = Field("", description="folder or stage of the reward model; none: the verifier alone")
+    reward_model: str | list[str] = Field(
+        "", description="folder or stage of the reward model, or of several; none: the verifier alone"
+    )
+    ensemble: Ensemble = Field("mean", description="several reward models: what becomes of their scores")
     verifier: Literal["auto", "number", "exact", "none"] = Field(
         "auto", description="how an answer is held against its prompt's reference; auto: as the reference says"
     )

@@ -63,6 +63,11 @@ def as_list(sources: Sources) -> list[Source]:
     return [Source(path=one) if isinstance(one, str) else one for one in given if one != ""]
 
 
+def as_models(named: str | list[str]) -> list[str]:
+    """One model or several as a list; an empty name is left out."""
+    return [name for name in ([named] if isinstance(named, str) else named) if name]
+
+
 class EarlyStopping(Settings):
     """Stop when a held-out metric no longer gets better."""
 

@@ -13,7 +13,9 @@ from pydantic.fields import FieldInfo
 from danlu.exceptions import UsageError
 
 SOURCES = ("data", "eval_data", "questions", "prompts")
-SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target")
+SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target", "reward_model")
+# Given once it is the thing itself, not a list of one.
+ALONE = ("data", "eval_data", "questions", "lora__target", "reward_model")
 
 
 def options_of(cls: type[BaseModel], prefix: str = "") -> list[click.Option]:
@@ -74,7 +76,7 @@ def given_values(arguments: dict[str, Any]) -> dict[str, Any]:
         plain = list(value) if isinstance(value, tuple) else value
         if key.rpartition("__")[2] in SOURCES:
             plain = [_source(one) for one in plain] if isinstance(plain, list) else _source(plain)
-        if isinstance(plain, list) and len(plain) == 1 and key in ("data", "eval_data", "questions", "lora__target"):
+        if isinstance(plain, list) and len(plain) == 1 and key in ALONE:
             plain = plain[0]
         target = values
         *groups, last = key.split("__")

@@ -164,11 +164,29 @@ def _show(described: Mapping[str, Any], folder: Path) -> None:
     if gates:
         people.print()
         _show_gates(gates)
+    for stage in described["stages"]:
+        _show_reward_report(stage)
     people.print()
     if described["table"]:
         people.print(results_table(described))
     else:
         people.print("No results yet.", style="dim")
+
+
+def _show_reward_report(stage: Mapping[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from danlu.pipeline.reward_page import figures
+
+    told = figures(stage.get("reward_report") or {})
+    if not told:
+        return
+    people.print()
+    table = Table(stage["name"], "", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for label, value in told:
+        table.add_row(Text(label), Text(value))
+    people.print(table)
 
 
 def _show_gates(gates: Sequence[tuple[Mapping[str, Any], str]]) -> None:

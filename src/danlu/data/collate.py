@@ -16,7 +16,7 @@ from danlu.exceptions import DataError
 from danlu.text.chat_template import ChatTemplate, Encoded
 from danlu.text.tokenizer import document_windows
 from danlu.tree import Node, TreeBatch, branches, conversation, forest
-from danlu.types import Comparison, Conversation, Document, Message, Prompt, Ranking
+from danlu.types import Comparison, Conversation, Document, Message, Prompt, Ranking, Unpaired
 
 # Records that go through the tokenizer in one call.
 TOGETHER = 256
@@ -192,6 +192,54 @@ def _add_ranking(trees: Trees, record: Ranking, fitted: FittedAnswers | str, tem
         return
     trees.answers_with_stop += sum(a[-1] in template.stop_ids for a in best)
     trees._add(branches(ids, [list(a) for a in best], [ranks[score] for score in best.values()]))
+
+
+def encode_scored(records: Iterable[Ranking], template: ChatTemplate, max_length: int | Limits) -> Trees:
+    """Scored answers as prompt -> {answer} * K, K >= 1, each answer with its stop token.
+
+    The loss weight of an answer's tokens is its score as it was given (in fp32 once it is in a batch), 0 and below included.
+
+    Raises:
+        DataError: something is longer than its limit and `overlength` is "error".
+    """
+    return _encode_targets(((r, r.responses, r.scores) for r in records), template, max_length)
+
+
+def encode_unpaired(records: Iterable[Unpaired], template: ChatTemplate, max_length: int | Limits) -> Trees:
+    """Labelled answers as prompt -> {answer}, each answer with its stop token.
+
+    The loss weight of an answer's tokens is its label: 1 for a liked answer, 0 for one that was not.
+
+    Raises:
+        DataError: something is longer than its limit and `overlength` is "error".
+    """
+    return _encode_targets(((r, [r.completion], [float(r.label)]) for r in records), template, max_length)
+
+
+def _encode_targets(
+    records: Iterable[tuple[Ranking | Unpaired, list[list[Message]], list[float]]],
+    template: ChatTemplate,
+    max_length: int | Limits,
+) -> Trees:
+    trees, limits = Trees(), Limits.of(max_length)
+    for part in batched(records, TOGETHER):
+        whole = template.encode_branches([(record.prompt, answers) for record, answers, _ in part])
+        for (record, given, targets), encoded in zip(part, whole, strict=True):
+            fitted = fit_answers(record.prompt, given, template, limits, origin=record.origin, whole=encoded)
+            trees.answers += len(given)
+            if isinstance(fitted, str):
+                trees.answers_cut += len(given)
+                trees._drop(fitted)
+                continue
+            ids, answers, cut = fitted
+            trees.answers_cut += cut
+            kept = [(a, t) for a, t in zip(answers, targets, strict=True) if a]
+            if not kept:
+                trees._drop("empty answer")
+                continue
+            trees.answers_with_stop += sum(a[-1] in template.stop_ids for a, _ in kept)
+            trees._add(branches(ids, [a for a, _ in kept], [t for _, t in kept]))
+    return trees
 
 
 @dataclass(frozen=True, slots=True)

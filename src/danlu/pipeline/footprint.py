@@ -22,7 +22,7 @@ from danlu.losses.logprobs import CHUNK_ENTRIES
 from danlu.models.load import starter_config
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
-from danlu.train_config import TrainSettings
+from danlu.train_config import TrainSettings, as_models
 from danlu.training.compute import Compute
 from danlu.training.step import language_loss
 from danlu.tree import TreeBatch, conversation, forest
@@ -267,10 +267,11 @@ def stage_memory(
 def _models(settings: TrainSettings, *, small: bool) -> tuple[float, int]:
     """(whole models in memory, how many of them learn); adapters share one base, roll-outs have weights of their own."""
     if isinstance(settings, PpoSettings):
-        return (1 + 1 + 1, 2) if small else (3 + 1 + 1, 2)
+        judges = max(len(as_models(settings.reward_model)), 1)
+        return (1 + 1 + judges, 2) if small else (3 + 1 + judges, 2)
     if isinstance(settings, GrpoSettings):
-        judge = bool(settings.reward_model)
-        return (1 + 1 + judge, 1) if small else (1 + settings.ref_bits / 32 + 1 + judge, 1)
+        judges = len(as_models(settings.reward_model))
+        return (1 + 1 + judges, 1) if small else (1 + settings.ref_bits / 32 + 1 + judges, 1)
     if isinstance(settings, DpoSettings) and settings.reference == "online" and not small:
         return 1 + settings.ref_bits / 32, 1
     return 1, 1

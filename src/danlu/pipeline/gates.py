@@ -71,27 +71,28 @@ def render(training: ChatTemplate, serving: ChatTemplate, records: Sequence[Conv
 
 
 def reward_model(metrics: Mapping[str, float], settings: RewardSettings) -> list[Gate]:
-    """G-RM: held-out pair accuracy, and correlation of the score with answer length."""
-    if "eval_accuracy" not in metrics:
+    """G-RM: held-out pair accuracy, and correlation of the score with answer length.
+
+    Without pairs (`loss: unpaired`) the accuracy is that of every liked against every other held-out answer: the AUC.
+    """
+    key = "eval_auc" if settings.loss == "unpaired" else "eval_accuracy"
+    if key not in metrics:
+        what, more = ("answers of both labels", "answers") if settings.loss == "unpaired" else ("pairs", "comparisons")
         sentence = (
-            "there are no held-out pairs to judge the reward model by: give --eval-data, or comparisons of more prompts"
+            f"there are no held-out {what} to judge the reward model by: give --eval-data, or {more} of more prompts"
         )
         return [Gate("G-RM", False, 0.0, settings.min_accuracy, sentence)]
-    accuracy = metrics["eval_accuracy"]
-    low, high = metrics.get("eval_accuracy_low", 0.0), metrics.get("eval_accuracy_high", 0.0)
+    accuracy = metrics[key]
+    low, high = metrics.get(f"{key}_low", 0.0), metrics.get(f"{key}_high", 0.0)
     correlation = abs(metrics.get("eval_length_correlation", 0.0))
     right = accuracy >= settings.min_accuracy
     fair = correlation < settings.max_length_correlation
-    return [
-        Gate(
-            "G-RM",
-            right and fair,
-            accuracy,
-            settings.min_accuracy,
-            f"the reward model is right on {accuracy:.1%} of held-out pairs (95% interval {low:.1%} to {high:.1%}); its score "
-            f"correlates {correlation:.2f} with answer length (limit {settings.max_length_correlation})",
-        )
-    ]
+    what = "held-out pairs of a liked and another answer (AUC)" if settings.loss == "unpaired" else "held-out pairs"
+    sentence = (
+        f"the reward model is right on {accuracy:.1%} of {what} (95% interval {low:.1%} to {high:.1%}); its score "
+        f"correlates {correlation:.2f} with answer length (limit {settings.max_length_correlation})"
+    )
+    return [Gate("G-RM", right and fair, accuracy, settings.min_accuracy, sentence)]
 
 
 def ratio(facts: Mapping[str, Any]) -> Gate:

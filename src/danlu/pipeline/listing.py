@@ -42,6 +42,11 @@ class StageView:
     def table(self) -> list[dict[str, Any]]:
         return [dict(r) for r in self.manifest.get("table") or []]
 
+    @property
+    def reward_report(self) -> dict[str, Any]:
+        """What a reward model's held-out answers say of it; empty for other stages."""
+        return dict((self.manifest.get("facts") or {}).get("reward_report") or {})
+
 
 @dataclass(frozen=True)
 class Link:
@@ -137,7 +142,8 @@ def describe(run: Path) -> dict[str, Any]:
 
     Returns:
         {"run", "seconds", "stages": [{"name", "kind", "status", "seconds", "metrics", "gates": [...]}], "table"};
-        "seconds" is the sum of the stages' own times, "table" all stages' result rows in order.
+        "seconds" is the sum of the stages' own times, "table" all stages' result rows in order. A reward stage also has
+        "reward_report", what its held-out answers say (the content of its `reward_report.json`).
 
     Raises:
         RunError: not a run.
@@ -154,6 +160,7 @@ def describe(run: Path) -> dict[str, Any]:
                 "seconds": s.seconds,
                 "metrics": dict(s.manifest.get("metrics") or {}),
                 "gates": [{k: g.get(k) for k in ("code", "passed", "value", "threshold")} for g in s.gates],
+                **({"reward_report": s.reward_report} if s.reward_report else {}),
             }
             for s in stages
         ],

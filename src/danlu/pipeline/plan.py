@@ -23,7 +23,7 @@ from danlu.pipeline.footprint import (
 )
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.run import TOWN
-from danlu.train_config import StageSettings, TrainSettings, as_list
+from danlu.train_config import StageSettings, TrainSettings, as_list, as_models
 
 BYTES_PER_TOKEN = 3.5  # of a small vocabulary over English; Chinese is near 3
 GZIP = 3.0
@@ -175,9 +175,11 @@ def _stage_tokens(settings: StageSettings) -> float:
 def _passes(settings: StageSettings) -> float:
     """Forward passes that a token's work equals; training is three (Kaplan et al. 2020: 6 N D in all)."""
     if isinstance(settings, PpoSettings):
-        return 5 + 6 * settings.ppo.epochs  # roll-out, four readings, policy and critic trained once per epoch
+        judges = max(len(as_models(settings.reward_model)), 1)
+        return 4 + judges + 6 * settings.ppo.epochs  # roll-out, readings, policy and critic trained once per epoch
     if isinstance(settings, GrpoSettings):
-        return 3 + bool(settings.reward_model) + 3 * settings.grpo.epochs  # roll-out, two readings or three, the policy
+        judges = len(as_models(settings.reward_model))
+        return 3 + judges + 3 * settings.grpo.epochs  # roll-out, two readings and the judges', the policy
     if isinstance(settings, DpoSettings):
         return 4  # the reference is read, too
     if isinstance(settings, TrainSettings):

@@ -18,6 +18,8 @@ from danlu.pipeline.hints import Hint, hints, values
 from danlu.pipeline.listing import LINKS, StageView, lineage, read_recipe, run_status, stage_views
 from danlu.pipeline.report_charts import Chart, Interval, stage_charts, whiskers
 from danlu.pipeline.report_words import duration, is_number, mean, number, size, verdict
+from danlu.pipeline.reward_page import charts as reward_charts
+from danlu.pipeline.reward_page import figures as reward_figures
 from danlu.training.tracking import read_metrics
 
 FILE_NAME: Final = "report.html"
@@ -62,6 +64,9 @@ KEY_METRICS: Final[dict[str, tuple[tuple[str, str, str], ...]]] = {
     "sft": (("eval_loss", "Held-out loss", ""), ("loss", "Training loss", "")),
     "reward": (
         ("eval_accuracy", "Held-out accuracy", "%"),
+        ("eval_auc", "Liked above others (AUC)", "%"),
+        ("eval_spearman", "Spearman's correlation", ""),
+        ("eval_r2", "R² of the scores", ""),
         ("eval_margin", "Held-out margin", ""),
         ("eval_length_correlation", "Correlation with length", ""),
         ("eval_loss", "Held-out loss", ""),
@@ -281,10 +286,12 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
             facts.append(f"time: {duration(stage.seconds)}")
         if is_number(manifest.get("peak_memory_mb")):
             facts.append(f"peak memory: {size(manifest['peak_memory_mb'] * 2**20)}")
-        metrics = manifest.get("metrics") or {}
+        metrics, judged = manifest.get("metrics") or {}, stage.reward_report
+        told = {k: v for k, v in (manifest.get("facts") or {}).items() if k != "reward_report"}
         more = [
+            ("Held-out answers", [Row(k.strip(), v) for k, v in reward_figures(judged)]),
             ("All metrics", [Row(k, number(v) if is_number(v) else str(v)) for k, v in metrics.items()]),
-            ("Facts", [Row(k, v) for k, v in _flat(manifest.get("facts") or {}, run)]),
+            ("Facts", [Row(k, v) for k, v in _flat(told, run)]),
             ("Settings", _settings(stage, run)),
         ]
         cards.append(
@@ -301,7 +308,7 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
                 tiles=_tiles(stage, metrics, rows),
                 hints=hints(stage.kind, rows, manifest),
                 remark=_remark(stage, rows),
-                charts=stage_charts(f"curve-{index}", stage.kind, rows),
+                charts=[*stage_charts(f"curve-{index}", stage.kind, rows), *reward_charts(f"judge-{index}", judged)],
                 more=[(title, found) for title, found in more if found],
             )
         )

@@ -27,11 +27,12 @@ from danlu import atomic
 from danlu.data.files import is_hub
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
+from danlu.pipeline.judges import opinions
 from danlu.pipeline.ranks import Runner
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.stages import STAGES
 from danlu.synth.town.write import TOWN_FILES, write_town
-from danlu.train_config import Source, StageSettings, as_list
+from danlu.train_config import Source, StageSettings, as_list, as_models
 from danlu.training import checkpoint, memory
 from danlu.training.runs import MANIFEST, RECIPE, resolve_model
 
@@ -144,7 +145,7 @@ def run_stage(
 
     Raises:
         RunError: `out` holds the result of other settings or inputs.
-        GateError: a gate does not hold and `force` is false.
+        GateError: a gate does not hold, or that of a reward model that the stage follows did not, and `force` is false.
     """
     out = Path(settings.out)
     inputs = _inputs(kind, settings, Hashes(cache or out))
@@ -166,6 +167,7 @@ def run_stage(
             raise _gate_error(name, failed)
         say(f"{name}: done before ({old['seconds']:.0f} s)")
         return old
+    judges = opinions(settings, STAGES[kind].judges, force=force)
     out.mkdir(parents=True, exist_ok=True)
     # `out` differs when a run folder is moved; everything else is what the stage was asked to do.
     atomic.write_text(
@@ -186,6 +188,9 @@ def run_stage(
     }
     atomic.write_json(out / MANIFEST, manifest)
     say(f"{name}: {'going on' if old else 'begins'}")
+    for judge in judges:
+        if judge.note:
+            say(f"  {judge.note}")
     begun = time.monotonic()
     try:
         with _sigterm_interrupts(), nullcontext(runner) if runner else Runner() as used:
@@ -207,7 +212,7 @@ def run_stage(
         "finished": _now(),
         "metrics": outcome.metrics,
         "inputs": _with_origins(inputs, outcome.facts.pop("origins", [])),
-        "facts": outcome.facts,
+        "facts": outcome.facts | ({"reward_models": [judge.as_dict() for judge in judges]} if judges else {}),
         "gates": [g.as_dict() for g in outcome.gates],
         "table": outcome.table,
         "peak_memory_mb": outcome.peak_memory_mb,
@@ -279,7 +284,7 @@ def _inputs(kind: str, settings: StageSettings, hashes: Hashes) -> list[dict[str
         for number, source in enumerate(as_list(value)):
             found += [_said_of(source, number) | i for i in _source_inputs(path, source, hashes)]
     for path, value in _named(settings, STAGES[kind].models):
-        for model in value if isinstance(value, list) else [value]:
+        for model in as_models(value):
             folder = Path(resolve_model(model))
             if folder.is_dir():
                 found += [_input(path, f, hashes) for f in sorted(folder.rglob("*")) if f.is_file()]

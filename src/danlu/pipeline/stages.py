@@ -24,6 +24,7 @@ from danlu.models.places import resolve
 from danlu.models.quantize import quantize_model, save_quantized
 from danlu.pipeline import gates
 from danlu.pipeline.gates import Gate
+from danlu.rewards.model import store_verdict
 from danlu.synth.compare import collect
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
@@ -59,13 +60,14 @@ class Kind:
     """How a kind of stage runs.
 
     version: raised whenever the same settings and inputs would give another result; part of the stage's key.
-    inputs: fields that name data files; models: fields that name models.
+    inputs: fields that name data files; models: fields that name models; judges: those of them that name reward models.
     """
 
     run: Callable[[Any], Outcome]
     version: int
     inputs: tuple[str, ...] = ("data", "eval_data")
     models: tuple[str, ...] = ("model",)
+    judges: tuple[str, ...] = ()
 
 
 def run_tokenizer(settings: TokenizerSettings) -> Outcome:
@@ -136,7 +138,7 @@ def _answers_learnt(
 
 
 def run_reward(settings: RewardSettings) -> Outcome:
-    """See `trainers/reward_model.py`; gathers comparisons first if asked to, and decides G-RM."""
+    """See `trainers/reward_model.py`; gathers comparisons first if asked to, decides G-RM and writes it into the model."""
     facts: dict[str, Any] = {}
     if settings.collect is not None:
         collected = Path(settings.out) / "collected.jsonl"
@@ -144,7 +146,11 @@ def run_reward(settings: RewardSettings) -> Outcome:
             facts["collected"] = _collect(settings, collected)
         settings = settings.model_copy(update={"data": [*as_list(settings.data), Source(path=str(collected))]})
     result = reward_model.train(settings)
-    return Outcome(result.metrics, {**result.facts, **facts}, gates.reward_model(result.metrics, settings))
+    verdicts = gates.reward_model(result.metrics, settings)
+    if distributed.is_main():
+        store_verdict(result.model, verdicts[0].as_dict())
+    distributed.wait_for_all()
+    return Outcome(result.metrics, {**result.facts, **facts}, verdicts)
 
 
 def _collect(settings: RewardSettings, path: Path) -> int:
@@ -290,8 +296,8 @@ STAGES: dict[str, Kind] = {
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
-    "ppo": Kind(run_ppo, 4, models=("model", "reward_model")),
-    "grpo": Kind(run_grpo, 1, models=("model", "reward_model")),
+    "ppo": Kind(run_ppo, 4, models=("model", "reward_model"), judges=("reward_model",)),
+    "grpo": Kind(run_grpo, 1, models=("model", "reward_model"), judges=("reward_model",)),
     "eval": Kind(run_eval, 2, ("data",), ("models",)),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
 }

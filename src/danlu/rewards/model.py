@@ -1,13 +1,18 @@
-"""A trained reward model as a judge."""
+"""A trained reward model as a judge, several of them as one, and what travels with their weights."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 
+from danlu import atomic
+from danlu.alignment_config import Ensemble
 from danlu.exceptions import RewardError
 from danlu.models.heads import head_of
 from danlu.models.roles import SeparateModels
@@ -77,21 +82,95 @@ class ModelReward:
         return scores
 
 
-def judge_of(model: Any, own: ChatTemplate, policy: ChatTemplate, *, micro_tokens: int, device: str) -> ModelReward:
-    """A frozen reward model as the judge of a policy's answers.
+class EnsembleReward:
+    """Several reward models as one judge (Coste et al. 2023): where they disagree, a policy has left what they know.
+
+    Each member normalises its own scores (mean 0, variance 1 on its training answers), so that one is as loud as another, and
+    may have a tokenizer of its own. `min` is the paper's worst-case optimisation, eq. 3. `mean-std` is its uncertainty-weighted
+    one, eq. 4, with the standard deviation in place of the variance and weight 1, so that the result is in units of the score.
 
     Args:
-        model: with a scalar head.
-        own, policy: the chat seams of the reward model and of the policy. Where they differ, text is tokenised anew.
+        members: at least one.
+        how: what becomes of an answer's scores. An answer that a member cannot score has that member's error.
+
+    Attributes:
+        spread: of the last answers scored, the sum of the members' standard deviations and how many these were.
     """
-    same_text = own.tokenizer.get_vocab() == policy.tokenizer.get_vocab() and own.source == policy.source
-    return ModelReward(
-        RootModel(SeparateModels({"reward": model}, [])).to(device).eval(),
-        normaliser_of(model),
-        template=None if same_text else own,
-        micro_tokens=micro_tokens,
-        device=device,
-    )
+
+    name = "reward_model"
+
+    def __init__(self, members: Sequence[ModelReward], how: Ensemble = "mean") -> None:
+        self.members, self.how = list(members), how
+        self.spread: tuple[float, int] = (0.0, 0)
+
+    def score(self, episodes: Sequence[Episode], *, cancelled: Callable[[], bool] = never) -> list[Score]:
+        """See `Reward.score`."""
+        found = [member.score(episodes, cancelled=cancelled) for member in self.members]
+        scores: list[Score] = []
+        spreads: list[float] = []
+        for own in zip(*found, strict=True):
+            bad = next(((i, s.error) for i, s in enumerate(own) if s.value is None), None)
+            if bad is not None:
+                scores.append(Score(None, f"member {bad[0] + 1} of {len(own)}: {bad[1]}"))
+                continue
+            values = [s.value for s in own if s.value is not None]
+            spreads.append(pstdev(values))
+            scores.append(Score(_together(values, self.how)))
+        self.spread = (math.fsum(spreads), len(spreads))
+        return scores
+
+
+def _together(values: Sequence[float], how: Ensemble) -> float:
+    if how == "min":
+        return min(values)
+    return fmean(values) - (pstdev(values) if how == "mean-std" else 0.0)
+
+
+def disagreement(spreads: Iterable[tuple[float, int]]) -> float:
+    """Mean over answers of the standard deviation among an ensemble's members.
+
+    Args:
+        spreads: `EnsembleReward.spread` of every process that scored a share of the answers.
+    """
+    parts = list(spreads)
+    return math.fsum(total for total, _ in parts) / max(sum(count for _, count in parts), 1)
+
+
+def judge_of(
+    model: Any | Sequence[Any],
+    own: ChatTemplate | Sequence[ChatTemplate],
+    policy: ChatTemplate,
+    *,
+    micro_tokens: int,
+    device: str,
+    ensemble: Ensemble = "mean",
+) -> ModelReward | EnsembleReward:
+    """A frozen reward model, or several, as the judge of a policy's answers.
+
+    Args:
+        model: with a scalar head; or a list of such.
+        own, policy: the chat seams of the reward model (one for each) and of the policy. Where they differ, text is tokenised
+            anew.
+        ensemble: see `EnsembleReward`; one model alone, also in a list, is asked as it is.
+    """
+    models = list(model) if isinstance(model, Sequence) else [model]
+    seams = list(own) if isinstance(own, Sequence) else [own]
+    members = [
+        ModelReward(
+            RootModel(SeparateModels({"reward": one}, [])).to(device).eval(),
+            normaliser_of(one),
+            template=None if _same_text(seam, policy) else seam,
+            micro_tokens=micro_tokens,
+            device=device,
+        )
+        for one, seam in zip(models, seams, strict=True)
+    ]
+    return members[0] if len(members) == 1 else EnsembleReward(members, ensemble)
+
+
+def _same_text(own: ChatTemplate, policy: ChatTemplate) -> bool:
+    same_ids: bool = own.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    return same_ids and own.source == policy.source
 
 
 def _batches(lengths: dict[int, int], budget: int) -> list[list[int]]:
@@ -110,6 +189,22 @@ def normaliser_of(model: Any) -> tuple[float, float]:
     """Mean and standard deviation that the reward stage stored in the model's configuration; (0, 1) for foreign models."""
     stored = getattr(model.config, CONFIG_KEY, None) or {}
     return float(stored.get("mean", 0.0)), float(stored.get("std", 1.0)) or 1.0
+
+
+def store_verdict(folder: Path, verdict: Mapping[str, Any]) -> None:
+    """Writes what G-RM said of a saved reward model beside its normaliser, so that it goes wherever the model goes."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config[CONFIG_KEY] = {**(config.get(CONFIG_KEY) or {}), "gate": dict(verdict)}
+    atomic.write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def stored_verdict(folder: Path) -> dict[str, Any] | None:
+    """What G-RM said of a saved reward model; None if nobody asked it, as of a model that danlu did not train."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    verdict: dict[str, Any] | None = (config.get(CONFIG_KEY) or {}).get("gate")
+    return verdict
 
 
 def fold_normaliser(model: Any) -> None:

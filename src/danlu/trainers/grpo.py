@@ -27,10 +27,11 @@ from danlu.losses.policy import kl_k3
 from danlu.models.load import load_model
 from danlu.models.roles import SeparateModels, reference_model
 from danlu.models.root import RootModel, TrunkOutput
-from danlu.rewards.model import judge_of, values_of
+from danlu.rewards.model import EnsembleReward, disagreement, judge_of, values_of
 from danlu.rewards.protocol import Reward, episodes_of
 from danlu.rewards.verifiers import VERIFIERS, Verifier
 from danlu.text.chat_template import ChatTemplate
+from danlu.train_config import as_models
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.logprobs import logprobs
@@ -117,6 +118,8 @@ def train(settings: GrpoSettings) -> TrainResult:
             trajectories = share_rollout(engine, [p.ids for p in asked], params, seed=settings.seed, step=step)
             scores = scorer(asked, trajectories)
             parts, stats = _experience(players, trajectories, scores, settings)
+            for judge in (j for _, j in players.judges if isinstance(j, EnsembleReward)):
+                stats["disagreement"] = disagreement(distributed.gather(judge.spread))
 
             updates: list[dict[str, float]] = []
             for epoch in range(options.epochs):
@@ -172,7 +175,7 @@ def _verifier(settings: GrpoSettings, prompts: Sequence[EncodedPrompt]) -> Verif
             field="verifier",
             hint=f"known: {', '.join(VERIFIERS)}",
         )
-    if not settings.reward_model:
+    if not as_models(settings.reward_model):
         if not any(names):
             raise SettingsError(
                 "nothing scores the answers: there is no reward model, and no prompt has a reference to verify by",
@@ -201,10 +204,15 @@ def _players(settings: GrpoSettings, template: ChatTemplate, verifier: Verifier 
         trunks = SeparateModels({"policy": policy, "ref": reference_model(path, settings.ref_bits)}, ["policy"])
     root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
     judges: list[tuple[float, Reward]] = []
-    if settings.reward_model:
-        own = ChatTemplate(tokenizer_of(settings.reward_model, stage="grpo"), settings.template)
-        judge_model = load_model(resolve_model(settings.reward_model), scalar=True)
-        judge = judge_of(judge_model, own, template, micro_tokens=settings.micro_tokens, device=compute.device)
+    if named := as_models(settings.reward_model):
+        judge = judge_of(
+            [load_model(resolve_model(name), scalar=True) for name in named],
+            [ChatTemplate(tokenizer_of(name, stage="grpo"), settings.template) for name in named],
+            template,
+            micro_tokens=settings.micro_tokens,
+            device=compute.device,
+            ensemble=settings.ensemble,
+        )
         judges.append((1.0, judge))
     if verifier is not None:
         judges.append((settings.verifier_weight, verifier))

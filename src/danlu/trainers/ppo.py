@@ -27,9 +27,10 @@ from danlu.losses.value import clipped_value
 from danlu.models.load import load_model
 from danlu.models.roles import SeparateModels, reference_model
 from danlu.models.root import RootModel, TrunkOutput
-from danlu.rewards.model import ModelReward, fold_normaliser, judge_of, values_of
+from danlu.rewards.model import EnsembleReward, ModelReward, disagreement, fold_normaliser, judge_of, values_of
 from danlu.rewards.protocol import episodes_of
 from danlu.text.chat_template import ChatTemplate
+from danlu.train_config import as_models
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.logprobs import logprobs
@@ -78,7 +79,7 @@ class Players:
 
     root: RootModel
     policy: Any
-    reward: ModelReward
+    reward: ModelReward | EnsembleReward
     engine: LocalEngine
     compute: Compute
     template: ChatTemplate
@@ -94,7 +95,7 @@ def train(settings: PpoSettings) -> TrainResult:
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
     distributed.start()
-    if not settings.reward_model:
+    if not as_models(settings.reward_model):
         raise SettingsError("no reward model is given", field="reward_model", hint="train one with `danlu reward`")
     template = template_of(settings.model, settings, stage="ppo")
     prompts, heldout, facts = prompts_of(settings, template)
@@ -125,6 +126,8 @@ def train(settings: PpoSettings) -> TrainResult:
             trajectories = share_rollout(engine, [p.ids for p in asked], params, seed=settings.seed, step=step)
             scores = scorer(asked, trajectories)
             parts, stats = _experience(players, trajectories, scores, settings)
+            if isinstance(players.reward, EnsembleReward):
+                stats["disagreement"] = disagreement(distributed.gather(players.reward.spread))
 
             updates: list[dict[str, float]] = []
             for epoch in range(options.epochs):
@@ -172,27 +175,36 @@ def train(settings: PpoSettings) -> TrainResult:
 
 def _players(settings: PpoSettings, template: ChatTemplate) -> Players:
     path = resolve_model(settings.model)
-    reward_path = resolve_model(settings.reward_model)
+    named = as_models(settings.reward_model)
+    reward_paths = [resolve_model(name) for name in named]
     policy = load_model(path)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
     engine = LocalEngine(copy.deepcopy(policy).to(compute.device), template.tokenizer)
-    judge_model = load_model(reward_path, scalar=True)
+    judge_models = [load_model(reward_path, scalar=True) for reward_path in reward_paths]
     trunks: nn.Module
     if settings.adapter == "lora":
         trunks = lora_roles(policy, ["policy", "ref", "critic"], settings, trained=["policy", "critic"])
     else:
-        # The critic starts from the reward model if that has the policy's shape (arXiv 2403.17031), else from the policy.
-        same = judge_model.config.to_dict().get("hidden_size") == policy.config.to_dict().get("hidden_size") and (
-            judge_model.config.vocab_size == policy.config.vocab_size
+        # The critic starts from the (first) reward model if that has the policy's shape (arXiv 2403.17031), else from the policy.
+        first = judge_models[0].config
+        same = first.to_dict().get("hidden_size") == policy.config.to_dict().get("hidden_size") and (
+            first.vocab_size == policy.config.vocab_size
         )
-        critic = load_model(reward_path if same else path, scalar=True)
+        critic = load_model(reward_paths[0] if same else path, scalar=True)
         if same:
             fold_normaliser(critic)
         ref = reference_model(path, settings.ref_bits)
         trunks = SeparateModels({"policy": policy, "ref": ref, "critic": critic}, ["policy", "critic"])
     root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
-    own = ChatTemplate(tokenizer_of(settings.reward_model, stage="ppo"), settings.template)
-    judge = judge_of(judge_model, own, template, micro_tokens=settings.micro_tokens, device=compute.device)
+    own = [ChatTemplate(tokenizer_of(name, stage="ppo"), settings.template) for name in named]
+    judge = judge_of(
+        judge_models,
+        own,
+        template,
+        micro_tokens=settings.micro_tokens,
+        device=compute.device,
+        ensemble=settings.ensemble,
+    )
     return Players(root, policy, judge, engine, compute, template)
 
 

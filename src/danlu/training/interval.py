@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a share of `count` trials (Wilson 1927)."""
     centre = share + z * z / (2 * count)
     spread = z * ((share * (1 - share) + z * z / (4 * count)) / count) ** 0.5

@@ -108,7 +108,12 @@ def heldout_loss(root: RootModel, trees: Trees, micro_tokens: int, compute: Comp
 
 
 def batches_of(trees: Trees, micro_tokens: int) -> list[TreeBatch]:
-    """All items once, shortest first (so that blocks are even), in batches of at most `micro_tokens`."""
+    """All items once, in the batches of `shortest_first`."""
+    return [trees.batch(b) for b in shortest_first(trees, micro_tokens)]
+
+
+def shortest_first(trees: Trees, micro_tokens: int) -> list[list[int]]:
+    """Every item's index once, shortest first (so that blocks are even), in batches of at most `micro_tokens`."""
     lengths = trees.lengths
     batches: list[list[int]] = [[]]
     tokens = 0
@@ -118,4 +123,4 @@ def batches_of(trees: Trees, micro_tokens: int) -> list[TreeBatch]:
             tokens = 0
         batches[-1].append(index)
         tokens += lengths[index]
-    return [trees.batch(b) for b in batches if b]
+    return [b for b in batches if b]
