@@ -175,7 +175,8 @@ def _stage_tokens(settings: StageSettings) -> float:
 def _passes(settings: StageSettings) -> float:
     """Forward passes that a token's work equals; training is three (Kaplan et al. 2020: 6 N D in all)."""
     if isinstance(settings, PpoSettings):
-        return 5 + 6 * settings.ppo.epochs  # roll-out, four readings, policy and critic trained once per epoch
+        # Roll-out, three readings or four, policy and critic trained once per epoch.
+        return 4 + bool(settings.reward_model) + 6 * settings.ppo.epochs
     if isinstance(settings, GrpoSettings):
         return 3 + bool(settings.reward_model) + 3 * settings.grpo.epochs  # roll-out, two readings or three, the policy
     if isinstance(settings, DpoSettings):

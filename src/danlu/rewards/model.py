@@ -65,7 +65,7 @@ class ModelReward:
             if answer:
                 encoded[index] = (prompt, answer)
             else:
-                scores[index] = Score(None, "empty answer")
+                scores[index] = Score(None, "empty answer", "R-EMPTY")
         for batch in _batches({i: len(p) + len(a) for i, (p, a) in encoded.items()}, self.micro_tokens):
             if cancelled():
                 break
@@ -73,7 +73,9 @@ class ModelReward:
             raw = self.root(tree, "reward", lambda out: out.scores(out.tree.node_end_N[1::2] - 1)).tolist()
             for index, value in zip(batch, raw, strict=True):
                 fine = math.isfinite(value)
-                scores[index] = Score((value - self.mean) / self.std) if fine else Score(None, f"score is {value}")
+                scores[index] = (
+                    Score((value - self.mean) / self.std) if fine else Score(None, f"score is {value}", "R-NAN")
+                )
         return scores
 
 
@@ -125,17 +127,3 @@ def fold_normaliser(model: Any) -> None:
         head.weight /= std
         head.bias = torch.nn.Parameter((bias - mean) / std)
     setattr(model.config, CONFIG_KEY, {"mean": 0.0, "std": 1.0})
-
-
-def values_of(scores: Sequence[Score], *, name: str) -> list[float]:
-    """The numbers of scores that must all be there.
-
-    Raises:
-        RewardError: an item has none; the first reason is named.
-    """
-    bad = [(i, s.error) for i, s in enumerate(scores) if s.value is None]
-    if bad:
-        raise RewardError(
-            f"{name} gave no score for {len(bad)} of {len(scores)} answers; the first (item {bad[0][0]}): {bad[0][1]}"
-        )
-    return [s.value for s in scores if s.value is not None]
