@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from danlu.alignment_config import TERMS, RewardTerm
 from danlu.config import KINDS
 from danlu.data.formats.base import Format
 from danlu.data.formats.registry import FORMATS, REFUSED
@@ -55,6 +56,13 @@ These belong to `pretrain`, `sft`, `reward`, `dpo`, `ppo` and `grpo`. A stage of
 """
 
 
+REWARDS = """
+## Terms of `rewards` and `eval_rewards`
+
+A list of objects; the `kind` of each says which settings it has. [Rewards](rewards.md) shows how they are used.
+"""
+
+
 def main(arguments: list[str]) -> int:
     """Writes the pages, or compares them with `--check`; returns the exit status."""
     pages = {SETTINGS: settings_page(), FORMATS_PAGE: formats_page()}
@@ -89,12 +97,16 @@ def settings_page() -> str:
         parts.append(f"\n## {kind}\n\n{(cls.__doc__ or '').strip()}\n")
         table = _table(cls, TrainSettings if trains else StageSettings)
         parts.append(table or "\nNo settings of its own.\n")
+    parts += [REWARDS, _table(RewardTerm, None)]
+    for name, term in TERMS.items():
+        parts.append(f"\n### {name}\n\n{(term.__doc__ or '').strip()}\n{_table(term, RewardTerm, without=('kind',))}")
     return "".join(parts)
 
 
-def _table(cls: type[BaseModel], parent: type[BaseModel] | None) -> str:
+def _table(cls: type[BaseModel], parent: type[BaseModel] | None, without: tuple[str, ...] = ()) -> str:
     inherited = parent.model_fields if parent else {}
-    shown = {n: f for n, f in cls.model_fields.items() if n not in inherited or _differs(f, inherited[n])}
+    own = {n: f for n, f in cls.model_fields.items() if n not in without}
+    shown = {n: f for n, f in own.items() if n not in inherited or _differs(f, inherited[n])}
     if not shown:
         return ""
     lines = ["\n| setting | value | default | what it does |\n|---|---|---|---|\n"]
@@ -115,7 +127,8 @@ def _rows(fields: dict[str, FieldInfo], prefix: str = "") -> Iterator[tuple[str,
         full = prefix + name
         group = _group(field.annotation)
         if group is None:
-            yield full, _value(field), _shown(_default(field)), field.description or ""
+            default = "must be given" if field.is_required() else _shown(_default(field))
+            yield full, _value(field), default, field.description or ""
             continue
         what = field.description or (group.__doc__ or "").strip().rstrip(".")
         yield full, "group", "off" if _default(field) is None else "", what
@@ -138,8 +151,10 @@ def _group(annotation: Any) -> type[BaseModel] | None:
 
 def _value(field: FieldInfo) -> str:
     """The type in words, with its range."""
-    if _names_sources(field.annotation):
+    if _names(Source, field.annotation):
         return "[path, or sources](data.md#sources)"
+    if _names(RewardTerm, field.annotation):
+        return "[terms](#terms-of-rewards-and-eval_rewards)"
     kind = _bare(field.annotation)
     several = get_origin(kind) is list or (
         get_origin(field.annotation) in (Union, types.UnionType)
@@ -151,11 +166,14 @@ def _value(field: FieldInfo) -> str:
         words = ", ".join(f"`{choice}`" for choice in get_args(kind))
     else:
         words = {int: "whole number", float: "number", bool: "`true`, `false`"}.get(kind, "text")
+        words = "object" if get_origin(kind) is dict else words
     return f"{words}, or a list" if several else words + _range(field)
 
 
-def _names_sources(annotation: Any) -> bool:
-    return annotation is Source or any(map(_names_sources, get_args(annotation)))
+def _names(cls: type[BaseModel], annotation: Any) -> bool:
+    """Whether a type is, or is made of, a kind of settings."""
+    is_it = isinstance(annotation, type) and issubclass(annotation, cls)
+    return is_it or any(_names(cls, part) for part in get_args(annotation))
 
 
 def _range(field: FieldInfo) -> str:
@@ -167,7 +185,7 @@ def _range(field: FieldInfo) -> str:
 def _shown(default: Any) -> str:
     if default is None:
         return "none"
-    if default in ("", []):
+    if default in ("", [], {}):
         return "empty"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
@@ -205,7 +223,9 @@ Prompts may carry a `reference`, which stays with them. Formats of tasks write t
 |---|---|---|
 | `number` | `answer`: `"72"` | the number that a right answer ends in |
 | `choice` | `answer`: `"B"`, `choices`: the options | the letter of the right option |
-| `regex` | `pattern` | what a right answer matches |
+| `exact` | `answer`: `"red"` | the whole right answer, up to white space |
+| `regex` | `pattern` | what a right answer matches somewhere |
+| `json` | `schema`: a [subset of JSON Schema](rewards.md#verifiers) | what a right answer, which is JSON, fits |
 | `tests` | `tests`: programs | programs that run without an error if the answer's code is right |
 
 Each format has a page with an example and what danlu makes of it.

@@ -26,11 +26,11 @@ from danlu.pipeline.judges import opinions
 from danlu.pipeline.recipe import load_recipe
 from danlu.pipeline.run import execute, placed, run_stage
 from danlu.pipeline.stages import STAGES
+from danlu.rewards.combine import Combined, Term
 from danlu.rewards.model import (
     CONFIG_KEY,
     EnsembleReward,
     ModelReward,
-    disagreement,
     judge_of,
     normaliser_of,
     store_verdict,
@@ -65,14 +65,17 @@ class Fixed(ModelReward):
 def test_scores_by_hand(how: Any, expected: list[float]) -> None:
     judge = EnsembleReward([Fixed(1, 4, -3), Fixed(3, 4, 3)], how)
     assert [s.value for s in judge.score(EPISODES)] == expected
-    assert judge.spread == (4.0, 3) and disagreement([judge.spread]) == pytest.approx(4 / 3)
+    # Deviations 1, 0 and 3: 4 / 3.
+    combined = Combined([Term("model", 1.0, judge)])
+    combined.settle(EPISODES, combined.score(EPISODES), step=0, keep=None)
+    assert combined.metrics["disagreement"] == pytest.approx(4 / 3)
 
 
 def test_three_members_by_hand() -> None:
     # 0, 3, 6: mean 3, variance (9 + 0 + 9) / 3 = 6
     judge = EnsembleReward([Fixed(0), Fixed(3), Fixed(6)], "mean-std")
-    assert judge.score(EPISODES[:1])[0].value == pytest.approx(3 - 6**0.5)
-    assert disagreement([judge.spread]) == pytest.approx(6**0.5)
+    found = judge.score(EPISODES[:1])[0]
+    assert found.value == pytest.approx(3 - 6**0.5) and found.spread == pytest.approx(6**0.5)
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=1, max_size=4))
@@ -86,17 +89,10 @@ def test_caution_lowers_a_score(members: list[list[float]]) -> None:
         assert careful == pytest.approx(fmean(own) - pstdev(own), abs=1e-9)
 
 
-def test_disagreement_over_processes() -> None:
-    # One scored three answers with deviations 4 in all, one an answer with 2, one none: 6 / 4.
-    assert disagreement([(4.0, 3), (2.0, 1), (0.0, 0)]) == 1.5
-    assert disagreement([(0.0, 0)]) == 0.0
-
-
 def test_an_answer_that_a_member_cannot_score_has_its_error() -> None:
     judge = EnsembleReward([Fixed(1, 2), Fixed(3, None)], "mean")
     found = judge.score(EPISODES[:2])
-    assert found[0] == Score(2.0) and found[1] == Score(None, "member 2 of 2: score is nan")
-    assert judge.spread == (1.0, 1)
+    assert found[0] == Score(2.0, spread=1.0) and found[1] == Score(None, "member 2 of 2: score is nan")
 
 
 # -- members --------------------------------------------------------------------------------------------------------------

@@ -320,10 +320,10 @@ def test_nothing_to_judge_by(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\d+ of \d+ prompts have no reference"):
         train(tmp_path / "half", reward_model="", data=str(half))
     for row in rows:
-        row["reference"] = {"verifier": "tests", "tests": ["assert True"]}
-    tests = small.write_rows(tmp_path / "tests.jsonl", rows)
-    with pytest.raises(DataError, match="the verifier 'tests', which does not exist"):
-        train(tmp_path / "tests", data=str(tests))
+        row["reference"] = {"verifier": "poetry", "answer": "a rhyme"}
+    poems = small.write_rows(tmp_path / "poems.jsonl", rows)
+    with pytest.raises(DataError, match="the verifier 'poetry', which does not exist"):
+        train(tmp_path / "poems", data=str(poems))
 
 
 def test_the_verifier_of_the_settings_reads_a_rubric_s_references(tmp_path: Path) -> None:

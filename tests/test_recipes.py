@@ -101,6 +101,24 @@ def test_a_model_takes_the_place_of_the_starter(write: Any) -> None:
     assert setting(load_recipe(write(only)), "eval", "models") == ["/models/base"]
 
 
+def test_ppo_without_a_reward_stage(write: Any) -> None:
+    """Other rewards, a verifier that is named, or an empty reward model: then nobody asks for a reward stage."""
+    terms = "rewards: [{kind: format, pattern: '^a$'}, {kind: python, function: '${data_root}/f.py:f'}]"
+    for given in (terms, "verifier: number", "reward_model: ''"):
+        text = CHAIN.replace("  - {kind: reward, data: c}\n", "").replace(
+            "{kind: ppo, data: d}", f"{{kind: ppo, data: d, {given}}}"
+        )
+        recipe = load_recipe(write(text))
+        assert setting(recipe, "ppo", "reward_model") == ""
+        if given == terms:
+            pattern, function = setting(recipe, "ppo", "rewards")
+            assert pattern.pattern == "^a$" and function.function == "/data/f.py:f"
+            again = load_recipe(write(yaml.safe_dump(recipe.resolved, sort_keys=False)))
+            assert [s.settings for s in again.stages] == [s.settings for s in recipe.stages]
+    beside = load_recipe(write(CHAIN.replace("{kind: ppo, data: d}", "{kind: ppo, data: d, verifier: number}")))
+    assert setting(beside, "ppo", "reward_model") == "stage:reward"
+
+
 @pytest.mark.parametrize(
     ("override", "stage", "name", "value"),
     [

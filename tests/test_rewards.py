@@ -12,7 +12,7 @@ import torch
 from danlu.exceptions import RewardError
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
-from danlu.rewards.model import CONFIG_KEY, ModelReward, fold_normaliser, normaliser_of, values_of
+from danlu.rewards.model import CONFIG_KEY, ModelReward, fold_normaliser, normaliser_of
 from danlu.rewards.protocol import Episode, Score
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import train_tokenizer
@@ -78,7 +78,7 @@ def test_a_number_that_is_none_does_not_spoil_its_batch(plain: Any) -> None:
 
 def test_empty_answers_get_no_score(plain: Any) -> None:
     found = reward_of(plain).score([EPISODES[0], Episode((5,), (), False)])
-    assert found[0].value is not None and found[1] == Score(None, "empty answer")
+    assert found[0].value is not None and found[1] == Score(None, "empty answer", "R-EMPTY")
     assert reward_of(plain).score([]) == []
 
 
@@ -92,13 +92,6 @@ def test_cancelling_keeps_what_was_scored(plain: Any) -> None:
     found = reward_of(plain, micro_tokens=1).score(EPISODES, cancelled=after_two_batches)
     # Shortest first: 4 and 5 tokens are scored, 7 and 8 are not.
     assert [s.error for s in found] == [None, None, "cancelled", "cancelled"]
-
-
-def test_values_of_names_the_first_error() -> None:
-    assert values_of([Score(1.0), Score(-2.0)], name="judge") == [1.0, -2.0]
-    scores = [Score(1.0), Score(None, "score is nan"), Score(None, "cancelled")]
-    with pytest.raises(RewardError, match=r"judge gave no score for 2 of 3.*item 1\): score is nan"):
-        values_of(scores, name="judge")
 
 
 def test_the_normaliser_travels_in_the_configuration(plain: Any) -> None:

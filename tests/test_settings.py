@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from danlu import alignment_config, config, train_config
 from danlu.cli.options import given_values, options_of
 from danlu.config import KINDS, SftSettings
-from danlu.exceptions import SettingsError
+from danlu.exceptions import SettingsError, UsageError
 from danlu.parsing import parse
 from danlu.train_config import Settings
 
@@ -21,6 +21,17 @@ TRAIN = (
     "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "
     "save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
+ROLLOUT = "reward_model ensemble verifier verifier_weight rewards eval_rewards max_failed sandbox rollout ref_bits"
+TERM = "weight name"
+ENDPOINT = "api_key_env concurrency timeout retries backoff cache"
+# What settings cannot do without and "given" would not do for.
+NEEDED: dict[str, dict[str, Any]] = {
+    "JudgeTerm": {"base_url": "http://host/v1"},
+    "HttpTerm": {"url": "http://host/score"},
+    "PythonTerm": {"function": "module:function"},
+    "LengthTerm": {"limit": 10},
+    "FormatTerm": {"pattern": "x"},
+}
 # A new option is a decision: it is added here too, and an old one is not dropped by accident.
 FROZEN = {
     "Source": "path weight format columns source_prefix licence",
@@ -42,9 +53,19 @@ FROZEN = {
     "Rollout": "batch max_new_tokens temperature",
     "Ppo": "kl_coef gamma gae_lambda clip_range value_clip_range epochs minibatches score_clip missing_stop_penalty "
     "critic_learning_rate max_kl",
-    "PpoSettings": f"{STAGE} {TRAIN} reward_model ensemble rollout ppo ref_bits",
+    "RewardTerm": TERM,
+    "Endpoint": f"{TERM} {ENDPOINT}",
+    "JudgeTerm": f"{TERM} {ENDPOINT} kind base_url model rubric rubric_file scale_min scale_max pairwise max_tokens",
+    "HttpTerm": f"{TERM} {ENDPOINT} kind url batch",
+    "PythonTerm": f"{TERM} kind function options",
+    "LengthTerm": f"{TERM} kind limit target",
+    "RepetitionTerm": f"{TERM} kind n",
+    "FormatTerm": f"{TERM} kind pattern match json_schema",
+    "Sandbox": "timeout memory_mb",
+    "RolloutSettings": f"{STAGE} {TRAIN} {ROLLOUT}",
+    "PpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} ppo",
     "Grpo": "group_size kl_coef clip_range loss_average epochs minibatches missing_stop_penalty max_kl",
-    "GrpoSettings": f"{STAGE} {TRAIN} method reward_model ensemble verifier verifier_weight rollout grpo ref_bits",
+    "GrpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} method grpo",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
     "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
     "max_length",
@@ -64,7 +85,7 @@ def test_the_option_set_is_frozen() -> None:
 @pytest.mark.parametrize("name", FROZEN)
 def test_every_option_is_described_and_defaults_hold(name: str) -> None:
     cls = classes()[name]
-    cls(**{n: "given" for n, f in cls.model_fields.items() if f.is_required()})
+    cls(**{n: "given" for n, f in cls.model_fields.items() if f.is_required()} | NEEDED.get(name, {}))
     undescribed = [n for n, f in cls.model_fields.items() if not f.description and not _is_group(f.annotation)]
     assert undescribed == []
 
@@ -98,6 +119,8 @@ def refused(kind: str, **values: Any) -> SettingsError:
         ("reward", {"collect": {"prompts": "p", "sample": 3}}, "reward.collect.sample", "'samples'"),
         ("sft", {"early_stopping": {"patince": 3}}, "sft.early_stopping.patince", "'patience'"),
         ("tokenizer", {"vocabsize": 300}, "tokenizer.vocabsize", "'vocab_size'"),
+        ("grpo", {"rewards": [{"kind": "length", "limt": 3}]}, "grpo.rewards.0.limt", "'limit'"),
+        ("ppo", {"rewards": [{"kind": "http", "url": "http://h", "bach": 3}]}, "ppo.rewards.0.bach", "'batch'"),
     ],
 )
 def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, field: str, near: str | None) -> None:
@@ -123,6 +146,17 @@ def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, fie
         ("tokenizer", {"vocab_size": 10}, "tokenizer.vocab_size", "260"),
         ("eval", {"task": "bleu"}, "eval.task", "'bleu'"),
         ("reward", {"collect": {"samples": 1}}, "reward.collect.samples", "2"),
+        ("ppo", {"max_failed": 1.0}, "ppo.max_failed", "less than 1"),
+        ("ppo", {"rewards": {"kind": "length"}}, "ppo.rewards", "list"),
+        ("ppo", {"rewards": [{"limit": 3}]}, "ppo.rewards.0", "an object with kind: judge, http, python, length"),
+        ("ppo", {"rewards": [{"kind": "judg"}]}, "ppo.rewards.0", "judge, http, python, length, repetition, format"),
+        ("ppo", {"rewards": ["length"]}, "ppo.rewards.0", "an object with kind"),
+        ("ppo", {"rewards": [{"kind": "http"}]}, "ppo.rewards.0.url", "required"),
+        ("ppo", {"rewards": [{"kind": "http", "url": "host"}]}, "ppo.rewards.0.url", "'host'"),
+        ("grpo", {"eval_rewards": [{"kind": "length"}]}, "grpo.eval_rewards.0", "limit or target"),
+        ("grpo", {"rewards": [{"kind": "python", "function": "f"}]}, "grpo.rewards.0.function", "'f'"),
+        ("grpo", {"rewards": [{"kind": "format", "pattern": "("}]}, "grpo.rewards.0.pattern", "regular expression"),
+        ("grpo", {"rewards": [{"kind": "format"}]}, "grpo.rewards.0", "pattern, json_schema or both"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(kind: str, values: Any, field: str, said: str) -> None:
@@ -179,7 +213,35 @@ def test_flags_are_the_settings_names(kind: str) -> None:
         ({"reward_model": ("a",)}, {"reward_model": "a"}),
         ({"reward_model": ("a", "b")}, {"reward_model": ["a", "b"]}),
         ({"score_range": (0.0, 5.0)}, {"score_range": [0.0, 5.0]}),
+        ({"rewards": ('{"kind": "length", "limit": 9}',)}, {"rewards": [{"kind": "length", "limit": 9}]}),
+        ({"eval_rewards": ("{kind: repetition, n: 2}",)}, {"eval_rewards": [{"kind": "repetition", "n": 2}]}),
+        (
+            {"rewards": ("{kind: repetition}", '[{"kind": "length", "limit": 9}, {"kind": "repetition", "n": 4}]')},
+            {"rewards": [{"kind": "repetition"}, {"kind": "length", "limit": 9}, {"kind": "repetition", "n": 4}]},
+        ),
     ],
 )
 def test_given_values(given: dict[str, Any], nested: dict[str, Any]) -> None:
     assert given_values(given) == nested
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("length", "objects with a kind"), ("{kind: ", "not valid YAML"), ("[1]", "found: 1")]
+)
+def test_reward_terms_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        given_values({"rewards": (text,)})
+    assert "--rewards" in caught.value.hint
+
+
+def test_reward_terms_come_back_as_they_went() -> None:
+    """From YAML to settings to the plain values that a run keeps, and again."""
+    terms = [
+        {"kind": "judge", "base_url": "https://h/v1", "model": "m", "weight": 2.5, "name": "gpt"},
+        {"kind": "format", "json_schema": {"type": "object"}, "weight": -1},
+        {"kind": "python", "function": "a/b.py:f", "options": {"most": 3}},
+    ]
+    settings = parse(KINDS["ppo"], {"rewards": terms})
+    again = parse(KINDS["ppo"], settings.model_dump(mode="json"))
+    assert again == settings and [t.kind for t in again.rewards] == ["judge", "format", "python"]  # type: ignore[attr-defined]
+    assert again.reward_files() == ["a/b.py"]  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from danlu.rewards.choice import letter_in
+from danlu.rewards.json_schema import misfit, parsed, schema_fault
 from danlu.rewards.protocol import Episode, Score
-from danlu.rewards.verifiers import Verifier, exact, number, number_in
+from danlu.rewards.verifiers import Verifier, choice, exact, fits_schema, number, number_in, regex
 
 
 @pytest.mark.parametrize(
@@ -93,11 +96,14 @@ def test_each_reference_says_how_it_is_verified() -> None:
         episode("72", verifier="exact", answer="72."),
         episode("anything"),
         episode("anything", answers=[["anything"]]),  # a rubric's reference names no verifier
-        episode("x", verifier="tests", tests=["assert True"]),
+        episode("x", verifier="poetry", answer="x"),
+        episode("so (B)", verifier="choice", answer="B"),
+        episode("B", verifier="choice"),
     ]
     found = Verifier().score(asked)
-    assert [s.value for s in found] == [1.0, 0.0, 0.0, 0.0, None]
-    assert found[-1].error == "there is no verifier 'tests'"
+    assert [s.value for s in found] == [1.0, 0.0, 0.0, 0.0, None, 1.0, None]
+    assert found[4] == Score(None, "there is no verifier 'poetry'", "R-VERIFIER")
+    assert found[6].error == "the verifier 'choice' needs answer or answers in the reference"
 
 
 def test_one_verifier_for_all() -> None:
@@ -107,3 +113,209 @@ def test_one_verifier_for_all() -> None:
 
 def test_cancelled() -> None:
     assert Verifier().score([episode("x")], cancelled=lambda: True) == [Score(None, "cancelled")]
+
+
+# -- letters -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(C)", "C"),
+        ("**D**", "D"),
+        ("B. Paris", "B"),
+        ("B) Paris, because it is the capital.", "B"),
+        ("The answer is (B).", "B"),
+        ("The answer is B", "B"),
+        ("the correct answer is: **C**", "C"),
+        ("Answer: D", "D"),
+        ("Final answer:\nA", "A"),
+        ("The answer is option C, I think", "C"),
+        ("The answer should be $\\boxed{B}$", "B"),
+        ("\\boxed{\\text{C}}", "C"),
+        ("so \\(\\boxed{(D)}\\)", "D"),
+        ("I would choose B.", "B"),
+        ("Option A is wrong. Option D is correct.", "D"),
+        ("It cannot be A. or B. So the answer is C", "C"),
+        ("The answer is A. No: the answer is B.", "B"),
+        ("The answer is A because cats are animals", "A"),
+        ("The answer is B, A is wrong", "B"),
+        ("答案是B", "B"),
+        ("答案：B", "B"),
+        ("正确答案为（C）。", "C"),
+        ("答案选D", "D"),
+        ("所以选B。", "B"),
+        ("故选：C", "C"),
+        ("应该选择A", "A"),
+        ("不选A，选C", "C"),
+        ("A选项是错误的，B是正确的。", "B"),
+        ("选项D正确", "D"),
+        ("Ｂ", "B"),
+        ("【答案】C", "C"),
+        ("答案是【C】", "C"),
+        ("A. 4\nB. 7", None),
+        ("A or B", None),
+        ("The answer is A or B", None),
+        ("答案是A和B", None),
+        ("The answer is not B", None),
+        ("A不正确", None),
+        ("The answer is A dog", None),
+        ("A dog is an animal", None),
+        ("I think that it is seven.", None),
+        ("E.", None),  # of four options
+        ("The answer is E", None),
+        ("DNA", None),
+        ("it is b", None),
+        ("", None),
+    ],
+)
+def test_the_letter_that_a_text_settles_on(text: str, letter: str | None) -> None:
+    assert letter_in(text) == letter
+
+
+@given(st.sampled_from("ABCD"), st.sampled_from("ABCD"))
+def test_the_last_conclusion_counts_and_two_letters_without_one_are_none(one: str, two: str) -> None:
+    for form in ("The answer is ({}).", "答案是{}。", "\\boxed{{{}}}", "选{}", "Answer: {}"):
+        assert letter_in(f"{form.format(one)} Wait. {form.format(two)}") == two
+    assert letter_in(f"({one})\n({two})") == (one if one == two else None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("the answer is (B)", {"answer": "B", "choices": ["4", "7"]}, True),
+        ("the answer is (C)", {"answer": "C", "choices": ["4", "7"]}, False),  # there is no C
+        ("F.", {"answer": "f"}, True),
+        ("选B", {"answers": [["A", "B"]]}, True),
+        ("选C", {"answers": [["A", "B"]]}, False),
+    ],
+)
+def test_choice(answer: str, reference: dict[str, Any], right: bool) -> None:
+    assert choice(answer, reference) is right
+
+
+# -- patterns and JSON -----------------------------------------------------------------------------------------------------
+
+
+def test_regex_matches_somewhere() -> None:
+    assert regex("it is 12:30 now", {"pattern": r"\d+:\d\d"}) and not regex("noon", {"pattern": r"\d"})
+
+
+SCHEMA = {
+    "type": "object",
+    "title": "says nothing",
+    "required": ["name", "age"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "minLength": 2, "maxLength": 5, "pattern": "^[A-Z]"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", 1, None]}},
+        "more": {"type": ["null", "boolean"]},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"name": "Ada", "age": 36}, None),
+        ({"name": "Ada", "age": 36.0, "tags": ["a", 1, None], "more": False}, None),
+        ([], "the value is no object"),
+        ({"name": "Ada"}, "has no 'age'"),
+        ({"name": "Ada", "age": True}, "age is no integer"),
+        ({"name": "Ada", "age": 1.5}, "age is no integer"),
+        ({"name": "Ada", "age": -1}, "age is below 0"),
+        ({"name": "Ada", "age": 151}, "age is above 150"),
+        ({"name": "A", "age": 1}, "name is shorter than 2"),
+        ({"name": "Adaaaa", "age": 1}, "name is longer than 5"),
+        ({"name": "ada", "age": 1}, "name does not match"),
+        ({"name": 3, "age": 1}, "name is no string"),
+        ({"name": "Ada", "age": 1, "tags": ["a", True]}, "tags[1] is none of"),
+        ({"name": "Ada", "age": 1, "tags": "a"}, "tags is no array"),
+        ({"name": "Ada", "age": 1, "more": 0}, "more is no null or boolean"),
+        ({"name": "Ada", "age": 1, "other": 0}, "other is not allowed"),
+    ],
+)
+def test_misfits_are_named(value: Any, said: str | None) -> None:
+    found = misfit(value, SCHEMA)
+    assert found is None if said is None else said in str(found)
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"anyOf": []}, "'anyOf' is not supported"),
+        ({"properties": {"a": {"items": {"$ref": "#"}}}}, "'$ref' at a.items is not supported"),
+        ({"type": "text"}, "no type 'text'"),
+        ({"pattern": "("}, "no regular expression"),
+        ({"minimum": "3"}, "as minimum"),
+        ({"properties": {"a": 3}}, "found int at a"),
+        ([], "expected an object"),
+    ],
+)
+def test_schemas_that_are_refused(schema: Any, said: str) -> None:
+    assert said in str(schema_fault(schema))
+    assert schema_fault(SCHEMA) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ('{"a": 1}', True),
+        ('Here:\n```json\n{"a": 1}\n```\nDone.', True),
+        ('```json\n{"a": "x"}\n```\n```\n{"a": 2}\n```', True),
+        ('{"a": "x"}', False),
+        ('It is {"a": 1}', False),
+        ('{"a": NaN}', False),
+        ("[" * 100_000, False),
+        ("", False),
+    ],
+)
+def test_json_answers(answer: str, right: bool) -> None:
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "number"}}}
+    assert fits_schema(answer, {"schema": schema}) is right
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def exact_schema(value: Any) -> dict[str, Any]:
+    """A schema that this value fits and few others do."""
+    if isinstance(value, dict):
+        parts = {k: exact_schema(v) for k, v in value.items()}
+        return {"type": "object", "required": list(value), "properties": parts, "additionalProperties": False}
+    return {"enum": [value]}
+
+
+@given(JSON, JSON)
+def test_a_value_fits_its_own_schema_and_no_other_does(value: Any, other: Any) -> None:
+    schema = exact_schema(value)
+    assert schema_fault(schema) is None and misfit(value, schema) is None
+    if isinstance(value, dict) and isinstance(other, dict) and value.keys() != other.keys():
+        assert misfit(other, schema) is not None
+    assert parsed(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ({"verifier": "regex", "pattern": "("}, "no regular expression"),
+        ({"verifier": "json", "schema": {"oneOf": []}}, "'oneOf' is not supported"),
+        ({"verifier": "choice", "answer": "Paris"}, "'Paris' as its answer, expected a letter"),
+        ({"verifier": "tests", "tests": []}, "needs tests in the reference"),
+        ({"verifier": "tests", "tests": "assert f()"}, "no list of programs"),
+        ({"verifier": "tests", "tests": [3]}, "the test 3"),
+        ({"verifier": "tests", "tests": {"inputs": ["1"], "outputs": []}}, "1 inputs and 0 outputs"),
+        ({"verifier": "number"}, "needs answer or answers"),
+    ],
+)
+def test_references_that_cannot_be_used(reference: dict[str, Any], said: str) -> None:
+    assert said in str(Verifier().fault(reference))
+    (found,) = Verifier().score([episode("x", **reference)])
+    assert found.code == "R-VERIFIER" and said in str(found.error)

@@ -29,10 +29,11 @@ def parse(cls: type[S], values: Mapping[str, Any], *, file: str | None = None, p
         return cls.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(p) for p in first["loc"] if not str(p).startswith("<")]  # <...>: which shape of a union it has
+        whole = [str(p) for p in first["loc"]]
+        path = [p for p in whole if not p.startswith("<")]  # <...>: which shape of a union it has
         name = prefix + ".".join(path)
         if first["type"] == "extra_forbidden":
-            known = _fields_at(cls, path[:-1])
+            known = _fields_at(cls, whole[:-1])
             near = difflib.get_close_matches(path[-1], known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
             raise SettingsError("there is no such setting", file=file, field=name, hint=hint) from None
@@ -44,10 +45,15 @@ def parse(cls: type[S], values: Mapping[str, Any], *, file: str | None = None, p
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
+    models = [cls]
     for name in path:
-        found = cls.model_fields.get(name)
-        cls = next(_models_in(found.annotation), cls) if found is not None else cls
-    return [field.alias or name for name, field in cls.model_fields.items()]
+        found = models[0].model_fields.get(name)
+        if found is not None:
+            models = list(_models_in(found.annotation)) or models
+        models = [
+            m for m in models if "kind" in m.model_fields and f"<{m.model_fields['kind'].default}>" == name
+        ] or models
+    return [field.alias or name for name, field in models[0].model_fields.items()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -24,8 +24,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "sft": ("stages", "Supervised fine-tuning on conversations"),
     "reward": ("stages", "Train a reward model on comparisons"),
     "dpo": ("stages", "DPO: align a policy with comparisons, without a reward model"),
-    "ppo": ("stages", "PPO: align a policy with a reward model"),
-    "grpo": ("stages", "GRPO: align a policy with a reward model or a verifier, by groups of answers"),
+    "ppo": ("stages", "PPO: align a policy with a reward model, a verifier or other rewards"),
+    "grpo": (
+        "stages",
+        "GRPO: align a policy with a reward model, a verifier or other rewards, by groups of answers",
+    ),
     "quantize": ("stages", "Make a model small: int8 weights"),
     "chat": ("chat", "Talk to a model in the terminal"),
     "serve": ("serve", "Serve a model: OpenAI-compatible API and a chat page"),

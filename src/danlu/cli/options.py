@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from danlu.exceptions import UsageError
 
 SOURCES = ("data", "eval_data", "questions", "prompts")
+TERMS = ("rewards", "eval_rewards")
 SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target", "reward_model")
 # Given once it is the thing itself, not a list of one.
 ALONE = ("data", "eval_data", "questions", "lora__target", "reward_model")
@@ -76,6 +77,8 @@ def given_values(arguments: dict[str, Any]) -> dict[str, Any]:
         plain = list(value) if isinstance(value, tuple) else value
         if key.rpartition("__")[2] in SOURCES:
             plain = [_source(one) for one in plain] if isinstance(plain, list) else _source(plain)
+        if key in TERMS:
+            plain = [term for one in plain for term in _terms(one, f"--{key.replace('_', '-')}")]
         if isinstance(plain, list) and len(plain) == 1 and key in ALONE:
             plain = plain[0]
         target = values
@@ -90,10 +93,23 @@ def _source(given: Any) -> Any:
     """A source with more to say than its path is written as in a recipe: `{path: x.csv, weight: 2}`."""
     if not isinstance(given, str) or not given.startswith("{"):
         return given
+    return _yaml(given, "a source", "--data '{path: x.csv, weight: 2}'")
+
+
+def _terms(given: Any, flag: str) -> list[Any]:
+    """A reward term is written as in a recipe, in YAML or JSON: `{kind: length, limit: 200}`; or several as a list of these."""
+    hint = f"{flag} '{{kind: length, limit: 200, weight: 0.5}}'"
+    found = _yaml(given, "a reward term", hint) if isinstance(given, str) else given
+    terms = found if isinstance(found, list) else [found]
+    wrong = [one for one in terms if not isinstance(one, dict)]
+    if wrong:
+        raise UsageError(f"{flag} wants objects with a kind (found: {wrong[0]!r})", hint=hint)
+    return terms
+
+
+def _yaml(given: str, what: str, hint: str) -> Any:
     try:
         return yaml.safe_load(given)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise UsageError(
-            f"found a source that is not valid YAML: {reason}", hint="--data '{path: x.csv, weight: 2}'"
-        ) from error
+        raise UsageError(f"found {what} that is not valid YAML: {reason}", hint=hint) from error

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, RolloutSettings
 from danlu.config import Starter
 from danlu.losses.logprobs import CHUNK_ENTRIES
 from danlu.models.load import starter_config
@@ -266,11 +266,10 @@ def stage_memory(
 
 def _models(settings: TrainSettings, *, small: bool) -> tuple[float, int]:
     """(whole models in memory, how many of them learn); adapters share one base, roll-outs have weights of their own."""
+    judges = len(as_models(settings.reward_model)) if isinstance(settings, RolloutSettings) else 0
     if isinstance(settings, PpoSettings):
-        judges = max(len(as_models(settings.reward_model)), 1)
         return (1 + 1 + judges, 2) if small else (3 + 1 + judges, 2)
     if isinstance(settings, GrpoSettings):
-        judges = len(as_models(settings.reward_model))
         return (1 + 1 + judges, 1) if small else (1 + settings.ref_bits / 32 + 1 + judges, 1)
     if isinstance(settings, DpoSettings) and settings.reference == "online" and not small:
         return 1 + settings.ref_bits / 32, 1

@@ -175,7 +175,7 @@ def _stage_tokens(settings: StageSettings) -> float:
 def _passes(settings: StageSettings) -> float:
     """Forward passes that a token's work equals; training is three (Kaplan et al. 2020: 6 N D in all)."""
     if isinstance(settings, PpoSettings):
-        judges = max(len(as_models(settings.reward_model)), 1)
+        judges = len(as_models(settings.reward_model))
         return 4 + judges + 6 * settings.ppo.epochs  # roll-out, readings, policy and critic trained once per epoch
     if isinstance(settings, GrpoSettings):
         judges = len(as_models(settings.reward_model))

@@ -28,6 +28,7 @@ from danlu.parsing import parse
 from danlu.train_config import StageSettings
 
 TOP = ("description", "seed", "model", "processes", "strategy", "stages")
+VERBATIM = ("pattern", "json_schema", "rubric")  # of reward terms: a dollar sign there is one
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,9 @@ def _substitute(stage: dict[str, Any], variables: Mapping[str, str], file: Path)
                 ) from None
         if isinstance(value, list):
             return [fill(v) for v in value]
-        return {k: fill(v) for k, v in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return {k: v if k in VERBATIM else fill(v) for k, v in value.items()}
+        return value
 
     return {k: fill(v) for k, v in stage.items()}
 
@@ -201,12 +204,10 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
             if not policy:
                 need("a stage that trains a policy (pretrain or sft)")
             stage["model"] = policy
-        if kind == "ppo" and not stage.get("reward_model"):
-            if "reward" not in last:
-                need("a reward stage")
-            stage["reward_model"] = f"stage:{last['reward']}"
-        if kind == "grpo" and "reward" in last:
-            stage.setdefault("reward_model", f"stage:{last['reward']}")  # an empty one means: the verifier alone
+        if kind == "ppo" and "reward" not in last and not {"reward_model", "rewards", "verifier"} & stage.keys():
+            need("a reward stage (or rewards, or a verifier)")
+        if kind in ("ppo", "grpo") and "reward" in last:
+            stage.setdefault("reward_model", f"stage:{last['reward']}")  # an empty one means: what else scores answers
         if kind == "eval" and not stage.get("models"):
             stage["models"] = [f"stage:{n}" for n in _policies(stages, name)]
             if not stage["models"] and policy:

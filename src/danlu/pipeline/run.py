@@ -24,6 +24,7 @@ import yaml
 
 import danlu
 from danlu import atomic
+from danlu.alignment_config import TERM_NO_EFFECT, RolloutSettings
 from danlu.data.files import is_hub
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
@@ -290,6 +291,10 @@ def _inputs(kind: str, settings: StageSettings, hashes: Hashes) -> list[dict[str
                 found += [_input(path, f, hashes) for f in sorted(folder.rglob("*")) if f.is_file()]
             else:
                 found.append({"field": path, "path": str(model), "sha256": "", "bytes": 0})
+    for name in settings.reward_files() if isinstance(settings, RolloutSettings) else []:
+        if not Path(name).is_file():
+            raise RunError("there is no such file", file=name, field="rewards")
+        found.append(_input("rewards", Path(name), hashes))
     return found
 
 
@@ -335,7 +340,7 @@ def _with_origins(inputs: list[dict[str, Any]], origins: list[dict[str, Any]]) -
 def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) -> str:
     """See the module."""
     fields = (*STAGES[kind].inputs, *STAGES[kind].models)
-    plain = settings.model_dump(mode="json", exclude=set(NO_EFFECT) | {f for f in fields if "." not in f})
+    plain = _effective(settings.model_dump(mode="json", exclude={f for f in fields if "." not in f}))
     if isinstance(plain.get("collect"), dict):
         plain["collect"].pop("prompts", None)
     # Inputs count by content: a run folder may be moved.
@@ -352,6 +357,15 @@ def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) 
     return hashlib.sha256(document.encode()).hexdigest()
 
 
+def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's settings, as plain values, without those that cannot change its result."""
+    kept = {k: v for k, v in values.items() if k not in NO_EFFECT}
+    for name in ("rewards", "eval_rewards"):
+        if name in kept:
+            kept[name] = [{k: v for k, v in term.items() if k not in TERM_NO_EFFECT} for term in kept[name]]
+    return kept
+
+
 def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
     """Before anything runs: settings of stages that exist must be the ones asked for now."""
     for stage in recipe.stages:
@@ -364,13 +378,9 @@ def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
         path = out / "settings.yaml"
         if not path.is_file() or _nothing_made(out, _read_manifest(out)):
             continue
-        old = yaml.safe_load(path.read_text("utf-8"))
-        new = placed(stage, recipe, folder).model_dump(mode="json")
-        changed = [
-            k
-            for k in new
-            if k not in NO_EFFECT and old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)
-        ]
+        old = _effective(yaml.safe_load(path.read_text("utf-8")))
+        new = _effective(placed(stage, recipe, folder).model_dump(mode="json"))
+        changed = [k for k in new if old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)]
         if changed:
             name, before, now = _leaf(changed[0], old.get(changed[0]), new[changed[0]])
             raise RunError(
@@ -410,9 +420,9 @@ def _what_changed(old: Mapping[str, Any], kind: str, settings: StageSettings, in
         if before.get(now["path"], now["sha256"]) != now["sha256"]:
             return f"{now['path']} has changed since"
     path = Path(settings.out) / "settings.yaml"
-    saved = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-    for key, value in settings.model_dump(mode="json").items():
-        if key not in NO_EFFECT and saved.get(key) != value:
+    saved = _effective(yaml.safe_load(path.read_text("utf-8"))) if path.is_file() else {}
+    for key, value in _effective(settings.model_dump(mode="json")).items():
+        if saved.get(key) != value:
             name, before_value, now_value = _leaf(key, saved.get(key), value)
             return f"{name} was {before_value!r}, now {now_value!r}"
     return f"danlu's {kind} stage itself has changed since"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -70,7 +70,7 @@ class ModelReward:
             if answer:
                 encoded[index] = (prompt, answer)
             else:
-                scores[index] = Score(None, "empty answer")
+                scores[index] = Score(None, "empty answer", "R-EMPTY")
         for batch in _batches({i: len(p) + len(a) for i, (p, a) in encoded.items()}, self.micro_tokens):
             if cancelled():
                 break
@@ -78,7 +78,9 @@ class ModelReward:
             raw = self.root(tree, "reward", lambda out: out.scores(out.tree.node_end_N[1::2] - 1)).tolist()
             for index, value in zip(batch, raw, strict=True):
                 fine = math.isfinite(value)
-                scores[index] = Score((value - self.mean) / self.std) if fine else Score(None, f"score is {value}")
+                scores[index] = (
+                    Score((value - self.mean) / self.std) if fine else Score(None, f"score is {value}", "R-NAN")
+                )
         return scores
 
 
@@ -92,31 +94,24 @@ class EnsembleReward:
     Args:
         members: at least one.
         how: what becomes of an answer's scores. An answer that a member cannot score has that member's error.
-
-    Attributes:
-        spread: of the last answers scored, the sum of the members' standard deviations and how many these were.
     """
 
     name = "reward_model"
 
     def __init__(self, members: Sequence[ModelReward], how: Ensemble = "mean") -> None:
         self.members, self.how = list(members), how
-        self.spread: tuple[float, int] = (0.0, 0)
 
     def score(self, episodes: Sequence[Episode], *, cancelled: Callable[[], bool] = never) -> list[Score]:
         """See `Reward.score`."""
         found = [member.score(episodes, cancelled=cancelled) for member in self.members]
         scores: list[Score] = []
-        spreads: list[float] = []
         for own in zip(*found, strict=True):
             bad = next(((i, s.error) for i, s in enumerate(own) if s.value is None), None)
             if bad is not None:
                 scores.append(Score(None, f"member {bad[0] + 1} of {len(own)}: {bad[1]}"))
                 continue
             values = [s.value for s in own if s.value is not None]
-            spreads.append(pstdev(values))
-            scores.append(Score(_together(values, self.how)))
-        self.spread = (math.fsum(spreads), len(spreads))
+            scores.append(Score(_together(values, self.how), spread=pstdev(values)))
         return scores
 
 
@@ -124,16 +119,6 @@ def _together(values: Sequence[float], how: Ensemble) -> float:
     if how == "min":
         return min(values)
     return fmean(values) - (pstdev(values) if how == "mean-std" else 0.0)
-
-
-def disagreement(spreads: Iterable[tuple[float, int]]) -> float:
-    """Mean over answers of the standard deviation among an ensemble's members.
-
-    Args:
-        spreads: `EnsembleReward.spread` of every process that scored a share of the answers.
-    """
-    parts = list(spreads)
-    return math.fsum(total for total, _ in parts) / max(sum(count for _, count in parts), 1)
 
 
 def judge_of(
@@ -220,17 +205,3 @@ def fold_normaliser(model: Any) -> None:
         head.weight /= std
         head.bias = torch.nn.Parameter((bias - mean) / std)
     setattr(model.config, CONFIG_KEY, {"mean": 0.0, "std": 1.0})
-
-
-def values_of(scores: Sequence[Score], *, name: str) -> list[float]:
-    """The numbers of scores that must all be there.
-
-    Raises:
-        RewardError: an item has none; the first reason is named.
-    """
-    bad = [(i, s.error) for i, s in enumerate(scores) if s.value is None]
-    if bad:
-        raise RewardError(
-            f"{name} gave no score for {len(bad)} of {len(scores)} answers; the first (item {bad[0][0]}): {bad[0][1]}"
-        )
-    return [s.value for s in scores if s.value is not None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from danlu.data.collate import EncodedPrompt
+from danlu.exceptions import RewardError
 from danlu.tree import Trajectory
 from danlu.types import Message
 
@@ -46,10 +47,33 @@ def episodes_of(
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number, or the reason why there is none."""
+    """A number, or the reason why there is none, with its code (docs/rewards.md lists them).
+
+    `spread`: of an ensemble, the standard deviation among its members' numbers.
+    """
 
     value: float | None
     error: str | None = None
+    code: str = ""
+    spread: float | None = None
+
+
+class Unscored(RewardError):
+    """Why an answer, or a whole batch of them, has no score.
+
+    Args:
+        code: R-COUNT, R-NAN, R-ENDPOINT, ...
+        reason: one sentence that names what failed.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code, self.reason = code, reason
+
+    @property
+    def score(self) -> Score:
+        """As the score of an answer."""
+        return Score(None, self.reason, self.code)
 
 
 def never() -> bool:

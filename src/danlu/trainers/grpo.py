@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from danlu.alignment_config import GrpoSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.data.packing import micro_batches
-from danlu.exceptions import DataError, SettingsError
+from danlu.exceptions import RewardError
 from danlu.generation.engine import LocalEngine
 from danlu.losses.grpo import clipped_with_kl, group_advantages
 from danlu.losses.policy import kl_k3
 from danlu.models.load import load_model
 from danlu.models.roles import SeparateModels, reference_model
 from danlu.models.root import RootModel, TrunkOutput
-from danlu.rewards.model import EnsembleReward, disagreement, judge_of, values_of
-from danlu.rewards.protocol import Reward, episodes_of
-from danlu.rewards.verifiers import VERIFIERS, Verifier
+from danlu.rewards.combine import Combined
 from danlu.text.chat_template import ChatTemplate
-from danlu.train_config import as_models
+from danlu.trainers import scoring
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.logprobs import logprobs
@@ -53,7 +51,7 @@ from danlu.training.session import Session
 from danlu.training.setup import lora_roles
 from danlu.training.sharding import shard, share_forwards
 from danlu.training.step import TrainResult, accumulate, apply
-from danlu.training.templates import template_facts, template_of, tokenizer_of
+from danlu.training.templates import template_facts, template_of
 from danlu.tree import Trajectory, TreeBatch, forest, group
 
 
@@ -70,11 +68,11 @@ class Experience:
 
 @dataclass(frozen=True)
 class Players:
-    """Everything that takes part: the root with policy and ref; the judges with their weights; the engine with its own model."""
+    """Everything that takes part: the root with policy and ref; what scores answers; the engine with its own model."""
 
     root: RootModel
     policy: Any
-    judges: list[tuple[float, Reward]]
+    reward: Combined
     engine: LocalEngine
     compute: Compute
     template: ChatTemplate
@@ -87,21 +85,21 @@ def train(settings: GrpoSettings) -> TrainResult:
     Raises:
         SettingsError: there is nothing that scores answers.
         DataError: no prompt is left, or one cannot be verified.
+        RewardError: answers could not be scored (more than max_failed).
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
     distributed.start()
     template = template_of(settings.model, settings, stage="grpo")
     prompts, heldout, facts = prompts_of(settings, template)
-    verifier = _verifier(settings, prompts)
-    players = _players(settings, template, verifier)
+    players = _players(settings, template, prompts)
     root, engine, compute, options = players.root, players.engine, players.compute, settings.grpo
     per_step = settings.rollout.batch // options.group_size
     total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / per_step))
     trained = [p for p in root.parameters() if p.requires_grad]
     optimizer = optimizer_of(root, settings.learning_rate, settings)
 
-    def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float]:
-        return _scores(players, asked, found, options.missing_stop_penalty)
+    def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float | None]:
+        return _scores(players, asked, found, settings)
 
     with Session(settings, "grpo", total=total, module=root, optimizers={"optimizer": optimizer}) as session:
         if heldout and "first_eval_score" not in session.extra:
@@ -116,10 +114,9 @@ def train(settings: GrpoSettings) -> TrainResult:
             asked = [prompts[i] for i in chosen for _ in range(options.group_size)]
             params = sampling_of(settings, template)
             trajectories = share_rollout(engine, [p.ids for p in asked], params, seed=settings.seed, step=step)
-            scores = scorer(asked, trajectories)
+            trajectories, scores = _whole_groups(trajectories, scorer(asked, trajectories), options.group_size)
             parts, stats = _experience(players, trajectories, scores, settings)
-            for judge in (j for _, j in players.judges if isinstance(j, EnsembleReward)):
-                stats["disagreement"] = disagreement(distributed.gather(judge.spread))
+            stats |= players.reward.metrics
 
             updates: list[dict[str, float]] = []
             for epoch in range(options.epochs):
@@ -147,7 +144,7 @@ def train(settings: GrpoSettings) -> TrainResult:
         metrics |= best
         if "first_eval_score" in session.extra:
             metrics["first_eval_score"] = session.extra["first_eval_score"]
-        facts |= {"first": session.extra.get("first", {}), "judges": [judge.name for _, judge in players.judges]}
+        facts |= {"first": session.extra.get("first", {}), **players.reward.facts}
         facts |= {**template_facts(template), **session.facts}
 
     folder = Path(settings.out) / "model"
@@ -159,43 +156,11 @@ def train(settings: GrpoSettings) -> TrainResult:
 # -- who plays ----------------------------------------------------------------------------------------------------------
 
 
-def _verifier(settings: GrpoSettings, prompts: Sequence[EncodedPrompt]) -> Verifier | None:
-    """The verifier, if any prompt has something to verify by.
-
-    Raises:
-        SettingsError: there is neither a verifier nor a reward model.
-        DataError: a prompt has nothing to be judged by, or wants a verifier that does not exist.
-    """
-    verifier = Verifier(settings.verifier)
-    names = [verifier.of(p.reference) for p in prompts] if settings.verifier != "none" else []
-    unknown = sorted(set(names) - {"", *VERIFIERS})
-    if unknown:
-        raise DataError(
-            f"prompts want the verifier '{unknown[0]}', which does not exist",
-            field="verifier",
-            hint=f"known: {', '.join(VERIFIERS)}",
-        )
-    if not as_models(settings.reward_model):
-        if not any(names):
-            raise SettingsError(
-                "nothing scores the answers: there is no reward model, and no prompt has a reference to verify by",
-                field="reward_model",
-                hint='train one with `danlu reward`, or give prompts like {"prompt": [...], "reference": '
-                '{"verifier": "number", "answer": "72"}}',
-            )
-        if not all(names):
-            raise DataError(
-                f"{names.count('')} of {len(names)} prompts have no reference to verify by, and there is no reward model",
-                field="reference",
-                hint="leave these prompts out, or give --reward-model",
-            )
-    return verifier if any(names) else None
-
-
-def _players(settings: GrpoSettings, template: ChatTemplate, verifier: Verifier | None) -> Players:
+def _players(settings: GrpoSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt]) -> Players:
     path = resolve_model(settings.model)
     policy = load_model(path)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
+    reward = scoring.rewards_for(settings, template, prompts, compute, stage="grpo")
     engine = LocalEngine(copy.deepcopy(policy).to(compute.device), template.tokenizer)
     trunks: nn.Module
     if settings.adapter == "lora":
@@ -203,36 +168,37 @@ def _players(settings: GrpoSettings, template: ChatTemplate, verifier: Verifier 
     else:
         trunks = SeparateModels({"policy": policy, "ref": reference_model(path, settings.ref_bits)}, ["policy"])
     root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
-    judges: list[tuple[float, Reward]] = []
-    if named := as_models(settings.reward_model):
-        judge = judge_of(
-            [load_model(resolve_model(name), scalar=True) for name in named],
-            [ChatTemplate(tokenizer_of(name, stage="grpo"), settings.template) for name in named],
-            template,
-            micro_tokens=settings.micro_tokens,
-            device=compute.device,
-            ensemble=settings.ensemble,
-        )
-        judges.append((1.0, judge))
-    if verifier is not None:
-        judges.append((settings.verifier_weight, verifier))
-    return Players(root, policy, judges, engine, compute, template)
+    return Players(root, policy, reward, engine, compute, template)
 
 
 # -- roll-outs ----------------------------------------------------------------------------------------------------------
 
 
 def _scores(
-    players: Players, prompts: Sequence[EncodedPrompt], trajectories: Sequence[Trajectory], missing_stop_penalty: float
-) -> list[float]:
-    """The judges' scores, weighted and added up, less the penalty for a missing stop token."""
-    episodes = episodes_of(prompts, trajectories, players.template.decode)
-    totals = [0.0 if e.finished else -missing_stop_penalty for e in episodes]
-    for weight, judge in players.judges:
-        with players.compute.autocast():
-            values = values_of(distributed.share(episodes, judge.score), name=judge.name)
-        totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
-    return totals
+    players: Players, prompts: Sequence[EncodedPrompt], trajectories: Sequence[Trajectory], settings: GrpoSettings
+) -> list[float | None]:
+    """The rewards' sum less the penalty for a missing stop token; None for an answer that could not be scored."""
+    raw = scoring.score(players.reward, prompts, trajectories, players.template, players.compute, settings.out)
+    penalty = settings.grpo.missing_stop_penalty
+    return [None if v is None else v - (0.0 if t.finished else penalty) for v, t in zip(raw, trajectories, strict=True)]
+
+
+def _whole_groups(
+    trajectories: Sequence[Trajectory], scores: Sequence[float | None], size: int
+) -> tuple[list[Trajectory], list[float]]:
+    """Without the groups in which an answer has no score: what is better than its group cannot be told there.
+
+    Raises:
+        RewardError: no group is left.
+    """
+    starts = range(0, len(scores), size)
+    kept = [i for start in starts if None not in scores[start : start + size] for i in range(start, start + size)]
+    if not kept:
+        raise RewardError(
+            "every group has an answer without a score",
+            hint="lower max_failed: then the run stops at the first failure",
+        )
+    return [trajectories[i] for i in kept], [s for i in kept if (s := scores[i]) is not None]
 
 
 def _experience(
@@ -251,7 +217,7 @@ def _experience(
 
     built: list[tuple[list[Experience], float]] = []
     entropy = gap = kl = k3 = 0.0
-    for share in np.array_split(np.arange(len(groups)), settings.grpo.minibatches):
+    for share in np.array_split(np.arange(len(groups)), min(settings.grpo.minibatches, len(groups))):
         batches = _batches(trajectories, [groups[g] for g in share], settings.micro_tokens)
         trees = [TreeBatch.of(forest(group([trajectories[i] for i in piece]) for piece in b)) for b in batches]
         found = share_forwards(players.root, ["policy", "ref"], trees, read, players.compute)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from danlu.alignment_config import PpoSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.data.packing import micro_batches
-from danlu.exceptions import SettingsError
 from danlu.generation.engine import LocalEngine
 from danlu.losses.advantages import gae, token_rewards, whiten
 from danlu.losses.policy import clipped_policy, kl_k3
@@ -27,10 +26,11 @@ from danlu.losses.value import clipped_value
 from danlu.models.load import load_model
 from danlu.models.roles import SeparateModels, reference_model
 from danlu.models.root import RootModel, TrunkOutput
-from danlu.rewards.model import EnsembleReward, ModelReward, disagreement, fold_normaliser, judge_of, values_of
-from danlu.rewards.protocol import episodes_of
+from danlu.rewards.combine import Combined
+from danlu.rewards.model import fold_normaliser
 from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
+from danlu.trainers import scoring
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.logprobs import logprobs
@@ -52,7 +52,7 @@ from danlu.training.session import Session
 from danlu.training.setup import lora_roles
 from danlu.training.sharding import shard, share_forwards
 from danlu.training.step import TrainResult, accumulate, apply
-from danlu.training.templates import template_facts, template_of, tokenizer_of
+from danlu.training.templates import template_facts, template_of
 from danlu.tree import Trajectory, TreeBatch, forest
 
 
@@ -75,11 +75,11 @@ class Experience:
 
 @dataclass(frozen=True)
 class Players:
-    """Everything that takes part: the root with policy, ref and critic; the judge; the engine with its own weights."""
+    """Everything that takes part: the root with policy, ref and critic; what scores answers; the engine with its own weights."""
 
     root: RootModel
     policy: Any
-    reward: ModelReward | EnsembleReward
+    reward: Combined
     engine: LocalEngine
     compute: Compute
     template: ChatTemplate
@@ -90,16 +90,15 @@ def train(settings: PpoSettings) -> TrainResult:
     """Trains and writes `out/model` (the policy); resumes from the last checkpoint in `out`.
 
     Raises:
-        SettingsError: no reward model is given.
-        DataError: no prompt is left.
+        SettingsError: there is nothing that scores answers.
+        DataError: no prompt is left, or one cannot be verified.
+        RewardError: answers could not be scored (more than max_failed).
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
     distributed.start()
-    if not as_models(settings.reward_model):
-        raise SettingsError("no reward model is given", field="reward_model", hint="train one with `danlu reward`")
     template = template_of(settings.model, settings, stage="ppo")
     prompts, heldout, facts = prompts_of(settings, template)
-    players = _players(settings, template)
+    players = _players(settings, template, prompts)
     root, engine, compute, options = players.root, players.engine, players.compute, settings.ppo
     total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / settings.rollout.batch))
     policy = [p for n, p in root.named_parameters() if p.requires_grad and not _is_critic(n)]
@@ -108,7 +107,7 @@ def train(settings: PpoSettings) -> TrainResult:
     critic_optimizer = optimizer_of(nn.ParameterList(critic), options.critic_learning_rate, settings)
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
 
-    def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float]:
+    def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float | None]:
         return _scores(players, asked, found, settings)
 
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers) as session:
@@ -124,10 +123,9 @@ def train(settings: PpoSettings) -> TrainResult:
             asked = [prompts[i] for i in prompt_order(len(prompts), settings.rollout.batch, step, settings.seed)]
             params = sampling_of(settings, template)
             trajectories = share_rollout(engine, [p.ids for p in asked], params, seed=settings.seed, step=step)
-            scores = scorer(asked, trajectories)
-            parts, stats = _experience(players, trajectories, scores, settings)
-            if isinstance(players.reward, EnsembleReward):
-                stats["disagreement"] = disagreement(distributed.gather(players.reward.spread))
+            scored = [(t, s) for t, s in zip(trajectories, scorer(asked, trajectories), strict=True) if s is not None]
+            parts, stats = _experience(players, [t for t, _ in scored], [s for _, s in scored], settings)
+            stats |= players.reward.metrics
 
             updates: list[dict[str, float]] = []
             for epoch in range(options.epochs):
@@ -162,7 +160,8 @@ def train(settings: PpoSettings) -> TrainResult:
         metrics |= best
         if "first_eval_score" in session.extra:
             metrics["first_eval_score"] = session.extra["first_eval_score"]
-        facts |= {"first": session.extra.get("first", {}), **template_facts(template), **session.facts}
+        facts |= {"first": session.extra.get("first", {}), **players.reward.facts}
+        facts |= {**template_facts(template), **session.facts}
 
     folder = Path(settings.out) / "model"
     players.policy.generation_config.eos_token_id = sorted(template.stop_ids)
@@ -173,39 +172,35 @@ def train(settings: PpoSettings) -> TrainResult:
 # -- who plays ----------------------------------------------------------------------------------------------------------
 
 
-def _players(settings: PpoSettings, template: ChatTemplate) -> Players:
+def _players(settings: PpoSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt]) -> Players:
     path = resolve_model(settings.model)
-    named = as_models(settings.reward_model)
-    reward_paths = [resolve_model(name) for name in named]
     policy = load_model(path)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
+    reward = scoring.rewards_for(settings, template, prompts, compute, stage="ppo")
     engine = LocalEngine(copy.deepcopy(policy).to(compute.device), template.tokenizer)
-    judge_models = [load_model(reward_path, scalar=True) for reward_path in reward_paths]
     trunks: nn.Module
     if settings.adapter == "lora":
         trunks = lora_roles(policy, ["policy", "ref", "critic"], settings, trained=["policy", "critic"])
     else:
-        # The critic starts from the (first) reward model if that has the policy's shape (arXiv 2403.17031), else from the policy.
-        first = judge_models[0].config
-        same = first.to_dict().get("hidden_size") == policy.config.to_dict().get("hidden_size") and (
-            first.vocab_size == policy.config.vocab_size
-        )
-        critic = load_model(reward_paths[0] if same else path, scalar=True)
-        if same:
-            fold_normaliser(critic)
         ref = reference_model(path, settings.ref_bits)
-        trunks = SeparateModels({"policy": policy, "ref": ref, "critic": critic}, ["policy", "critic"])
+        trunks = SeparateModels(
+            {"policy": policy, "ref": ref, "critic": _critic(settings, policy)}, ["policy", "critic"]
+        )
     root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
-    own = [ChatTemplate(tokenizer_of(name, stage="ppo"), settings.template) for name in named]
-    judge = judge_of(
-        judge_models,
-        own,
-        template,
-        micro_tokens=settings.micro_tokens,
-        device=compute.device,
-        ensemble=settings.ensemble,
-    )
-    return Players(root, policy, judge, engine, compute, template)
+    return Players(root, policy, reward, engine, compute, template)
+
+
+def _critic(settings: PpoSettings, policy: Any) -> Any:
+    """Starts from the (first) reward model if there is one of the policy's shape (arXiv 2403.17031), else from the policy."""
+    judges = as_models(settings.reward_model)
+    if judges:
+        critic = load_model(resolve_model(judges[0]), scalar=True)
+        if critic.config.to_dict().get("hidden_size") == policy.config.to_dict().get("hidden_size") and (
+            critic.config.vocab_size == policy.config.vocab_size
+        ):
+            fold_normaliser(critic)
+            return critic
+    return load_model(resolve_model(settings.model), scalar=True)
 
 
 def _is_critic(name: str) -> bool:
@@ -217,12 +212,14 @@ def _is_critic(name: str) -> bool:
 
 def _scores(
     players: Players, prompts: Sequence[EncodedPrompt], trajectories: Sequence[Trajectory], settings: PpoSettings
-) -> list[float]:
-    episodes = episodes_of(prompts, trajectories, players.template.decode)
-    with players.compute.autocast():
-        raw = values_of(distributed.share(episodes, players.reward.score), name=players.reward.name)
+) -> list[float | None]:
+    """The rewards' sum, clipped, less the penalty for a missing stop token; None for an answer that could not be scored."""
+    raw = scoring.score(players.reward, prompts, trajectories, players.template, players.compute, settings.out)
     clip, penalty = settings.ppo.score_clip, settings.ppo.missing_stop_penalty
-    return [max(-clip, min(clip, v)) - (0.0 if t.finished else penalty) for v, t in zip(raw, trajectories, strict=True)]
+    return [
+        None if v is None else max(-clip, min(clip, v)) - (0.0 if t.finished else penalty)
+        for v, t in zip(raw, trajectories, strict=True)
+    ]
 
 
 @torch.no_grad()

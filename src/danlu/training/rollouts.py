@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.alignment_config import GrpoSettings, PpoSettings
+from danlu.alignment_config import RolloutSettings
 from danlu.data.collate import EncodedPrompt, encode_prompts
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.generation.protocol import Engine, SamplingParams
@@ -26,11 +26,11 @@ from danlu.training.sharding import whole_of
 from danlu.tree import Trajectory, TreeBatch
 
 HELDOUT_PROMPTS = 128
-Scorer = Callable[[Sequence[EncodedPrompt], Sequence[Trajectory]], list[float]]
+Scorer = Callable[[Sequence[EncodedPrompt], Sequence[Trajectory]], list[float | None]]
 
 
 def prompts_of(
-    settings: PpoSettings | GrpoSettings, template: ChatTemplate
+    settings: RolloutSettings, template: ChatTemplate
 ) -> tuple[list[EncodedPrompt], list[EncodedPrompt], dict[str, Any]]:
     """Training prompts, held-out prompts (at most `HELDOUT_PROMPTS`), and facts about them.
 
@@ -58,7 +58,7 @@ def prompt_order(count: int, batch: int, step: int, seed: int) -> list[int]:
     return [int(orders[i // count][i % count]) for i in wanted]
 
 
-def sampling_of(settings: PpoSettings | GrpoSettings, template: ChatTemplate) -> SamplingParams:
+def sampling_of(settings: RolloutSettings, template: ChatTemplate) -> SamplingParams:
     """How roll-outs are drawn."""
     return SamplingParams(
         max_new_tokens=settings.rollout.max_new_tokens,
@@ -107,17 +107,21 @@ def evaluate(
     engine: Engine,
     root: RootModel,
     prompts: Sequence[EncodedPrompt],
-    settings: PpoSettings | GrpoSettings,
+    settings: RolloutSettings,
     template: ChatTemplate,
     scorer: Scorer,
 ) -> dict[str, float]:
-    """Score, length and stop rate of one answer to each held-out prompt, with draws that are the same at every evaluation."""
+    """Score, length and stop rate of one answer to each held-out prompt, with draws that are the same at every evaluation.
+
+    Answers that could not be scored are no part of the mean score.
+    """
     push_weights(engine, root, engine.version + 1)
     seed = mix_seed(settings.seed, 0xE7)
     found = share_rollout(engine, [p.ids for p in prompts], sampling_of(settings, template), seed=seed, step=0)
     count = len(found)
+    scores = [s for s in scorer(prompts, found) if s is not None]
     return {
-        "eval_score": sum(scorer(prompts, found)) / count,
+        "eval_score": sum(scores) / len(scores),
         "eval_length": sum(len(t.actions) for t in found) / count,
         "eval_stop_rate": sum(t.finished for t in found) / count,
     }

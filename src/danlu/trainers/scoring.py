@@ -1,0 +1,96 @@
+"""How a stage's roll-outs are scored: the reward that its settings ask for, and one call of it for all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from danlu.alignment_config import RolloutSettings
+from danlu.data.collate import EncodedPrompt
+from danlu.exceptions import RewardError, TemplateError
+from danlu.models.load import load_model
+from danlu.rewards.build import rewards_of
+from danlu.rewards.combine import Combined
+from danlu.rewards.model import judge_of
+from danlu.rewards.protocol import Reward, episodes_of
+from danlu.text.chat_template import ChatTemplate
+from danlu.train_config import as_models
+from danlu.training import distributed
+from danlu.training.compute import Compute
+from danlu.training.runs import resolve_model
+from danlu.training.templates import tokenizer_of
+from danlu.tree import Trajectory
+
+PROBES = 16
+
+
+def rewards_for(
+    settings: RolloutSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt], compute: Compute, *, stage: str
+) -> Combined:
+    """The reward of a stage, from its settings; see `rewards_of` for what is refused.
+
+    Args:
+        template: the policy's chat seam.
+        prompts: that are trained on.
+
+    Raises:
+        RewardError: the reward model cannot read the chats.
+    """
+
+    named = as_models(settings.reward_model)
+
+    def judge() -> Reward:
+        return judge_of(
+            [load_model(resolve_model(name), scalar=True) for name in named],
+            [readable(name, settings.template, prompts, stage=stage) for name in named],
+            template,
+            micro_tokens=settings.micro_tokens,
+            device=compute.device,
+            ensemble=settings.ensemble,
+        )
+
+    return rewards_of(settings, prompts, Path(settings.out), judge=judge if named else None)
+
+
+def readable(name: str, template: str | None, prompts: Sequence[EncodedPrompt], *, stage: str) -> ChatTemplate:
+    """A reward model's own chat seam, tried on some prompts.
+
+    Args:
+        name: of the reward model, as the settings have it.
+        template: one that danlu ships, in place of its tokenizer's own.
+
+    Raises:
+        RewardError: its template cannot render them.
+    """
+    try:
+        own = ChatTemplate(tokenizer_of(name, stage=stage), template)
+        for prompt in prompts[:PROBES]:
+            own.encode_answer(list(prompt.messages), [{"role": "assistant", "content": "..."}])
+    except TemplateError as error:
+        raise RewardError(
+            f"R-TEMPLATE: the reward model {name} cannot read these chats: {error.message}",
+            field="reward_model",
+            hint=error.hint or "a reward model with another chat template, or another --template",
+        ) from error
+    return own
+
+
+def score(
+    reward: Combined,
+    asked: Sequence[EncodedPrompt],
+    found: Sequence[Trajectory],
+    template: ChatTemplate,
+    compute: Compute,
+    out: str,
+) -> list[float | None]:
+    """Scores of roll-outs, each rank at work on its own; None for answers that could not be scored and are to be left out.
+
+    Raises:
+        RewardError: too many could not be scored; the batch is kept in `out/failed`.
+    """
+    episodes = episodes_of(asked, found, template.decode)
+
+    with compute.autocast():
+        scores = distributed.share(episodes, reward.score)
+    keep = Path(out) if distributed.is_main() else None
+    return reward.settle(episodes, scores, step=found[0].policy_version, keep=keep)
