@@ -13,7 +13,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -52,6 +52,7 @@ NO_EFFECT = (
     "micro_tokens",
     "activation_checkpointing",
     "on_oom",
+    "rollout.buffer",
 )
 
 
@@ -330,9 +331,7 @@ def _with_origins(inputs: list[dict[str, Any]], origins: list[dict[str, Any]]) -
 def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) -> str:
     """See the module."""
     fields = (*STAGES[kind].inputs, *STAGES[kind].models)
-    plain = settings.model_dump(mode="json", exclude=set(NO_EFFECT) | {f for f in fields if "." not in f})
-    if isinstance(plain.get("collect"), dict):
-        plain["collect"].pop("prompts", None)
+    plain = _without(settings.model_dump(mode="json"), (*NO_EFFECT, *fields))
     # Inputs count by content: a run folder may be moved.
     content = [
         [
@@ -347,6 +346,18 @@ def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) 
     return hashlib.sha256(document.encode()).hexdigest()
 
 
+def _without(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Plain settings without some of them; `group.field` names one of a group."""
+    found = dict(values)
+    for name in names:
+        group, _, field = name.partition(".")
+        if not field:
+            found.pop(group, None)
+        elif isinstance(found.get(group), dict):
+            found[group] = _without(found[group], [field])
+    return found
+
+
 def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
     """Before anything runs: settings of stages that exist must be the ones asked for now."""
     for stage in recipe.stages:
@@ -359,13 +370,9 @@ def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
         path = out / "settings.yaml"
         if not path.is_file() or _nothing_made(out, _read_manifest(out)):
             continue
-        old = yaml.safe_load(path.read_text("utf-8"))
-        new = placed(stage, recipe, folder).model_dump(mode="json")
-        changed = [
-            k
-            for k in new
-            if k not in NO_EFFECT and old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)
-        ]
+        old = _without(yaml.safe_load(path.read_text("utf-8")), NO_EFFECT)
+        new = _without(placed(stage, recipe, folder).model_dump(mode="json"), NO_EFFECT)
+        changed = [k for k in new if old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)]
         if changed:
             name, before, now = _leaf(changed[0], old.get(changed[0]), new[changed[0]])
             raise RunError(
@@ -405,9 +412,9 @@ def _what_changed(old: Mapping[str, Any], kind: str, settings: StageSettings, in
         if before.get(now["path"], now["sha256"]) != now["sha256"]:
             return f"{now['path']} has changed since"
     path = Path(settings.out) / "settings.yaml"
-    saved = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-    for key, value in settings.model_dump(mode="json").items():
-        if key not in NO_EFFECT and saved.get(key) != value:
+    saved = _without(yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}, NO_EFFECT)
+    for key, value in _without(settings.model_dump(mode="json"), NO_EFFECT).items():
+        if saved.get(key) != value:
             name, before_value, now_value = _leaf(key, saved.get(key), value)
             return f"{name} was {before_value!r}, now {now_value!r}"
     return f"danlu's {kind} stage itself has changed since"
