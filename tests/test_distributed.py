@@ -14,6 +14,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_checkpoint import PUBLISHED, Tiny, optimizer_of
+from test_ppo import everything
 from torch import Tensor, nn
 
 from danlu.config import KINDS, SftSettings
@@ -229,6 +230,36 @@ def assert_same_stage(out: Path, expected: Path) -> None:
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_stage_of_two_processes_equals_one(kind: str, strategy: str, runner: Runner) -> None:
     assert_same_stage(finished(kind, TWO[strategy], runner), finished(kind, ONE, runner))
+
+
+@pytest.mark.parametrize("strategy", TWO)
+def test_ppo_with_everything_in_two_processes(strategy: str, runner: Runner, tmp_path: Path) -> None:
+    """Whitening, moments, PTX and averages are those of all ranks together."""
+    shared = {"ppo-ddp": ONE, strategy: TWO[strategy]}
+    outs = []
+    for name, (processes, kind) in shared.items():
+        out = tmp_path / name
+        out.mkdir()
+        changes = everything() | {"processes": processes, "strategy": kind, "save_every": 2, "learning_rate": 1e-3}
+        runner.run("ppo", parse(KINDS["ppo"], tiny.stage("ppo", out, max_steps=4, schedule="constant", **changes)))
+        outs.append(out)
+    one, two = outs
+    assert_same_stage(two, one)
+    exact = (
+        "advantage_std",
+        "advantage_max",
+        "explained_variance",
+        "importance_mean",
+        "ptx_loss",
+        "ptx_share",
+        "ratio_max",
+    )
+    for row, other in zip(tiny.metrics_of(two), tiny.metrics_of(one), strict=True):
+        assert {k: row[k] for k in exact if k in other} == pytest.approx(
+            {k: other[k] for k in exact if k in other}, rel=1e-3, abs=1e-4
+        )
+    found, expected = (load_file(o / "ema" / "model.safetensors") for o in (two, one))
+    assert_close(found, expected, 1e-4)
 
 
 def half_done(whole: Path, out: Path, step: int) -> Path:

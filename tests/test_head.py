@@ -38,10 +38,17 @@ def plain(
     leaves: list[Tensor], targets: Tensor, temperature: float, scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
     """Log-probabilities from whole logits, in double precision."""
+    return whole_logprobs(leaves, temperature, scale, softcap)[torch.arange(ROWS), targets]
+
+
+def whole_logprobs(
+    leaves: list[Tensor], temperature: float, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Of every token of the vocabulary."""
     logits = (nn.functional.linear(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.log_softmax(logits / temperature, -1)[torch.arange(ROWS), targets]
+    return torch.log_softmax(logits / temperature, -1)
 
 
 def test_cross_entropy_by_hand() -> None:
@@ -84,6 +91,55 @@ def test_gradients_are_those_of_whole_logits(
             near(gradient, other.float())
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("chunk", [5, None])
+@pytest.mark.parametrize("learning", [(0, 1, 2), (0,), (1, 2)], ids=["all", "hidden", "head"])
+def test_gradients_of_entropy_are_those_of_whole_logits(
+    rule: dict[str, float], chunk: int | None, learning: tuple[int, ...]
+) -> None:
+    """In float64, of log-probabilities and entropies together, and of the entropies alone."""
+    leaves, targets, upstream = problem(True, torch.float64)
+    parts = [x.detach().requires_grad_(i in learning) for i, x in enumerate(leaves)]
+    wanted = [p for p in parts if p.requires_grad]
+    found, entropy = token_logprobs(
+        *parts[:2], targets, bias_V=parts[2], temperature=0.7, chunk=chunk, entropy=True, **rule
+    )
+    logp = whole_logprobs(parts, 0.7, **rule)
+    expected, expected_entropy = logp[torch.arange(ROWS), targets], -(logp.exp() * logp).sum(-1)
+    assert torch.allclose(entropy, expected_entropy, atol=1e-12) and entropy.dtype == torch.float64
+    tilt = -0.3 * upstream.flip(0)
+    for result, reference in (
+        ((found * upstream + entropy * tilt).sum(), (expected * upstream + expected_entropy * tilt).sum()),
+        (entropy.square().sum(), expected_entropy.square().sum()),
+    ):
+        own = torch.autograd.grad(result, wanted, retain_graph=True)
+        right = torch.autograd.grad(reference, wanted, retain_graph=True)
+        for gradient, other in zip(own, right, strict=True):
+            assert torch.allclose(gradient, other, atol=1e-10)
+
+
+def test_gradcheck_of_log_probabilities_and_entropies() -> None:
+    leaves, targets, _ = problem(True, torch.float64)
+    few = [leaves[0].detach()[:4].requires_grad_(), *leaves[1:]]
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(
+            hidden, weight, targets[:4], bias_V=bias, temperature=0.7, scale=2.0, softcap=3.0, chunk=3, entropy=True
+        )
+
+    assert torch.autograd.gradcheck(function, few)
+
+
+def test_the_gradient_of_entropy_by_hand() -> None:
+    # The head is the identity, p = 1/2, 1/4, 1/4: H = 1.5 ln 2. dH/dz_j = -p_j (log p_j + H): -1/2 (-1 + 1.5) ln 2 and twice
+    # -1/4 (-2 + 1.5) ln 2. Going that way evens the distribution out.
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log().requires_grad_()
+    _, entropy = token_logprobs(logits, torch.eye(3), torch.tensor([0]), entropy=True)
+    assert entropy.item() == pytest.approx(1.5 * math.log(2), rel=1e-6)
+    [grad] = torch.autograd.grad(entropy.sum(), logits)
+    assert grad.flatten().tolist() == pytest.approx([-0.25 * math.log(2), 0.125 * math.log(2), 0.125 * math.log(2)])
+
+
 def test_bf16_hidden_states_give_an_fp32_head_an_fp32_gradient(near: Near) -> None:
     """Each row adds 2^-12 of the largest gradient: summed in bf16 it would be lost."""
     hidden = torch.ones(4097, 1, dtype=torch.bfloat16)
@@ -119,7 +175,8 @@ def test_the_largest_tensor_does_not_grow_with_the_rows(form: str) -> None:
             if form == "nll":
                 weighted_nll(hidden, weight, targets, torch.ones(rows), softcap=2.0, chunk=32).backward()
             else:
-                token_logprobs(hidden, weight, targets, chunk=32, entropy=form == "entropy")[0].sum().backward()
+                logp, entropy = token_logprobs(hidden, weight, targets, chunk=32, entropy=form == "entropy")
+                (logp.sum() + entropy.sum()).backward()
         return seen.entries
 
     assert largest(128) == largest(2048) == 32 * 512

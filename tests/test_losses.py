@@ -14,10 +14,11 @@ from torch import Tensor
 
 from danlu.losses.advantages import gae, token_rewards, whiten
 from danlu.losses.logprobs import token_logprobs
-from danlu.losses.policy import clipped_policy, kl_k1, kl_k3
+from danlu.losses.policy import KlEstimator, clipped_policy, importance, kl_estimate, kl_k1, kl_k2, kl_k3, kl_loss
 from danlu.losses.preference import pairwise
+from danlu.losses.ptx import PtxForm, gradient_share, ptx_weights
 from danlu.losses.reduce import weighted_sum
-from danlu.losses.value import clipped_value
+from danlu.losses.value import clipped_value, explained_variance
 
 Near = Callable[..., None]
 ZERO_LOG = 0.0  # log 1: the old policy's log-probability that makes exp(logp) the ratio
@@ -114,26 +115,107 @@ def test_clipped_policy_weights_and_metrics_by_hand() -> None:
     assert metrics["approx_kl"] == pytest.approx((0.5 - math.log(1.5)) / 2, rel=1e-5)
 
 
-@given(NUMBERS, st.integers(0, 99), st.sampled_from([0.1, 0.2, 0.5]))
-def test_clipped_policy_against_a_loop(logps: list[float], seed: int, clip: float) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        # eps = 0.2, eps_high = 0.5
+        (1.4, 2.0, -2.8, -2.8),  # not yet enough: -2 * 1.4
+        (1.6, 2.0, -3.0, 0.0),  # -3.2 or -2 * 1.5
+        (0.7, -2.0, 1.6, 0.0),  # downwards it is 0.8 as ever: 1.4 or 2 * 0.8
+        (1.6, -2.0, 3.2, 3.2),  # a bad token that gained is pushed down wherever it is
+    ],
+)
+def test_a_wider_upper_range_by_hand(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    logp = log_t(ratio)
+    found, _ = clipped_policy(logp, t(ZERO_LOG), t(advantage), t(1), 1.0, clip_range=0.2, clip_range_high=0.5)
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=1e-5)
+    assert logp.grad is not None and logp.grad.item() == pytest.approx(gradient, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "bounded"),
+    [
+        # c = 3: with A < 0 at most 3 |A|, and no more gradient there
+        (5.0, -2.0, 6.0, 0.0, 1.0),  # 10 or 3 * 2
+        (2.5, -2.0, 5.0, 5.0, 0.0),  # 5 or 6
+        (0.5, -2.0, 1.6, 0.0, 0.0),  # clipped as ever
+        (5.0, 2.0, -2.4, 0.0, 0.0),  # A > 0: nothing changes
+    ],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float, gradient: float, bounded: float) -> None:
+    logp = log_t(ratio)
+    found, metrics = clipped_policy(logp, t(ZERO_LOG), t(advantage), t(1), 1.0, dual_clip=3.0)
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=1e-5)
+    assert logp.grad is not None and logp.grad.item() == pytest.approx(gradient, rel=1e-5, abs=1e-6)
+    assert metrics["dual_clip_fraction"] == bounded
+
+
+def test_importance_by_hand() -> None:
+    # old / behaviour: 0.5, 1.5 and 4, of which the last is cut to 2
+    found = importance(log_t(0.1, 0.3, 0.8).detach(), log_t(0.2, 0.2, 0.2).detach(), 2.0)
+    assert found.tolist() == pytest.approx([0.5, 1.5, 2.0], rel=1e-5)
+    # Ratios 1; A = 1, -1, 1; i = 0.5, 1.5, 2: (-0.5 + 1.5 - 2) / 2 = -0.5, gradients -A i / 2
+    logp = leaf(0, 0, 0)
+    loss, metrics = clipped_policy(logp, t(0, 0, 0), t(1, -1, 1), t(1, 1, 1), 2.0, importance_T=found)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.5, rel=1e-5)
+    assert logp.grad is not None and logp.grad.tolist() == pytest.approx([-0.25, 0.75, -1.0], rel=1e-5)
+    # The ratio is that to the policy before the update, whatever sampled the tokens.
+    assert (metrics["ratio_mean"], metrics["ratio_max"], metrics["ratio_error"]) == (1.5, 1.0, 0.0)
+
+
+@given(
+    NUMBERS,
+    st.integers(0, 99),
+    st.sampled_from([0.1, 0.2, 0.5]),
+    st.sampled_from([None, 0.1, 0.6]),
+    st.sampled_from([None, 1.5, 3.0]),
+    st.booleans(),
+)
+def test_clipped_policy_against_a_loop(
+    logps: list[float], seed: int, clip: float, high: float | None, dual: float | None, weighted: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     old, advantage = (torch.randn(len(logps), generator=generator) for _ in range(2))
-    weights = torch.rand(len(logps), generator=generator)
+    weights, stale = (torch.rand(len(logps), generator=generator) for _ in range(2))
     expected = 0.0
-    for p, o, a, w in zip(logps, old.tolist(), advantage.tolist(), weights.tolist(), strict=True):
+    rows = zip(logps, old.tolist(), advantage.tolist(), weights.tolist(), stale.tolist(), strict=True)
+    for p, o, a, w, i in rows:
         rho = math.exp(p - o)
-        # The paper's own form: minus the minimum of the two surrogates.
-        expected -= w * min(rho * a, min(max(rho, 1 - clip), 1 + clip) * a) / 3.0
-    found = clipped_policy(t(*logps), old, advantage, weights, 3.0, clip_range=clip)[0]
+        # The papers' own form: the minimum of the two surrogates, for bad tokens at least c A.
+        gain = min(rho * a, min(max(rho, 1 - clip), 1 + (clip if high is None else high)) * a)
+        if dual is not None and a < 0:
+            gain = max(gain, dual * a)
+        expected -= w * (i if weighted else 1.0) * gain / 3.0
+    options = {"clip_range_high": high, "dual_clip": dual, "importance_T": stale if weighted else None}
+    found = clipped_policy(t(*logps), old, advantage, weights, 3.0, clip_range=clip, **options)[0]  # type: ignore[arg-type]
     assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_range_high": 0.6}, {"dual_clip": 1.6}, {"clip_range": 0.05}], ids=str)
+def test_gradients_of_the_policy_loss(options: dict[str, float]) -> None:
+    """Against differences, in float64, at ratios that are nowhere near a corner."""
+    ratios = torch.tensor([0.5, 0.9, 1.1, 1.5, 2.5], dtype=torch.float64).repeat(2)
+    advantages = torch.tensor([1.0, -0.7], dtype=torch.float64).repeat_interleave(5)
+    stale = torch.linspace(0.3, 1.7, 10, dtype=torch.float64)
+
+    def loss(logp: Tensor) -> Tensor:
+        ones = torch.ones_like(logp)
+        zeros = torch.zeros_like(logp)
+        return clipped_policy(logp, zeros, advantages, ones, 10.0, importance_T=stale, **options)[0]  # type: ignore[arg-type]
+
+    assert torch.autograd.gradcheck(loss, (ratios.log().requires_grad_(),))
 
 
 # --- KL ---------------------------------------------------------------------------------------------------------------
 
 
 def test_kl_estimators_by_hand() -> None:
-    # p = 1/2, q = 1/4: k1 = ln 2; k3 = q/p - 1 - ln(q/p) = -1/2 + ln 2
+    # p = 1/2, q = 1/4: k1 = ln 2; k2 = (ln 2)^2 / 2; k3 = q/p - 1 - ln(q/p) = -1/2 + ln 2
     assert kl_k1(log_t(0.5), log_t(0.25)).item() == pytest.approx(math.log(2), rel=1e-6)
+    assert kl_k2(log_t(0.5), log_t(0.25)).item() == pytest.approx(math.log(2) ** 2 / 2, rel=1e-6)
     assert kl_k3(log_t(0.5), log_t(0.25)).item() == pytest.approx(math.log(2) - 0.5, rel=1e-6)
 
 
@@ -149,6 +231,37 @@ def test_k3_is_never_negative(a: list[float], b: list[float]) -> None:
     size = min(len(a), len(b))
     assert (kl_k3(t(*a[:size]), t(*b[:size])) >= -1e-7).all()  # one rounding of expm1 at most
     assert kl_k3(t(*a), t(*a)).tolist() == [0.0] * len(a)
+
+
+def mean_gradient(estimator: KlEstimator, logits: Tensor, q: Tensor) -> Tensor:
+    """The mean over samples of p of the estimator's gradient; p itself is not differentiated, as in training."""
+    logp = torch.log_softmax(logits, -1)
+    [found] = torch.autograd.grad((logp.detach().exp() * kl_estimate(logp, q.log(), estimator)).sum(), logits)
+    return found
+
+
+def test_what_the_gradients_of_the_estimators_are_those_of() -> None:
+    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+    logp = torch.log_softmax(logits, -1)
+    [reverse] = torch.autograd.grad((logp.exp() * (logp - q.log())).sum(), logits, retain_graph=True)
+    [forward] = torch.autograd.grad((q * (q.log() - logp)).sum(), logits)
+    assert not torch.allclose(reverse, forward, atol=1e-2)
+    assert torch.allclose(mean_gradient("k2", logits, q), reverse)
+    assert torch.allclose(mean_gradient("k3", logits, q), forward)
+    assert torch.allclose(mean_gradient("k1", logits, q), torch.zeros_like(q))
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k2", math.log(2) ** 2), ("k3", 2 * math.log(2) - 1)])
+def test_kl_loss_by_hand(estimator: KlEstimator, expected: float) -> None:
+    # p = 1/2, q = 1/4 twice and a token that does not count; weights 1, 3, 0 over 2: twice the estimate
+    logp, ref = log_t(0.5, 0.5, 0.9), log_t(0.25, 0.25, 0.1)
+    found = kl_loss(logp, ref, t(1, 3, 0), 2.0, estimator=estimator)
+    found.backward()
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    # d k2 / d logp = ln(p/q) = ln 2; d k3 / d logp = 1 - q/p = 1/2
+    slope = math.log(2) if estimator == "k2" else 0.5
+    assert logp.grad is not None and logp.grad.tolist() == pytest.approx([slope / 2, 1.5 * slope, 0.0], rel=1e-5)
 
 
 # --- value ------------------------------------------------------------------------------------------------------------
@@ -181,6 +294,35 @@ def test_clipped_value_weights_by_hand() -> None:
     assert metrics["value_error"] == pytest.approx(1.25)
 
 
+def test_gradients_of_the_value_loss() -> None:
+    values = torch.tensor([1.0, 2.0, 0.1, 2.5, 0.4], dtype=torch.float64, requires_grad=True)
+    old, target = torch.ones_like(values), torch.tensor([3.0, 3.0, 3.0, 0.0, 0.0], dtype=torch.float64)
+    loss = lambda v: clipped_value(v, old, target, torch.ones_like(v), 5.0)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (values,))
+
+
+def test_explained_variance_by_hand() -> None:
+    # R = 0, 2, 4: variance 8/3. V = 1, 2, 3: R - V = -1, 0, 1, variance 2/3; 1 - 1/4
+    assert explained_variance(t(1, 2, 3), t(0, 2, 4)) == pytest.approx(0.75)
+    assert explained_variance(t(7, 9, 11), t(0, 2, 4)) == pytest.approx(1.0)  # off by a constant: nothing varies
+    assert explained_variance(t(5, 5, 5), t(0, 2, 4)) == pytest.approx(0.0)
+    assert explained_variance(t(4, 2, 0), t(0, 2, 4)) == pytest.approx(-3.0)  # R - V = -4, 0, 4: 32/3
+    assert explained_variance(t(1, 2, 3), t(2, 2, 2)) == 0.0
+
+
+# --- PTX --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "weights"), [("additive", (1.0, 0.25)), ("convex", (0.75, 0.25))])
+def test_the_forms_of_ptx_by_hand(form: PtxForm, weights: tuple[float, float]) -> None:
+    assert ptx_weights(form, 0.25) == weights
+
+
+def test_the_share_of_ptx_by_hand() -> None:
+    assert gradient_share(3.0, 1.0) == 0.75
+    assert (gradient_share(0.0, 2.0), gradient_share(2.0, 0.0), gradient_share(0.0, 0.0)) == (0.0, 1.0, 0.0)
+
+
 # --- rewards, advantages ----------------------------------------------------------------------------------------------
 
 
@@ -188,6 +330,15 @@ def test_token_rewards_by_hand() -> None:
     # log-ratios 0.5, -1, 2 at 0.1: -0.05, 0.1, -0.2; the score 3 comes on top of the last
     found = token_rewards(3.0, t(-1, -2, -1), t(-1.5, -1, -3), kl_coef=0.1)
     assert found.tolist() == pytest.approx([-0.05, 0.1, 2.8], rel=1e-5)
+
+
+def test_token_rewards_by_each_estimator() -> None:
+    # log-ratios 0.5 and -1; k2: 0.125, 0.5; k3: e^-0.5 - 1 + 0.5, e - 1 - 1
+    given = t(-1, -2), t(-1.5, -1)
+    second = token_rewards(3.0, *given, kl_coef=0.1, estimator="k2")
+    assert second.tolist() == pytest.approx([-0.0125, 2.95], rel=1e-5)
+    third = token_rewards(3.0, *given, kl_coef=0.1, estimator="k3")
+    assert third.tolist() == pytest.approx([-0.1 * (math.exp(-0.5) - 0.5), 3 - 0.1 * (math.e - 2)], rel=1e-5)
 
 
 def test_token_rewards_leave_their_arguments_alone() -> None:
@@ -214,6 +365,13 @@ def test_gae_with_both_one_is_rewards_to_go_minus_value() -> None:
     # rewards to go 3, 2, 2
     advantages, returns = gae(t(1, 0, 2), t(0.5, 1, 1.5), gamma=1.0, gae_lambda=1.0)
     assert advantages.tolist() == [2.5, 1.0, 0.5]
+    assert returns.tolist() == [3.0, 2.0, 2.0]
+
+
+def test_a_lambda_for_the_critic_alone() -> None:
+    # Returns with lambda 1 and gamma 1 are the rewards to go, 3, 2, 2; the advantages are those of lambda 0.
+    advantages, returns = gae(t(1, 0, 2), t(0.5, 1, 1.5), gamma=1.0, gae_lambda=0.0, critic_lambda=1.0)
+    assert advantages.tolist() == [1.5, 0.5, 0.5]
     assert returns.tolist() == [3.0, 2.0, 2.0]
 
 
@@ -285,8 +443,8 @@ def test_entropy(chunk: int, temperature: float, near: Near) -> None:
     )
     logp = torch.log_softmax(F.linear(*leaves) / temperature, -1)
     near(entropy, -(logp.exp() * logp).sum(-1))
-    assert not entropy.requires_grad
-    assert token_logprobs(*leaves[:2], targets)[1].tolist() == [0.0] * 7
+    plain = token_logprobs(*leaves[:2], targets)[1]
+    assert plain.tolist() == [0.0] * 7 and not plain.requires_grad
 
 
 def test_uniform_distribution_by_hand() -> None:

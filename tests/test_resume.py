@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from test_ppo import everything
 from torch import nn
 
 from danlu.cli.main import run
@@ -142,6 +143,23 @@ def test_killed_with_adapters_and_dropout(tmp_path: Path) -> None:
     assert run(call) == 0
     assert run([*command("sft", tmp_path / "whole", **lora), "--force"]) == 0
     assert_same_stage(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_ppo_with_everything_killed(adapter: str, tmp_path: Path) -> None:
+    """Average of weights, PTX, an adaptive KL, scores so far, answers in files that are used twice, warm-up."""
+    options = everything() | {"adapter": adapter, "rollout.per_update": 3}
+    assert run(command("ppo", tmp_path / "whole", **options)) == 0
+    call = command("ppo", tmp_path / "out", **options)
+    assert kill_at(9, call, tmp_path / "out").exitcode == -signal.SIGKILL
+    saved = checkpoint.latest(tmp_path / "out" / "checkpoints")
+    assert saved is not None
+    waiting = torch.load(saved / "buffer.pt", weights_only=True)["answers"]
+    assert len(waiting) >= 8 and any(a["uses"] == 1 for a in waiting), "or the test does not show much"
+    assert run(call) == 0
+    assert_all_steps(tmp_path / "out", "ppo")
+    assert_same_stage(tmp_path / "out", tmp_path / "whole")
+    assert tiny.weights(tmp_path / "out" / "ema") == tiny.weights(tmp_path / "whole" / "ema")
 
 
 def test_killed_before_the_first_checkpoint(tmp_path: Path) -> None:

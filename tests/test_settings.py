@@ -51,8 +51,11 @@ FROZEN = {
     "min_accuracy max_length_correlation",
     "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta label_smoothing reference ref_bits",
     "Rollout": "batch max_new_tokens temperature",
-    "Ppo": "kl_coef gamma gae_lambda clip_range value_clip_range epochs minibatches score_clip missing_stop_penalty "
-    "critic_learning_rate max_kl",
+    "PpoRollout": "batch max_new_tokens temperature per_update reuse buffer",
+    "Ppo": "kl_coef kl_estimator kl_in kl_controller kl_target kl_horizon gamma gae_lambda critic_lambda whiten_rewards "
+    "clip_range clip_range_high dual_clip importance_clip value_clip_range entropy_coef epochs minibatches update_kl score_norm "
+    "score_clip missing_stop_penalty critic_learning_rate critic_warmup critic_init max_kl",
+    "Ptx": "data form coef tokens",
     "RewardTerm": TERM,
     "Endpoint": f"{TERM} {ENDPOINT}",
     "JudgeTerm": f"{TERM} {ENDPOINT} kind base_url model rubric rubric_file scale_min scale_max pairwise max_tokens",
@@ -63,7 +66,7 @@ FROZEN = {
     "FormatTerm": f"{TERM} kind pattern match json_schema",
     "Sandbox": "timeout memory_mb",
     "RolloutSettings": f"{STAGE} {TRAIN} {ROLLOUT}",
-    "PpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} ppo",
+    "PpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} ppo ptx ema",
     "Grpo": "group_size kl_coef clip_range loss_average epochs minibatches missing_stop_penalty max_kl",
     "GrpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} method grpo",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
@@ -142,6 +145,9 @@ def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, fie
         ("sft", {"seed": -1}, "sft.seed", "-1"),
         ("sft", {"data": 3}, "sft.data", "3"),
         ("ppo", {"ppo": {"clip_range": 1.5}}, "ppo.ppo.clip_range", "less than 1"),
+        ("ppo", {"ppo": {"dual_clip": 1.0}}, "ppo.ppo.dual_clip", "greater than 1"),
+        ("ppo", {"ppo": {"importance_clip": 0.5}}, "ppo.ppo.importance_clip", "greater than or equal to 1"),
+        ("ppo", {"ema": 1.0}, "ppo.ema", "less than 1"),
         ("quantize", {"bits": 4}, "quantize.bits", "8"),
         ("tokenizer", {"vocab_size": 10}, "tokenizer.vocab_size", "260"),
         ("eval", {"task": "bleu"}, "eval.task", "'bleu'"),
@@ -176,6 +182,9 @@ def test_rules_between_options() -> None:
     assert "pointwise needs scores" in refused("reward", loss="pointwise", collect={"prompts": "p"}).message
     assert "whole groups" in refused("grpo", rollout={"batch": 12}).message  # of 8
     assert "whole groups" in refused("grpo", rollout={"batch": 8}, grpo={"minibatches": 2}).message
+    assert "k2 or k3" in refused("ppo", ppo={"kl_in": "loss"}).message  # the default is k1
+    assert "needs adapter: full" in refused("ppo", adapter="lora", ppo={"critic_init": "reward"}).message
+    assert "at most 1" in refused("ppo", ptx={"form": "convex", "coef": 27.8}).message
     assert "multiple of heads" in refused("pretrain", starter={"hidden_size": 32, "heads": 3}).message
 
 

@@ -161,6 +161,8 @@ def _flags(values: Mapping[str, Any], prefix: str) -> list[str]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             found += _flags(value, f"{prefix}{name}.")
+        elif value is True:
+            found.append("--" + (prefix + name).replace("_", "-"))
         else:
             found += ["--" + (prefix + name).replace("_", "-"), str(value)]
     return found
@@ -169,7 +171,7 @@ def _flags(values: Mapping[str, Any], prefix: str) -> list[str]:
 def steps_of(out: Path) -> list[int]:
     """Steps in metrics.jsonl that have a training loss or a score, as they stand there."""
     rows = metrics_of(out)
-    return [r["step"] for r in rows if "grad_norm" in r]
+    return [r["step"] for r in rows if "grad_norm" in r or "critic_grad_norm" in r]
 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ With `z = rule(W h + b)` and `log p(t) = z_t - logsumexp(z)`, rows go through in
 place into `onehot(t) - softmax(z)`, from which all gradients follow. Where the row's weight in the loss is known beforehand
 (cross entropy), or only hidden states learn, the forward pass takes the gradients at once; otherwise the backward pass
 computes a chunk's logits again. Peak memory is one chunk and the gradient of the head, whatever T is. Products run in the
-dtype of the hidden states; exponentials, sums and the head's gradient are fp32.
+dtype of the hidden states; exponentials, sums and the head's gradient are fp32 (fp64 for hidden states in fp64).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Rule:
     temperature: float = 1.0
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """In place on fp32 logits."""
+        """In place on fp32 (or fp64) logits."""
         if self.softcap is None:
             factor = self.scale / self.temperature
             return logits if factor == 1.0 else logits.mul_(factor)
@@ -51,6 +51,7 @@ class _Head:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: _Rule, chunk: int | None) -> None:
         self.hidden, self.weight, self.bias, self.rule, self.chunk = hidden, weight, bias, rule, chunk
         self.computed = weight.to(hidden.dtype)
+        self.precise = torch.promote_types(hidden.dtype, torch.float32)
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
@@ -58,11 +59,11 @@ class _Head:
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Which gradients to take."""
         self.grad_hidden = torch.empty_like(self.hidden) if hidden else None
-        self.grad_weight = torch.zeros_like(self.weight, dtype=torch.float32) if weight else None
-        self.grad_bias = torch.zeros_like(self.bias, dtype=torch.float32) if bias and self.bias is not None else None
+        self.grad_weight = torch.zeros_like(self.weight, dtype=self.precise) if weight else None
+        self.grad_bias = torch.zeros_like(self.bias, dtype=self.precise) if bias and self.bias is not None else None
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
-        """(rows, fp32 logits after the rule, the rule's slope there) of every part.
+        """(rows, logits after the rule, the rule's slope there) of every part, in fp32 or better.
 
         What the caller leaves in the logits is `d loss / d z`; when a chunk is complete, it goes into the wanted gradients.
         """
@@ -70,8 +71,8 @@ class _Head:
         chunk = max(1, min(total, self.chunk or max(256, CHUNK_ENTRIES // vocab)))
         size = chunk if self.hidden.is_cuda else max(1, min(chunk, PART_ENTRIES // vocab))
         buffer = self.hidden.new_empty(chunk, vocab)
-        exact = self.hidden.dtype == torch.float32
-        scratch = buffer[:0] if exact else self.hidden.new_empty(size, vocab, dtype=torch.float32)
+        exact = self.hidden.dtype == self.precise
+        scratch = buffer[:0] if exact else self.hidden.new_empty(size, vocab, dtype=self.precise)
         graded = any(g is not None for g in (self.grad_hidden, self.grad_weight, self.grad_bias))
         for first in range(0, total, chunk):
             rows = slice(first, min(first + chunk, total))
@@ -144,35 +145,46 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int | None,
         entropies: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        head = _Head(hidden, weight, bias, rule, chunk)
+        logprobs = hidden.new_empty(hidden.shape[0], dtype=head.precise)
         entropy = torch.zeros_like(logprobs)
         norm = torch.empty_like(logprobs)
-        head = _Head(hidden, weight, bias, rule, chunk)
-        only_hidden = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        if only_hidden:
+        # The gradient of an entropy is not a multiple of that of its log-probability: then the backward pass computes both.
+        at_once = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3]) and not entropies
+        if at_once:
             head.want(True, False, False)
         for rows, logits, _ in head.parts():
-            ones = torch.ones_like(logprobs[rows]) if only_hidden else None
+            ones = torch.ones_like(logprobs[rows]) if at_once else None
             logprobs[rows], norm[rows], found = _logprobs_(logits, targets[rows], ones, entropies)
             if found is not None:
                 entropy[rows] = found
         ctx.unit = head.grad_hidden
-        if not only_hidden:
-            ctx.save_for_backward(hidden, weight, bias, targets, norm)
+        if not at_once:
+            ctx.save_for_backward(hidden, weight, bias, targets, norm, entropy)
         ctx.rule, ctx.chunk = rule, chunk
-        ctx.mark_non_differentiable(entropy)
+        if not entropies:
+            ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """`d log p(t) / d z_j = 1[j = t] - p_j` and `d H / d z_j = -p_j (log p_j + H)`, per row."""
+        grad, entropy_grad = grads
         if ctx.unit is not None:
-            return (ctx.unit * grad[:, None].to(ctx.unit.dtype), *[None] * 6)
-        hidden, weight, bias, targets, norm = ctx.saved_tensors
+            return (ctx.unit * grad[:, None].to(ctx.unit.dtype) if grad is not None else None, *[None] * 6)
+        hidden, weight, bias, targets, norm, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(norm) if grad is None else grad
         head = _Head(hidden, weight, bias, ctx.rule, ctx.chunk)
         head.want(*ctx.needs_input_grad[:3])
         for rows, logits, _ in head.parts():
-            logits.sub_(norm[rows, None]).exp_().mul_(-grad[rows, None])
+            logits.sub_(norm[rows, None])
+            if entropy_grad is None:
+                logits.exp_().mul_(-grad[rows, None])
+            else:
+                surprise = logits + entropy[rows, None]
+                surprise.mul_(-entropy_grad[rows, None]).sub_(grad[rows, None])
+                logits.exp_().mul_(surprise)
             logits.scatter_add_(1, targets[rows, None], grad[rows, None])
         return (*head.gradients(), *[None] * 4)
 
@@ -189,8 +201,8 @@ class _WeightedNll(torch.autograd.Function):
         rule: _Rule,
         chunk: int | None,
     ) -> Tensor:
-        loss = hidden.new_zeros((), dtype=torch.float32)
         head = _Head(hidden, weight, bias, rule, chunk)
+        loss = hidden.new_zeros((), dtype=head.precise)
         head.want(*ctx.needs_input_grad[:3])
         graded = any(ctx.needs_input_grad[:3])
         for rows, logits, _ in head.parts():
@@ -227,7 +239,7 @@ def token_logprobs(
         scale: a family's own factor (Granite, Cohere), before the cap.
         softcap: > 0, a bound on logits (Gemma 2; Bello et al. 2016); None for none.
         chunk: rows whose logits are held at once, default by V.
-        entropy: whether to compute it; it carries no gradient.
+        entropy: whether to compute it; gradients flow through it, too.
     """
     rule = _Rule(scale, softcap, temperature)
     logprobs, entropies = _TokenLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, rule, chunk, entropy)
@@ -251,7 +263,6 @@ def weighted_nll(
         loss_weight_T: fp32, any sign; no gradient flows to it.
         hidden_TD, weight_VD, targets_T, bias_V, scale, softcap, chunk: as in `token_logprobs`.
     """
-    loss: Tensor = _WeightedNll.apply(
-        hidden_TD, weight_VD, bias_V, targets_T, loss_weight_T.float(), _Rule(scale, softcap), chunk
-    )
+    weights = loss_weight_T.to(torch.promote_types(hidden_TD.dtype, torch.float32))
+    loss: Tensor = _WeightedNll.apply(hidden_TD, weight_VD, bias_V, targets_T, weights, _Rule(scale, softcap), chunk)
     return loss

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from danlu.losses.reduce import weighted_sum
+
+KlEstimator = Literal["k1", "k2", "k3"]
 
 
 def clipped_policy(
@@ -16,10 +20,16 @@ def clipped_policy(
     denominator: float,
     *,
     clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    importance_T: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """`sum_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps)) / denominator`, `rho = exp(logp - old_logp)`.
+    """`sum_t w_t i_t max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps_high)) / denominator`, `rho = exp(logp - old_logp)`.
 
-    Schulman et al. 2017, eq. 7, with the sign turned for a minimiser.
+    Schulman et al. 2017, eq. 7, with the sign turned for a minimiser. A wider upper range is DAPO's clip-higher (Yu et al.
+    2025, eq. 10). With `dual_clip` c, where A < 0 the loss is at most -c A (Ye et al. 2020, eq. 5): a bad token whose ratio
+    has exploded does not pull the whole step. The weight `i` stands for decoupled PPO (Hilton et al. 2022): the clipping is
+    around the policy before the update, whatever policy sampled the token.
 
     Args:
         logprobs_T: of the sampled tokens under the policy being trained.
@@ -28,19 +38,46 @@ def clipped_policy(
         weight_T: 1 for the tokens that count.
         denominator: sum of the weights over the whole mini-batch.
         clip_range: eps in (0, 1).
+        clip_range_high: eps_high > 0; None: eps.
+        dual_clip: c > 1; None: no bound.
+        importance_T: i >= 0, no gradient, see `importance`; None: 1.
     """
+    high = clip_range if clip_range_high is None else clip_range_high
     log_ratio = logprobs_T - old_logprobs_T
     ratio = torch.exp(log_ratio)
     plain = -advantages_T * ratio
-    clipped = -advantages_T * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = weighted_sum(torch.maximum(plain, clipped), weight_T, denominator)
+    clipped = -advantages_T * ratio.clamp(1 - clip_range, 1 + high)
+    surrogate = torch.maximum(plain, clipped)
+    bounded = torch.zeros_like(surrogate, dtype=torch.bool)
+    if dual_clip is not None:
+        bound = -dual_clip * advantages_T
+        bounded = (advantages_T < 0) & (surrogate > bound)
+        surrogate = torch.where(bounded, bound, surrogate)
+    if importance_T is not None:
+        surrogate = surrogate * importance_T
+    loss = weighted_sum(surrogate, weight_T, denominator)
     with torch.no_grad():
         metrics = {
             "clip_fraction": float(weighted_sum((clipped > plain).float(), weight_T, denominator)),
+            "dual_clip_fraction": float(weighted_sum(bounded.float(), weight_T, denominator)),
             "approx_kl": float(weighted_sum(kl_k3(old_logprobs_T, logprobs_T), weight_T, denominator)),
+            "ratio_mean": float(weighted_sum(ratio, weight_T, denominator)),
+            "ratio_max": float(ratio.max()) if ratio.numel() else 0.0,
             "ratio_error": float((ratio - 1).abs().max()) if ratio.numel() else 0.0,
         }
     return loss, metrics
+
+
+def importance(old_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, clip: float) -> Tensor:
+    """`min(exp(old_t - behaviour_t), clip)`: what a token sampled by another policy (or by an engine whose numbers differ)
+    counts under the policy before the update; truncated importance sampling (Ionides 2008; Yao et al. 2025).
+
+    Args:
+        old_logprobs_T: the trainer's own, before the update.
+        behaviour_logprobs_T: the engine's own of what it sampled, when it sampled it.
+        clip: >= 1.
+    """
+    return torch.exp(old_logprobs_T - behaviour_logprobs_T).clamp(max=clip)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -48,7 +85,42 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return logprobs - ref_logprobs
 
 
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """`(log p - log q)^2 / 2` at a sample of p: biased, never negative, low variance (Schulman 2020, k2)."""
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """`(q/p - 1) - log(q/p)` at a sample of p: unbiased, never negative, low variance (Schulman 2020, k3)."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) -> Tensor:
+    """The estimator by name."""
+    return {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[estimator](logprobs, ref_logprobs)
+
+
+def kl_loss(
+    logprobs_T: Tensor,
+    ref_logprobs_T: Tensor,
+    weight_T: Tensor,
+    denominator: float,
+    *,
+    estimator: KlEstimator,
+) -> Tensor:
+    """`sum_t w_t k(logp_t, ref_t) / denominator`, to be differentiated: the KL in the loss and not in the reward.
+
+    What is a good estimate need not have a good gradient (Liu et al. 2025, "Rethinking KL regularization in RLHF"). At
+    samples of p, the gradient of k2 is `log(p/q) grad log p`, whose mean is the gradient of KL(p || q), as that of k1 in the
+    reward is. That of k3 is `(1 - q/p) grad log p`, whose mean is the gradient of KL(q || p): the same near q = p, weaker
+    where p has grown, and unbounded where p has shrunk. That of k1 has mean 0 and holds nothing back: it is for rewards only.
+
+    Args:
+        logprobs_T: of the policy being trained, with gradient.
+        ref_logprobs_T: of the reference.
+        weight_T, denominator: as for `clipped_policy`.
+        estimator: k2 or k3.
+    """
+    assert estimator != "k1", "settings refuse it"
+    return weighted_sum(kl_estimate(logprobs_T, ref_logprobs_T, estimator), weight_T, denominator)

@@ -1,4 +1,4 @@
-"""The critic's loss."""
+"""The clipped value loss of PPO's critic, and how much the critic knows."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def clipped_value(
     with torch.no_grad():
         metrics = {"value_error": float(weighted_sum((values_T - returns_T).square(), weight_T, denominator))}
     return loss, metrics
+
+
+def explained_variance(values_T: Tensor, returns_T: Tensor) -> float:
+    """`1 - Var(R - V) / Var(R)`: 1 for a critic that foresees everything, 0 for one that says the same everywhere, below 0 for
+    one that is worse than that. Returns that are all equal leave nothing to explain: 0.
+    """
+    values, returns = values_T.double(), returns_T.double()
+    total = float(returns.var(unbiased=False))
+    return 1.0 - float((returns - values).var(unbiased=False)) / total if total > 0 else 0.0

@@ -234,6 +234,9 @@ def stage_memory(
     copies = 2.0 * shape.products if dtype == "bfloat16" and strategy != "qlora" else 0.0
     weights = models * base / share[0] + copies
     gradients = 4.0 * learnt / share[1]
+    if isinstance(settings, PpoSettings):
+        weights += 4.0 * learnt if settings.ema is not None else 0.0
+        gradients *= 2 if settings.ptx is not None else 1  # the policy's stand aside while those of PTX are made
     states = {"adamw": 8.0, "adamw8bit": 2.03, "adamw_offload": 0.0 if torch.cuda.is_available() else 8.0}
     averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
     tokens = settings.micro_tokens

@@ -13,7 +13,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -54,6 +54,7 @@ NO_EFFECT = (
     "micro_tokens",
     "activation_checkpointing",
     "on_oom",
+    "rollout.buffer",
 )
 
 
@@ -340,9 +341,7 @@ def _with_origins(inputs: list[dict[str, Any]], origins: list[dict[str, Any]]) -
 def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) -> str:
     """See the module."""
     fields = (*STAGES[kind].inputs, *STAGES[kind].models)
-    plain = _effective(settings.model_dump(mode="json", exclude={f for f in fields if "." not in f}))
-    if isinstance(plain.get("collect"), dict):
-        plain["collect"].pop("prompts", None)
+    plain = _effective(settings.model_dump(mode="json"), fields)
     # Inputs count by content: a run folder may be moved.
     content = [
         [
@@ -357,13 +356,25 @@ def stage_key(kind: str, settings: StageSettings, inputs: list[dict[str, Any]]) 
     return hashlib.sha256(document.encode()).hexdigest()
 
 
-def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's settings, as plain values, without those that cannot change its result."""
-    kept = {k: v for k, v in values.items() if k not in NO_EFFECT}
+def _effective(values: Mapping[str, Any], more: Iterable[str] = ()) -> dict[str, Any]:
+    """A stage's settings, as plain values, without those that cannot change its result, and without some more."""
+    kept = _without(values, (*NO_EFFECT, *more))
     for name in ("rewards", "eval_rewards"):
         if name in kept:
             kept[name] = [{k: v for k, v in term.items() if k not in TERM_NO_EFFECT} for term in kept[name]]
     return kept
+
+
+def _without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Plain settings without some of them; `group.field` names one of a group."""
+    found = dict(values)
+    for name in names:
+        group, _, field = name.partition(".")
+        if not field:
+            found.pop(group, None)
+        elif isinstance(found.get(group), dict):
+            found[group] = _without(found[group], [field])
+    return found
 
 
 def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:

@@ -296,7 +296,7 @@ STAGES: dict[str, Kind] = {
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
-    "ppo": Kind(run_ppo, 5, models=("model", "reward_model"), judges=("reward_model",)),
+    "ppo": Kind(run_ppo, 5, ("data", "eval_data", "ptx.data"), ("model", "reward_model"), judges=("reward_model",)),
     "grpo": Kind(run_grpo, 1, models=("model", "reward_model"), judges=("reward_model",)),
     "eval": Kind(run_eval, 2, ("data",), ("models",)),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),

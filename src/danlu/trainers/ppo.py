@@ -7,42 +7,46 @@ the last action; old log-probs are the trainer's own, computed on the very batch
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from danlu.alignment_config import PpoSettings
 from danlu.data.collate import EncodedPrompt
-from danlu.data.packing import micro_batches
+from danlu.exceptions import RewardError, SettingsError
 from danlu.generation.engine import LocalEngine
-from danlu.losses.advantages import gae, token_rewards, whiten
-from danlu.losses.policy import clipped_policy, kl_k3
-from danlu.losses.value import clipped_value
+from danlu.generation.seeds import mix_seed
 from danlu.models.load import load_model
 from danlu.models.roles import SeparateModels, reference_model
-from danlu.models.root import RootModel, TrunkOutput
+from danlu.models.root import RootModel
 from danlu.rewards.combine import Combined
 from danlu.rewards.model import fold_normaliser
 from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
 from danlu.trainers import scoring
 from danlu.training import distributed
+from danlu.training.buffer import ReplayBuffer, ScoredAnswer
+from danlu.training.checkpoint import Stateful
 from danlu.training.compute import Compute, choose
-from danlu.training.logprobs import logprobs
+from danlu.training.controller import KlController, RunningMoments, shaped_scores
+from danlu.training.ema import Ema
+from danlu.training.experience import ENGINE_GAP, Experience, experience_of
 from danlu.training.memory import within_limits
+from danlu.training.objectives import policy_loss_of, value_loss_of
 from danlu.training.optim import optimizer_of, set_rate
+from danlu.training.ptx import PtxLoss
 from danlu.training.result import save_result
 from danlu.training.rollouts import (
     evaluate,
     prompt_order,
     prompts_of,
     push_weights,
-    read_actions,
     refuse_runaway,
     sampling_of,
     share_rollout,
@@ -50,27 +54,12 @@ from danlu.training.rollouts import (
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import lora_roles
-from danlu.training.sharding import shard, share_forwards
+from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
-from danlu.tree import Trajectory, TreeBatch, forest
+from danlu.tree import Trajectory
 
-
-@dataclass(frozen=True)
-class Experience:
-    """A micro-batch of trajectories with what the losses need; tensors hold one number per action token, in tree order."""
-
-    tree: TreeBatch
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    lengths: list[int]
-
-    @property
-    def actions(self) -> int:
-        return sum(self.lengths)
+REFILLS = 8  # roll-outs more than planned before an iteration gives up on judges that score nothing
 
 
 @dataclass(frozen=True)
@@ -87,66 +76,92 @@ class Players:
 
 @within_limits
 def train(settings: PpoSettings) -> TrainResult:
-    """Trains and writes `out/model` (the policy); resumes from the last checkpoint in `out`.
+    """Trains and writes `out/model` (the policy), with `ema` also `out/ema`; resumes from the last checkpoint in `out`.
 
     Raises:
-        SettingsError: there is nothing that scores answers.
+        SettingsError: nothing scores the answers, or the critic's warm-up leaves nothing to the policy.
         DataError: no prompt is left, or one cannot be verified.
-        RewardError: answers could not be scored (more than max_failed).
+        RewardError: too few answers can be scored.
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
     distributed.start()
+    out, options, size = Path(settings.out), settings.ppo, settings.rollout.batch
     template = template_of(settings.model, settings, stage="ppo")
     prompts, heldout, facts = prompts_of(settings, template)
+    total = settings.max_steps or max(1, round(settings.epochs * len(prompts) * settings.rollout.reuse / size))
+    if options.critic_warmup >= total:
+        raise SettingsError(
+            f"critic_warmup ({options.critic_warmup}) leaves none of {total} iterations to the policy",
+            field="ppo.critic_warmup",
+        )
     players = _players(settings, template, prompts)
-    root, engine, compute, options = players.root, players.engine, players.compute, settings.ppo
-    total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / settings.rollout.batch))
-    policy = [p for n, p in root.named_parameters() if p.requires_grad and not _is_critic(n)]
-    critic = [p for n, p in root.named_parameters() if p.requires_grad and _is_critic(n)]
-    actor_optimizer = optimizer_of(nn.ParameterList(policy), settings.learning_rate, settings)
-    critic_optimizer = optimizer_of(nn.ParameterList(critic), options.critic_learning_rate, settings)
-    optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
+    root, engine, compute = players.root, players.engine, players.compute
+    policy = _learner("policy", root, settings.learning_rate, settings)
+    critic = _learner("critic", root, options.critic_learning_rate, settings)
+    ptx = PtxLoss(settings, template, compute, stage="ppo") if settings.ptx is not None else None
+    ema = Ema(policy.named.items(), settings.ema) if settings.ema is not None else None
+    folder = out / "buffer" if settings.rollout.buffer == "disk" else None
+    buffer, controller, seen = ReplayBuffer(settings.rollout.reuse, folder), KlController(options), RunningMoments()
+    states: dict[str, Stateful] = {"buffer": buffer, "kl": controller, "scores": seen}
+    states |= {"ema": ema} if ema is not None else {}
+    optimizers = {"actor": policy.optimizer, "critic": critic.optimizer}
 
     def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float | None]:
-        return _scores(players, asked, found, settings)
+        raw = _scores(players, asked, found, settings)
+        known = [(v, t.finished) for v, t in zip(raw, found, strict=True) if v is not None]
+        shaped = iter(shaped_scores([v for v, _ in known], [f for _, f in known], options, "none", seen))
+        return [None if v is None else next(shaped) for v in raw]
 
-    with Session(settings, "ppo", total=total, module=root, optimizers=optimizers) as session:
+    with Session(settings, "ppo", total=total, module=root, optimizers=optimizers, states=states) as session:
         if heldout and "first_eval_score" not in session.extra:
             first = evaluate(engine, root, heldout, settings, template, scorer)
             session.extra["first_eval_score"] = first["eval_score"]
         for step in session.steps():
-            factor = session.rate_factor(step)
-            set_rate(actor_optimizer, settings.learning_rate * factor)
-            set_rate(critic_optimizer, options.critic_learning_rate * factor)
-            push_weights(engine, root, step)
+            for learner in (policy, critic):
+                set_rate(learner.optimizer, learner.rate * session.rate_factor(step))
 
-            asked = [prompts[i] for i in prompt_order(len(prompts), settings.rollout.batch, step, settings.seed)]
-            params = sampling_of(settings, template)
-            trajectories = share_rollout(engine, [p.ids for p in asked], params, seed=settings.seed, step=step)
-            scored = [(t, s) for t, s in zip(trajectories, scorer(asked, trajectories), strict=True) if s is not None]
-            parts, stats = _experience(players, [t for t, _ in scored], [s for _, s in scored], settings)
-            stats |= players.reward.metrics
+            if len(buffer) < size:
+                _roll_out(players, prompts, buffer, seen, settings, step)
+            answers = buffer.take(size)
+            finished = [a.trajectory.finished for a in answers]
+            scores = shaped_scores([a.score for a in answers], finished, options, options.score_norm, seen)
+            kl_coef = controller.coef
+            parts, stats = experience_of(root, answers, scores, settings, compute, kl_coef=kl_coef, version=step)
 
+            policy_loss = policy_loss_of(settings, kl_coef, ptx.policy_weight if ptx is not None else 1.0)
+            value_loss = value_loss_of(settings)
+            first_ratio_error: float | None = None
             updates: list[dict[str, float]] = []
-            for epoch in range(options.epochs):
-                order = np.random.default_rng([settings.seed, step, epoch]).permutation(len(parts)).tolist()
-                for index in order if epoch else range(len(parts)):
-                    minibatch = parts[index]
-                    actions = float(sum(e.actions for e in minibatch))
-                    batches = distributed.mine([(e.tree, (e, actions)) for e in minibatch])
-                    actor = accumulate(root, "policy", batches, _policy_loss(settings), compute)
-                    judge = session.judge(actor["loss"], "policy")
-                    norm = apply(actor_optimizer, policy, settings.max_grad_norm, judge)
-                    value = accumulate(root, "critic", batches, _value_loss(settings), compute)
-                    judge = session.judge(value["loss"], "critic")
-                    apply(critic_optimizer, critic, settings.max_grad_norm, judge)
-                    updates.append(
-                        {**actor, "value_loss": value["loss"], "value_error": value["value_error"], "grad_norm": norm}
-                    )
+            critic_updates: list[dict[str, float]] = []
+            for number, minibatch in _passes(parts, settings, step):
+                actions = float(sum(e.actions for e in minibatch))
+                batches = distributed.mine([(e.tree, (e, actions)) for e in minibatch])
+                if step >= options.critic_warmup:
+                    sums = accumulate(root, "policy", batches, policy_loss, compute)
+                    if first_ratio_error is None:
+                        first_ratio_error = sums["ratio_error"]
+                    if options.update_kl is not None and sums["approx_kl"] > options.update_kl:
+                        policy.optimizer.zero_grad(set_to_none=True)
+                        break
+                    if ptx is not None:
+                        mixed = ptx.add(root, list(policy.named.values()), step, number)
+                        sums = sums | mixed | {"loss": sums["loss"] + mixed["loss"]}
+                    norm, made = policy.update(session, sums["loss"])
+                    updates += [{**sums, "grad_norm": norm}] if made else []
+                    if made and ema is not None:
+                        ema.update()
+                value = accumulate(root, "critic", batches, value_loss, compute)
+                norm, made = critic.update(session, value["loss"])
+                row = {"value_loss": value["loss"], "value_error": value["value_error"], "critic_grad_norm": norm}
+                critic_updates += [row] if made else []
 
-            metrics = {**stats, **_mean(updates), "ratio_error_first": updates[0]["ratio_error"]}
-            if step == 0:
-                session.extra["first"] = {"ratio_error": updates[0]["ratio_error"], "kl": abs(stats["kl"])}
+            metrics = {**stats, **players.reward.metrics, **_mean(updates), **_mean(critic_updates)}
+            metrics["passes"] = float(max(len(updates), len(critic_updates)))
+            if first_ratio_error is not None:
+                metrics["ratio_error_first"] = first_ratio_error
+                session.extra.setdefault("first", {"ratio_error": first_ratio_error, "kl": abs(stats["kl"])})
+                controller.update(stats["kl"], size)
+            _tell_gap(session, stats, compute)
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="ppo")
@@ -160,13 +175,17 @@ def train(settings: PpoSettings) -> TrainResult:
         metrics |= best
         if "first_eval_score" in session.extra:
             metrics["first_eval_score"] = session.extra["first_eval_score"]
-        facts |= {"first": session.extra.get("first", {}), **players.reward.facts}
-        facts |= {**template_facts(template), **session.facts}
+        facts |= {"first": session.extra.get("first", {}), **template_facts(template), **session.facts}
+        facts |= players.reward.facts
+        facts |= ptx.facts if ptx is not None else {}
 
-    folder = Path(settings.out) / "model"
     players.policy.generation_config.eos_token_id = sorted(template.stop_ids)
-    save_result(players.policy, template.tokenizer, folder, root.trunks, "policy")
-    return TrainResult(folder, metrics, facts)
+    save_result(players.policy, template.tokenizer, out / "model", root.trunks, "policy")
+    if ema is not None:
+        ema.put()
+        save_result(players.policy, template.tokenizer, out / "ema", root.trunks, "policy")
+    buffer.clear()
+    return TrainResult(out / "model", metrics, facts)
 
 
 # -- who plays ----------------------------------------------------------------------------------------------------------
@@ -182,161 +201,139 @@ def _players(settings: PpoSettings, template: ChatTemplate, prompts: Sequence[En
     if settings.adapter == "lora":
         trunks = lora_roles(policy, ["policy", "ref", "critic"], settings, trained=["policy", "critic"])
     else:
-        ref = reference_model(path, settings.ref_bits)
-        trunks = SeparateModels(
-            {"policy": policy, "ref": ref, "critic": _critic(settings, policy)}, ["policy", "critic"]
-        )
+        critic, ref = _critic(policy, path, settings), reference_model(path, settings.ref_bits)
+        trunks = SeparateModels({"policy": policy, "ref": ref, "critic": critic}, ["policy", "critic"])
     root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
     return Players(root, policy, reward, engine, compute, template)
 
 
-def _critic(settings: PpoSettings, policy: Any) -> Any:
-    """Starts from the (first) reward model if there is one of the policy's shape (arXiv 2403.17031), else from the policy."""
-    judges = as_models(settings.reward_model)
-    if judges:
+def _critic(policy: Any, path: str, settings: PpoSettings) -> Any:
+    """The (first) reward model, speaking in normalised scores, or the policy with a scalar head at zero (`ppo.critic_init`).
+
+    Raises:
+        SettingsError: the reward model is asked for and there is none, or it is of another shape.
+    """
+    wanted, judges = settings.ppo.critic_init, as_models(settings.reward_model)
+    if wanted == "reward" and not judges:
+        raise SettingsError(
+            "there is no reward model that could become the critic", field="ppo.critic_init", hint="critic_init: policy"
+        )
+    if wanted != "policy" and judges:
         critic = load_model(resolve_model(judges[0]), scalar=True)
-        if critic.config.to_dict().get("hidden_size") == policy.config.to_dict().get("hidden_size") and (
-            critic.config.vocab_size == policy.config.vocab_size
-        ):
+        shapes = [(c.to_dict().get("hidden_size"), c.vocab_size) for c in (critic.config, policy.config)]
+        if shapes[0] == shapes[1]:
             fold_normaliser(critic)
             return critic
-    return load_model(resolve_model(settings.model), scalar=True)
+        if wanted == "reward":
+            (width, words), (own_width, own_words) = shapes
+            raise SettingsError(
+                f"the reward model (width {width}, {words} tokens) cannot become the critic of this policy (width {own_width}, "
+                f"{own_words} tokens)",
+                field="ppo.critic_init",
+                hint="critic_init: policy; auto takes the policy, too, where shapes differ",
+            )
+    return load_model(path, scalar=True)
 
 
-def _is_critic(name: str) -> bool:
-    return ".critic." in name
+@dataclass(frozen=True)
+class Learner:
+    """A role that is trained: its parameters by name, their optimizer and its peak rate."""
+
+    role: str
+    named: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    rate: float
+
+    def update(self, session: Session, loss: float) -> tuple[float, bool]:
+        """The gradient's norm, and whether the update was made."""
+        before = session.monitor.updates
+        parameters, most = list(self.named.values()), session.settings.max_grad_norm
+        norm = apply(self.optimizer, parameters, most, session.judge(loss, self.role))
+        return norm, session.monitor.updates > before
+
+
+def _learner(role: str, root: RootModel, rate: float, settings: PpoSettings) -> Learner:
+    """The critic's parameters have its name in theirs, all others that learn are the policy's."""
+    trained = {n: p for n, p in root.named_parameters() if p.requires_grad}
+    named = {n: p for n, p in trained.items() if (".critic." in n) == (role == "critic")}
+    return Learner(role, named, optimizer_of(nn.ParameterList(named.values()), rate, settings), rate)
 
 
 # -- roll-outs ----------------------------------------------------------------------------------------------------------
 
 
+def _roll_out(
+    players: Players,
+    prompts: Sequence[EncodedPrompt],
+    buffer: ReplayBuffer,
+    seen: RunningMoments,
+    settings: PpoSettings,
+    step: int,
+) -> None:
+    """Answers of the policy as it is now, with their scores, into the buffer: as many batches as are drawn at once, and
+    further ones while answers that could not be scored are wanting. Draws are a function of (seed, step, draw, sample).
+
+    Raises:
+        RewardError: there are still too few.
+    """
+    push_weights(players.engine, players.root, step)
+    size, planned, reuse = settings.rollout.batch, settings.rollout.per_update, settings.rollout.reuse
+    params = sampling_of(settings, players.template)
+    for draw in range(planned + REFILLS):
+        if draw >= planned and len(buffer) >= size:
+            return
+        seed, batch, number = settings.seed, step // (planned * reuse) * planned + draw, step * planned + draw
+        if draw >= planned:  # an order and draws of their own
+            seed, batch, number = mix_seed(settings.seed, 0xF1, draw), step, step
+        asked = [prompts[i] for i in prompt_order(len(prompts), size, batch, seed)]
+        found = share_rollout(players.engine, [p.ids for p in asked], params, seed=seed, step=number)
+        scores = _scores(players, asked, found, settings)
+        scored = [ScoredAnswer(t, v) for t, v in zip(found, scores, strict=True) if v is not None]
+        seen.update([a.score for a in scored])
+        buffer.add(scored)
+    if len(buffer) < size:
+        raise RewardError(
+            f"only {len(buffer)} of {(planned + REFILLS) * size} answers could be scored at iteration {step + 1}, and an "
+            f"update takes {size}"
+        )
+
+
 def _scores(
     players: Players, prompts: Sequence[EncodedPrompt], trajectories: Sequence[Trajectory], settings: PpoSettings
 ) -> list[float | None]:
-    """The rewards' sum, clipped, less the penalty for a missing stop token; None for an answer that could not be scored."""
-    raw = scoring.score(players.reward, prompts, trajectories, players.template, players.compute, settings.out)
-    clip, penalty = settings.ppo.score_clip, settings.ppo.missing_stop_penalty
-    return [
-        None if v is None else max(-clip, min(clip, v)) - (0.0 if t.finished else penalty)
-        for v, t in zip(raw, trajectories, strict=True)
-    ]
+    """The scores as they come; None: this answer has none and is left out."""
+    return scoring.score(players.reward, prompts, trajectories, players.template, players.compute, settings.out)
 
 
-@torch.no_grad()
-def _read_values(players: Players, tree: TreeBatch) -> Tensor:
-    """The critic's value before each action, on the CPU."""
-    with players.compute.autocast():
-        found: Tensor = players.root(
-            tree.to(players.compute.device), "critic", lambda out: out.values(out.tree.action_index())
-        )
-    return found.cpu()
-
-
-def _experience(
-    players: Players, trajectories: Sequence[Trajectory], scores: Sequence[float], settings: PpoSettings
-) -> tuple[list[list[Experience]], dict[str, float]]:
-    """Trajectories as mini-batches of micro-batches with advantages, and the iteration's statistics."""
-    options, heat = settings.ppo, settings.rollout.temperature
-    sizes = [sum(len(s.ids) for s in t.segments) for t in trajectories]
-    groups = [
-        micro_batches(share, [sizes[i] for i in share], settings.micro_tokens, ranks=distributed.world()[1])
-        for share in (s.tolist() for s in np.array_split(np.arange(len(trajectories)), options.minibatches))
-        if share
-    ]
-
-    def read_tree(tree: TreeBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        old, entropies = read_actions(players.root, "policy", tree, players.compute, temperature=heat, entropy=True)
-        ref, _ = read_actions(players.root, "ref", tree, players.compute, temperature=heat)
-        return old, entropies, ref, _read_values(players, tree)
-
-    read: list[list[tuple[list[int], TreeBatch, Tensor, Tensor, Tensor]]] = []
-    entropy = gap = 0.0
-    for group in groups:
-        read.append([])
-        trees = [TreeBatch.of(forest(trajectories[i].nodes() for i in indices)) for indices in group]
-        found = share_forwards(players.root, ["policy", "ref", "critic"], trees, read_tree, players.compute)
-        for indices, tree, (old, entropies, ref, values) in zip(group, trees, found, strict=True):
-            sampled = torch.tensor([p for i in indices for p in trajectories[i].logprobs])
-            gap = max(gap, float((sampled - old).abs().max()))
-            entropy += float(entropies.sum())
-            read[-1].append((indices, tree, old, ref, values))
-
-    advantages: dict[int, Tensor] = {}
-    returns: dict[int, Tensor] = {}
-    kl = k3 = 0.0
-    for indices, _, old, ref, values in (part for group in read for part in group):
-        offset = 0
-        for i in indices:
-            part = slice(offset, offset + len(trajectories[i].actions))
-            offset = part.stop
-            rewards = token_rewards(scores[i], old[part], ref[part], kl_coef=options.kl_coef)
-            advantages[i], returns[i] = gae(rewards, values[part], gamma=options.gamma, gae_lambda=options.gae_lambda)
-            kl += float((old[part] - ref[part]).sum())
-            k3 += float(kl_k3(old[part], ref[part]).sum())
-    order = sorted(advantages)
-    white = dict(zip(order, whiten([advantages[i] for i in order]), strict=True))
-
-    built = [
-        [
-            _part(players, tree, (old, ref, values), [white[i] for i in indices], [returns[i] for i in indices])
-            for indices, tree, old, ref, values in group
-        ]
-        for group in read
-    ]
-    count, tokens = len(trajectories), float(sum(len(t.actions) for t in trajectories))
-    stats = {
-        "score": sum(scores) / count,
-        "kl": kl / count,
-        "kl_k3": k3 / count,
-        "entropy": entropy / tokens,
-        "length": tokens / count,
-        "stop_rate": sum(t.finished for t in trajectories) / count,
-        "engine_gap": gap,
-        "tokens": float(sum(len(t.prompt) for t in trajectories)) + tokens,
-    }
-    return built, stats
-
-
-def _part(
-    players: Players,
-    tree: TreeBatch,
-    read: tuple[Tensor, Tensor, Tensor],
-    advantages: list[Tensor],
-    returns: list[Tensor],
-) -> Experience:
-    device = players.compute.device
-    old, ref, values = (x.to(device) for x in read)
-    lengths = [a.numel() for a in advantages]
-    joined = torch.cat(advantages).to(device), torch.cat(returns).to(device)
-    return Experience(tree.to(device), old, ref, values, *joined, lengths)
-
-
-# -- losses -------------------------------------------------------------------------------------------------------------
-
-
-def _policy_loss(settings: PpoSettings) -> Any:
-    def loss_fn(out: TrunkOutput, extra: tuple[Experience, float]) -> tuple[Tensor, dict[str, float]]:
-        batch, actions = extra
-        logp, _ = logprobs(out, out.tree.action_index(), settings.rollout.temperature)
-        ones = torch.ones_like(logp)
-        return clipped_policy(
-            logp, batch.old_logprobs, batch.advantages, ones, actions, clip_range=settings.ppo.clip_range
+def _tell_gap(session: Session, stats: dict[str, float], compute: Compute) -> None:
+    """Says once in a run that the engine's log-probabilities are too far from the trainer's."""
+    if "engine_gap_high" not in stats or session.extra.setdefault("told_gap", False):
+        return
+    session.extra["told_gap"] = True
+    if distributed.is_main():
+        print(
+            f"ppo: the engine's log-probabilities are up to {stats['engine_gap']:.1e} from the trainer's, rounding explains "
+            f"{ENGINE_GAP[compute.dtype]:g}: answers may be of other weights or another temperature than those trained on",
+            file=sys.stderr,
         )
 
-    return loss_fn
+
+# -- updates ------------------------------------------------------------------------------------------------------------
 
 
-def _value_loss(settings: PpoSettings) -> Any:
-    def loss_fn(out: TrunkOutput, extra: tuple[Experience, float]) -> tuple[Tensor, dict[str, float]]:
-        batch, actions = extra
-        values = out.values(out.tree.action_index())
-        ones = torch.ones_like(values)
-        return clipped_value(
-            values, batch.values, batch.returns, ones, actions, clip_range=settings.ppo.value_clip_range
-        )
-
-    return loss_fn
+def _passes(
+    parts: Sequence[list[Experience]], settings: PpoSettings, step: int
+) -> Iterator[tuple[int, list[Experience]]]:
+    """Mini-batches of all epochs, numbered: first in order, then shuffled."""
+    for epoch in range(settings.ppo.epochs):
+        order = np.random.default_rng([settings.seed, step, epoch]).permutation(len(parts)).tolist()
+        for place, index in enumerate(order if epoch else range(len(parts))):
+            yield epoch * len(parts) + place, parts[index]
 
 
 def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+    """Means over the updates that were made; of the greatest ratio the greatest."""
+    if not rows:
+        return {}
+    found = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+    return found | {k: max(r[k] for r in rows) for k in ("ratio_max",) if k in found}

@@ -1,9 +1,10 @@
 """Checkpoints: everything that a training stage needs to go on exactly where it was, with any number of processes.
 
 A checkpoint is a folder `step-00000200` with `weights.safetensors` (trained parameters, fp32 master weights), one
-`<name>.pt` per optimizer (read with weights_only), and `state.json` (schema version, step, counters). There is no random
-state to save: randomness is a function of (seed, stage, step, sample). Tensors are whole, however they are split over the
-ranks (`training/sharding.py`): saving gathers them, one after the other, and loading takes each rank's part.
+`<name>.pt` (read with weights_only) per optimizer and whatever else has a state, and `state.json` (schema version, step,
+counters). There is no random state to save: randomness is a function of (seed, stage, step, sample). Tensors are whole,
+however they are split over the ranks (`training/sharding.py`): saving gathers them, one after the other, and loading takes
+each rank's part.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,24 @@ from danlu.training import distributed
 from danlu.training.sharding import is_sharded, part_of, whole_on_main
 
 SCHEMA = 1
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps beside the weights: an optimizer, an average, a buffer, a controller."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, texts and containers of these. All ranks ask, rank 0 writes: what is split over ranks is gathered
+        here (that of optimizers is gathered by the checkpoint).
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Takes such a state, the same on every rank.
+
+        Raises:
+            KeyError, ValueError: the state is that of something else.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ def save(
     folder: Path,
     step: int,
     module: nn.Module,
-    optimizers: Mapping[str, torch.optim.Optimizer],
+    states: Mapping[str, Stateful],
     extra: Mapping[str, Any],
     *,
     name: str = "",
@@ -53,17 +72,19 @@ def save(
     """
     target = folder / (name or f"step-{step:08d}")
     weights = whole_on_main((n, p) for n, p in module.named_parameters() if p.requires_grad)
-    states = {key: _whole_state(optimizer) for key, optimizer in optimizers.items()}
+    saved = {key: _whole_state(thing) for key, thing in states.items()}
     try:
         if distributed.is_main():
-            _write(target, step, weights, states, extra)
+            _write(target, step, weights, saved, extra)
     finally:
         distributed.wait_for_all()
     return target
 
 
-def _whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = optimizer.state_dict()
+def _whole_state(thing: Stateful) -> dict[str, Any]:
+    state = thing.state_dict()
+    if not isinstance(thing, torch.optim.Optimizer):
+        return state
     found = {}
     for index, values in state["state"].items():
         tensors = whole_on_main((k, v) for k, v in values.items() if isinstance(v, Tensor))
@@ -79,8 +100,8 @@ def _write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({n: w.contiguous() for n, w in weights.items()}, temporary / "weights.safetensors")
-    for key, optimizer_state in states.items():
-        torch.save(optimizer_state, temporary / f"{key}.pt")
+    for key, kept in states.items():
+        torch.save(kept, temporary / f"{key}.pt")
     state = {"schema": SCHEMA, "step": step, "optimizers": sorted(states), "extra": dict(extra)}
     (temporary / "state.json").write_text(json.dumps(state, ensure_ascii=False), "utf-8")
     aside = folder / f".{target.name}.old.partial"
@@ -97,8 +118,8 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> Checkpoint:
-    """Reads a checkpoint into a module and its optimizers.
+def load(path: Path, module: nn.Module, states: Mapping[str, Stateful]) -> Checkpoint:
+    """Reads a checkpoint into a module, its optimizers and what else has a state.
 
     Raises:
         CheckpointError: newer schema, damaged files, or the parameters of another model.
@@ -121,7 +142,7 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
     lazy = is_sharded(module)  # then each rank needs but a part of what the file holds
     try:
         weights = load_file(path / "weights.safetensors")
-        saved = {k: torch.load(path / f"{k}.pt", weights_only=True, mmap=lazy) for k in optimizers}
+        saved = {k: torch.load(path / f"{k}.pt", weights_only=True, mmap=lazy) for k in states}
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         raise CheckpointError(
             f"damaged: {error}", file=path, hint="delete this checkpoint folder and run again"
@@ -137,20 +158,23 @@ def load(path: Path, module: nn.Module, optimizers: Mapping[str, torch.optim.Opt
             raise CheckpointError(
                 f"parameter {name} has shape {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}", file=path
             )
-    for key, optimizer in optimizers.items():
+    for key, thing in states.items():
         try:
-            optimizer.load_state_dict(_own_state(saved[key], optimizer))
+            thing.load_state_dict(_own_state(saved[key], thing))
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"optimizer '{key}' is that of another model: {error}", file=path) from error
+            what = "optimizer" if isinstance(thing, torch.optim.Optimizer) else "state"
+            raise CheckpointError(f"{what} '{key}' is that of another model: {error}", file=path) from error
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(part_of(weights[name], parameter))
     return Checkpoint(state["step"], state["extra"], path)
 
 
-def _own_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _own_state(state: dict[str, Any], thing: Stateful) -> dict[str, Any]:
     """A whole optimizer state with this rank's parts of the tensors that parameters have one number each in."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(thing, torch.optim.Optimizer):
+        return state
+    parameters = [p for group in thing.param_groups for p in group["params"]]
     own = {
         index: {
             k: part_of(v, parameters[index]) if isinstance(v, Tensor) and v.shape == parameters[index].shape else v

@@ -43,10 +43,17 @@ class Session:
         total: int,
         module: nn.Module,
         optimizers: Mapping[str, torch.optim.Optimizer],
+        states: Mapping[str, checkpoint.Stateful] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
+        """
+        Args:
+            total: steps of the whole stage.
+            optimizers, states: what is saved with every checkpoint beside the module's trained weights, by name.
+        """
         self.settings, self.label, self.total = settings, label, total
         self.module, self.optimizers = module, optimizers
+        self.states: dict[str, checkpoint.Stateful] = {**optimizers, **(states or {})}
         if settings.activation_checkpointing:
             recompute_layers(module)
         self.folder = Path(settings.out)
@@ -55,11 +62,12 @@ class Session:
         self.start = 0
         newest = checkpoint.latest(self.checkpoints)
         if newest is not None:
-            found = checkpoint.load(newest, module, optimizers)
+            found = checkpoint.load(newest, module, self.states)
             self.start, self.extra = found.step, {**self.extra, **found.extra}
         self.monitor = Monitor(settings.defence, self.extra.get("monitor"))
         early, wanted = settings.early_stopping, settings.checkpoint_best
         self.best = wanted or (Best(monitor=early.monitor, mode=early.mode) if early is not None else None)
+        self._before: dict[str, dict[str, Any]] = {}
         self._stop = False
         self._signals: dict[int, Any] = {}
 
@@ -92,7 +100,14 @@ class Session:
         if begun > self.start and distributed.world()[1] == 1:
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
+            for name, state in self._before.items():
+                self.states[name].load_state_dict(state)
             self.save(begun)
+
+    def _remember(self) -> None:
+        """What stands before the step in things that may change before its first update, as a buffer does."""
+        if distributed.world()[1] == 1:
+            self._before = {n: s.state_dict() for n, s in self.states.items() if n not in self.optimizers}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop:
@@ -118,6 +133,7 @@ class Session:
                 continue
             torch.manual_seed(mix_seed(self.settings.seed, step))
             self.monitor.begin_step(step)
+            self._remember()
             yield step
             suspect = self.monitor.end_step()
             self.extra["monitor"] = self.monitor.state
@@ -164,7 +180,7 @@ class Session:
             newest = checkpoint.latest(self.checkpoints)
         if newest is None:
             raise self._gives_up()
-        found = checkpoint.load(newest, self.module, self.optimizers)
+        found = checkpoint.load(newest, self.module, self.states)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         self.monitor.rolled_back(found.step, found.extra.get("monitor", {}))
@@ -193,7 +209,7 @@ class Session:
             TrainingError: the disk is full; what was saved before is untouched.
         """
         try:
-            checkpoint.save(self.checkpoints, done, self.module, self.optimizers, self.extra)
+            checkpoint.save(self.checkpoints, done, self.module, self.states, self.extra)
         except Exception as error:
             if not memory.disk_full(error):
                 raise
