@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from danlu import alignment_config, config, train_config
+from danlu.alignment_config import HEALTH_ACTIONS, HEALTH_ADAPTS, PpoSettings
 from danlu.cli.options import given_values, options_of
 from danlu.config import KINDS, SftSettings
 from danlu.exceptions import SettingsError
 from danlu.parsing import parse
 from danlu.train_config import Settings
+from danlu.training.health import CORRECTIONS
+from danlu.training.rules import RULES
 
 STAGE = "out seed"
 TRAIN = (
@@ -38,12 +42,13 @@ FROZEN = {
     "EngineSettings": "slots cache_gib speculate guesses",
     "RewardSettings": f"{STAGE} {TRAIN} loss pairs margin centring collect min_accuracy max_length_correlation",
     "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta label_smoothing reference ref_bits",
+    "HealthSettings": "on actions",
     "Rollout": "batch max_new_tokens temperature",
     "Ppo": "kl_coef gamma gae_lambda clip_range value_clip_range epochs minibatches score_clip missing_stop_penalty "
     "critic_learning_rate max_kl",
-    "PpoSettings": f"{STAGE} {TRAIN} reward_model rollout ppo ref_bits",
+    "PpoSettings": f"{STAGE} {TRAIN} reward_model rollout ppo health ref_bits",
     "Grpo": "group_size kl_coef clip_range loss_average epochs minibatches missing_stop_penalty max_kl",
-    "GrpoSettings": f"{STAGE} {TRAIN} method reward_model verifier verifier_weight rollout grpo ref_bits",
+    "GrpoSettings": f"{STAGE} {TRAIN} method reward_model verifier verifier_weight rollout grpo health ref_bits",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
     "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
     "max_length",
@@ -97,6 +102,7 @@ def refused(kind: str, **values: Any) -> SettingsError:
         ("reward", {"collect": {"prompts": "p", "sample": 3}}, "reward.collect.sample", "'samples'"),
         ("sft", {"early_stopping": {"patince": 3}}, "sft.early_stopping.patince", "'patience'"),
         ("tokenizer", {"vocabsize": 300}, "tokenizer.vocabsize", "'vocab_size'"),
+        ("ppo", {"health": {"action": {}}}, "ppo.health.action", "'actions'"),
     ],
 )
 def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, field: str, near: str | None) -> None:
@@ -122,6 +128,9 @@ def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, fie
         ("tokenizer", {"vocab_size": 10}, "tokenizer.vocab_size", "260"),
         ("eval", {"task": "bleu"}, "eval.task", "'bleu'"),
         ("reward", {"collect": {"samples": 1}}, "reward.collect.samples", "2"),
+        ("ppo", {"health": {"actions": {"P-KLHIGH": "warn"}}}, "ppo.health", "did you mean P-KL-HIGH?"),
+        ("grpo", {"health": {"actions": {"P-TIMID": "adapt"}}}, "grpo.health", "no correction for P-TIMID"),
+        ("ppo", {"health": {"actions": {"P-TIMID": "shout"}}}, "ppo.health.actions.P-TIMID", "'shout'"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(kind: str, values: Any, field: str, said: str) -> None:
@@ -136,6 +145,19 @@ def test_rules_between_options() -> None:
     assert "whole groups" in refused("grpo", rollout={"batch": 12}).message  # of 8
     assert "whole groups" in refused("grpo", rollout={"batch": 8}, grpo={"minibatches": 2}).message
     assert "multiple of heads" in refused("pretrain", starter={"hidden_size": 32, "heads": 3}).message
+
+
+def test_words_that_yaml_reads_as_truth_values() -> None:
+    """A recipe's `on: false` and `off`, which YAML 1.1 gives as True and False."""
+    given = yaml.safe_load("health: {on: true, actions: {P-TIMID: off}}\ndefence: {on: false}")
+    settings = parse(PpoSettings, given)
+    assert settings.health.on and settings.health.action("P-TIMID") == "off" and not settings.defence.on
+    assert parse(PpoSettings, yaml.safe_load("health: {on: false}")).health.action("P-KL-HIGH") == "off"
+
+
+def test_every_health_rule_has_an_action_and_every_correction_a_rule() -> None:
+    assert list(HEALTH_ACTIONS) == list(RULES) and set(HEALTH_ADAPTS) == set(CORRECTIONS)
+    assert parse(PpoSettings, {}).health.action("P-KL-HIGH") == "adapt"
 
 
 # -- the command line ---------------------------------------------------------------------------------------------------
@@ -169,6 +191,10 @@ def test_flags_are_the_settings_names(kind: str) -> None:
         ({"lora__target": ("all-linear",)}, {"lora": {"target": "all-linear"}}),
         ({"lora__target": ("q_proj", "v_proj")}, {"lora": {"target": ["q_proj", "v_proj"]}}),
         ({"margin": False}, {"margin": False}),
+        (
+            {"health__actions": "{P-KL-HIGH: stop, P-TIMID: off}"},
+            {"health": {"actions": {"P-KL-HIGH": "stop", "P-TIMID": False}}},
+        ),
     ],
 )
 def test_given_values(given: dict[str, Any], nested: dict[str, Any]) -> None:

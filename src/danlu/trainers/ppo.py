@@ -32,12 +32,13 @@ from danlu.rewards.protocol import episodes_of
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
+from danlu.training.health import Health
+from danlu.training.heldout import Heldout
 from danlu.training.logprobs import logprobs
 from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.rollouts import (
-    evaluate,
     prompt_order,
     prompts_of,
     push_weights,
@@ -52,6 +53,7 @@ from danlu.training.setup import lora_roles
 from danlu.training.sharding import shard, share_forwards
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of, tokenizer_of
+from danlu.training.text_signs import text_signs
 from danlu.tree import Trajectory, TreeBatch, forest
 
 
@@ -97,7 +99,7 @@ def train(settings: PpoSettings) -> TrainResult:
     if not settings.reward_model:
         raise SettingsError("no reward model is given", field="reward_model", hint="train one with `danlu reward`")
     template = template_of(settings.model, settings, stage="ppo")
-    prompts, heldout, facts = prompts_of(settings, template)
+    prompts, held_prompts, facts = prompts_of(settings, template)
     players = _players(settings, template)
     root, engine, compute, options = players.root, players.engine, players.compute, settings.ppo
     total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / settings.rollout.batch))
@@ -111,11 +113,12 @@ def train(settings: PpoSettings) -> TrainResult:
         return _scores(players, asked, found, settings)
 
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers) as session:
-        if heldout and "first_eval_score" not in session.extra:
-            first = evaluate(engine, root, heldout, settings, template, scorer)
-            session.extra["first_eval_score"] = first["eval_score"]
+        heldout = Heldout(held_prompts, engine, root, settings, template, scorer)
+        heldout.begin(session)
+        health = Health(settings.health, session)
         for step in session.steps():
-            factor = session.rate_factor(step)
+            corrections = health.corrections
+            factor = session.rate_factor(step) * corrections["learning_rate"]
             set_rate(actor_optimizer, settings.learning_rate * factor)
             set_rate(critic_optimizer, options.critic_learning_rate * factor)
             push_weights(engine, root, step)
@@ -124,7 +127,8 @@ def train(settings: PpoSettings) -> TrainResult:
             params = sampling_of(settings, template)
             trajectories = share_rollout(engine, [p.ids for p in asked], params, seed=settings.seed, step=step)
             scores = scorer(asked, trajectories)
-            parts, stats = _experience(players, trajectories, scores, settings)
+            kl_coef = options.kl_coef * corrections["kl_coef"]
+            parts, stats = _experience(players, trajectories, scores, settings, kl_coef)
 
             updates: list[dict[str, float]] = []
             for epoch in range(options.epochs):
@@ -144,21 +148,26 @@ def train(settings: PpoSettings) -> TrainResult:
                     )
 
             metrics = {**stats, **_mean(updates), "ratio_error_first": updates[0]["ratio_error"]}
+            metrics |= text_signs([t.actions for t in trajectories], template.stop_ids)
+            health.watch(step, metrics)
             if step == 0:
                 session.extra["first"] = {"ratio_error": updates[0]["ratio_error"], "kl": abs(stats["kl"])}
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="ppo")
-            if heldout and session.eval_due(step):
-                held = evaluate(engine, root, heldout, settings, template, scorer)
+            if heldout.prompts and session.eval_due(step):
+                held = heldout.evaluate(session, step)
                 session.extra["held"] = held
                 session.evaluated(step, held)
+                health.evaluated(step, held)
         best = session.restore_best()
         metrics = dict(session.extra.get("last", {}))
         metrics |= session.extra.get("held", {})
         metrics |= best
-        if "first_eval_score" in session.extra:
-            metrics["first_eval_score"] = session.extra["first_eval_score"]
+        start = session.extra.get("start", {}).get("metrics", {})
+        if start:
+            metrics["first_eval_score"] = start["eval_score"]
+        facts |= {"start": start, "health": health.facts()}
         facts |= {"first": session.extra.get("first", {}), **template_facts(template), **session.facts}
 
     folder = Path(settings.out) / "model"
@@ -224,7 +233,7 @@ def _read_values(players: Players, tree: TreeBatch) -> Tensor:
 
 
 def _experience(
-    players: Players, trajectories: Sequence[Trajectory], scores: Sequence[float], settings: PpoSettings
+    players: Players, trajectories: Sequence[Trajectory], scores: Sequence[float], settings: PpoSettings, kl_coef: float
 ) -> tuple[list[list[Experience]], dict[str, float]]:
     """Trajectories as mini-batches of micro-batches with advantages, and the iteration's statistics."""
     options, heat = settings.ppo, settings.rollout.temperature
@@ -260,7 +269,7 @@ def _experience(
         for i in indices:
             part = slice(offset, offset + len(trajectories[i].actions))
             offset = part.stop
-            rewards = token_rewards(scores[i], old[part], ref[part], kl_coef=options.kl_coef)
+            rewards = token_rewards(scores[i], old[part], ref[part], kl_coef=kl_coef)
             advantages[i], returns[i] = gae(rewards, values[part], gamma=options.gamma, gae_lambda=options.gae_lambda)
             kl += float((old[part] - ref[part]).sum())
             k3 += float(kl_k3(old[part], ref[part]).sum())
