@@ -91,6 +91,7 @@ FIRES: list[tuple[str, list[Row]]] = [
 SILENT: list[tuple[str, list[Row]]] = [
     ("P-KL-HIGH", rows(kl=noisy(fall(0, 14, 5), 0.2))),  # it levels out
     ("P-KL-HIGH", rows(kl=line(0, 6))),
+    ("P-KL-HIGH", rows(kl=line(9, 12))),  # a resting place that drifts
     ("P-KL-NEGATIVE", rows(kl=noisy(flat(0.02), 0.3))),  # k1 is below 0 in many an iteration
     ("P-KL-NEGATIVE", rows(9, kl=flat(-1))),
     ("P-TIMID", rows(kl=line(0, 3), score=flat(0.3))),

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ppo": {"ppo": {"critic_learning_rate": 1e-3, "kl_coef": 0.01, "missing_stop_penalty": 0.0, "minibatches": 1}},
     "grpo": {"grpo": {"group_size": 8, "kl_coef": 0.01, "missing_stop_penalty": 0.0, "epochs": 2}},
 }
+BOTH = ("ppo", pytest.param("grpo", marks=pytest.mark.slow))  # what is shared is broken in the same place
 BROKEN = ("P-SCORE-FALLS", "P-RATIO", "P-ENGINE-GAP", "P-KL-NEGATIVE", "P-REWARD-HACK", "P-CRITIC-BLIND", "P-GRAD")
 
 
@@ -117,7 +118,7 @@ def test_dropout_is_left_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert gates["G-RATIO"].passed and "P-RATIO" in codes
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", BOTH)
 def test_the_mask_counts_a_token_of_the_prompt(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off by one: it begins with the prompt's last token and leaves out the answer's last one."""
     index: Callable[[TreeBatch], Tensor] = TreeBatch.action_index
@@ -126,7 +127,7 @@ def test_the_mask_counts_a_token_of_the_prompt(kind: str, tmp_path: Path, monkey
     assert "P-ENGINE-GAP" in codes
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", BOTH)
 def test_old_log_probs_are_those_of_another_policy(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's: right at the first iteration, when they are the same, and never again."""
     read = TRAINERS[kind].read_actions
@@ -135,7 +136,7 @@ def test_old_log_probs_are_those_of_another_policy(kind: str, tmp_path: Path, mo
     assert gates["G-RATIO"].passed and "P-RATIO" in codes
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", BOTH)
 def test_the_engine_is_never_updated(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (TRAINERS[kind], heldout):
         monkeypatch.setattr(module, "push_weights", lambda engine, root, version: None)
