@@ -1,6 +1,7 @@
 """Writes the parts of the documentation that the code already knows, so that they cannot go stale.
 
-docs/settings.md is made from danlu.config, docs/formats.md and a page for each format from the registry of formats.
+docs/settings.md is made from danlu.config, docs/health.md from the health rules, docs/formats.md and a page for each format from
+the registry of formats.
 
     python docs/generate.py            write
     python docs/generate.py --check    exit status 1 if a committed page differs
@@ -18,17 +19,20 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from danlu.alignment_config import TERMS, RewardTerm
+from danlu.alignment_config import HEALTH_ACTIONS, HEALTH_ADAPTS, TERMS, RewardTerm
 from danlu.config import KINDS
 from danlu.data.formats.base import Format
 from danlu.data.formats.registry import FORMATS, REFUSED
 from danlu.data.kinds import SERVED_BY
 from danlu.data.rows_out import row_of
 from danlu.train_config import Source, StageSettings, TrainSettings
+from danlu.training.health import CORRECTIONS, PAUSE
+from danlu.training.rules import RULES
 from danlu.types import Origin, RecordKind
 
 DOCS = Path(__file__).parent
 SETTINGS = DOCS / "settings.md"
+HEALTH = DOCS / "health.md"
 FORMATS_PAGE = DOCS / "formats.md"
 FORMAT_PAGES = DOCS / "formats"
 
@@ -65,7 +69,7 @@ A list of objects; the `kind` of each says which settings it has. [Rewards](rewa
 
 def main(arguments: list[str]) -> int:
     """Writes the pages, or compares them with `--check`; returns the exit status."""
-    pages = {SETTINGS: settings_page(), FORMATS_PAGE: formats_page()}
+    pages = {SETTINGS: settings_page(), HEALTH: health_page(), FORMATS_PAGE: formats_page()}
     pages |= {FORMAT_PAGES / f"{entry.name}.md": format_page(entry) for entry in FORMATS}
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text("utf-8") != text]
     stale += [path for path in sorted(FORMAT_PAGES.glob("*.md")) if path not in pages]
@@ -164,6 +168,8 @@ def _value(field: FieldInfo) -> str:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         words = ", ".join(f"`{choice}`" for choice in get_args(kind))
+    elif get_origin(kind) is dict:
+        words = "mapping"
     else:
         words = {int: "whole number", float: "number", bool: "`true`, `false`"}.get(kind, "text")
         words = "object" if get_origin(kind) is dict else words
@@ -198,6 +204,75 @@ def _line(name: str, value: str, default: str, what: str) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+# -- health -----------------------------------------------------------------------------------------------------------
+
+HEALTH_HEAD = """\
+# Health of PPO and GRPO
+
+<!-- Made by docs/generate.py from the health rules. Do not edit: run `make docs`. -->
+
+Training on a reward goes wrong in ways that the reward does not show. So `ppo` and `grpo` are watched while they run. Rules look
+at the logged curves after every iteration and every held-out evaluation; what they find is said once, kept in the stage's
+`health.jsonl` and in `facts.health` of its manifest, and shown in the report with what to change.
+
+## What is measured
+
+Every iteration, from the roll-outs: `score`, `kl` (k1, may be a little below 0) and `kl_k3` (never negative), `entropy`, `length`,
+`stop_rate`, and from their tokens:
+
+| metric | what it is |
+|---|---|
+| `repetition` | share of an answer's 3-grams that occurred before in it, mean over the answers |
+| `distinct_1`, `distinct_2` | different tokens, and 2-grams, of all answers over the number of all of them (Li et al. 2016) |
+| `empty_rate` | share of answers without any text |
+
+Every `eval_every` iterations, and before the first one, the held-out prompts are answered, each time with the same draws:
+
+| metric | what it is |
+|---|---|
+| `eval_score`, `eval_length`, `eval_stop_rate` | as in training, on prompts that are not trained on |
+| `eval_gold` | a reward that is measured but never trained on, where there is one |
+| `eval_win_rate` | share of prompts on which the answer is scored higher than that of the model before training |
+| `eval_win_rate_low`, `_high` | ends of its 95% interval |
+
+Wins are judged by gold if there is one, else by the reward; ties count half.
+
+The answers to a few of these prompts, drawn by the seed, are appended to the stage's `samples.jsonl`
+(`{"step", "prompt", "answer", "score"}`); the report shows them side by side.
+
+## What is done about a finding
+
+`health.actions` says it for each rule, for instance `actions: {P-CLIP-HIGH: adapt, P-TIMID: off}`:
+
+- `off`: the rule is not asked.
+- `warn`: the finding is said once and kept.
+- `adapt`: the correction below is applied from the next iteration on, and again every PAUSE iterations while the finding
+  stays, up to a bound.
+- `stop`: the stage ends. It is done, not failed; its manifest says why, and its model has the weights of the best held-out
+  evaluation so far (by `eval_gold`, else `eval_score`; or what `checkpoint_best` watches).
+
+`health.on: false` asks no rule. Decisions depend on logged numbers and on a state in the checkpoints, so a stage that was killed
+and goes on decides as it would have, and all processes decide the same.
+
+## Rules
+"""
+
+
+def health_page() -> str:
+    """docs/health.md."""
+    parts = [HEALTH_HEAD.replace("PAUSE", str(PAUSE))]
+    parts.append("\n| code | fires when | default |\n|---|---|---|\n")
+    parts += [f"| {code} | {_cell(rule.when)} | {HEALTH_ACTIONS[code]} |\n" for code, rule in RULES.items()]
+    parts.append("\n## Corrections\n\n| code | what `adapt` does | bound |\n|---|---|---|\n")
+    for code in HEALTH_ADAPTS:
+        name, factor, bound = CORRECTIONS[code]
+        parts.append(f"| {code} | multiplies `{name}` by {factor:g} | {bound:g} times the setting |\n")
+    parts.append("\n## Causes and remedies\n")
+    for code, rule in RULES.items():
+        parts.append(f"\n**{code}.** Likely: {rule.cause}. Try: {rule.change}.\n")
+    return "".join(parts)
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------

@@ -61,6 +61,30 @@ SAMPLES = [
 ]
 
 
+FINDINGS = [
+    {
+        "step": 31,
+        "code": "P-CLIP-HIGH",
+        "severity": "warning",
+        "seen": "36% of the tokens were clipped over the last 10 iterations",
+        "cause": "updates are so large that most of them are thrown away",
+        "change": "lower learning_rate",
+        "action": "adapt",
+        "done": "learning_rate is multiplied by 0.5 from the next iteration on",
+    }
+]
+
+
+def over_time() -> list[dict[str, Any]]:
+    """The answers to two held-out prompts before training and after every tenth of 60 iterations."""
+    asked = {"When does the bakery open?": "The bakery opens at", "图书馆几点关门？": "图书馆关门的时间是"}
+    return [
+        {"step": step, "prompt": [{"role": "user", "content": q}], "answer": f"{a} {step}", "score": step / 50}
+        for step in range(0, 70, 10)
+        for q, a in asked.items()
+    ]
+
+
 def write_run(
     folder: Path, *, done: int = len(STAGES), status: str = "done", description: str = "", models: tuple[str, ...] = ()
 ) -> Path:
@@ -111,6 +135,9 @@ def write_stage(folder: Path, index: int, kind: str, status: str, models: tuple[
         manifest["error"] = "loss is nan at step 12\n  -> lower learning_rate (now 0.002)"
     if status == "done":
         manifest |= finished(kind, rows, models)
+    if kind == "ppo":
+        for name, told in (("health.jsonl", FINDINGS), ("samples.jsonl", over_time())):
+            (out / name).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in told), "utf-8")
     if status == "done" and kind == "eval":
         answers = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in SAMPLES)
         (out / "samples.jsonl").write_text(answers, "utf-8")
@@ -153,7 +180,10 @@ def finished(kind: str, rows: list[dict[str, Any]], models: tuple[str, ...]) -> 
                 "warning": True,
             },
         ],
-        "ppo": [gate("G-RATIO", 2e-7, 1e-4, "on the first pass the ratio is off by 2.0e-07")],
+        "ppo": [
+            gate("G-RATIO", 2e-7, 1e-4, "on the first pass the ratio is off by 2.0e-07"),
+            gate("G-PPO", 0.71, 0.5, "the policy wins 71.0% of held-out prompts against the start model"),
+        ],
         "quantize": [gate("G-QUANT", 0.0013, 0.01, "perplexity 5.3210 before and 5.3279 after quantising (+0.13%)")],
     }
     table: dict[str, list[dict[str, Any]]] = {
@@ -225,6 +255,14 @@ def curves(kind: str) -> list[dict[str, Any]]:
                     "entropy": 0.82 - 0.3 * gain + draw.gauss(0, 0.01),
                     "length": 14.2 - 1.4 * gain + draw.gauss(0, 0.3),
                     "stop_rate": min(1.0, 0.975 + 0.02 * gain + draw.gauss(0, 0.004)),
+                    "repetition": 0.03 + 0.02 * gain,
+                    "distinct_1": 0.2 - 0.05 * gain,
+                    "distinct_2": 0.6 - 0.1 * gain,
+                    "empty_rate": 0.0,
+                    "ratio_max": 1.6 + abs(draw.gauss(0, 0.3)),
+                    "ratio_error_first": 2e-7,
+                    "clip_fraction": 0.08 + abs(draw.gauss(0, 0.02)),
+                    "explained_variance": 0.6 * gain - 0.1,
                     "value_loss": 0.2 + 0.6 * (1 - gain) + abs(draw.gauss(0, 0.05)),
                     "engine_gap": 2e-6,
                     "tokens": 2200.0,
@@ -237,6 +275,9 @@ def curves(kind: str) -> list[dict[str, Any]]:
                     "eval_score": 0.05 + 1.05 * gain,
                     "eval_length": 13.9 - gain,
                     "eval_stop_rate": 0.98 + 0.015 * gain,
+                    "eval_win_rate": 0.5 + 0.21 * gain,
+                    "eval_win_rate_low": 0.42 + 0.21 * gain,
+                    "eval_win_rate_high": 0.58 + 0.21 * gain,
                 }
                 rows.append({"step": step, **held})
     return rows

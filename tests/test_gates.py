@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 
-from danlu.alignment_config import RewardSettings
+from danlu.alignment_config import GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import QuantizeSettings, SftSettings
 from danlu.parsing import parse
 from danlu.pipeline import gates
@@ -95,6 +95,58 @@ def test_ratio_without_a_first_pass() -> None:
     assert not gates.ratio({}).passed and not gates.ratio({"first": {}}).passed
 
 
+START = {"eval_score": 0.5, "eval_length": 30.0, "eval_stop_rate": 0.9, "spread": 0.4}
+END = {"eval_score": 0.9, "eval_length": 33.0, "eval_stop_rate": 0.95, "kl": 4.0}
+WINS = {"eval_win_rate": 0.7, "eval_win_rate_low": 0.6, "eval_win_rate_high": 0.78}
+
+
+def ppo_gate(start: dict[str, float] | None = None, **changes: float) -> gates.Gate:
+    given = START if start is None else start
+    return gates.policy({**END, **WINS, **changes}, {"start": given}, PpoSettings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "passed", "said"),
+    [
+        ({}, True, "wins 70.0% of held-out prompts against the start model (95% interval 60.0% to 78.0%)"),
+        # An interval that reaches half is no loss beyond chance.
+        ({"eval_win_rate": 0.45, "eval_win_rate_low": 0.3, "eval_win_rate_high": 0.5}, True, "wins 45.0%"),
+        ({"eval_win_rate": 0.4, "eval_win_rate_low": 0.3, "eval_win_rate_high": 0.49}, False, "loses beyond chance"),
+        ({"kl": 50.0}, True, ""),
+        ({"kl": 51.0}, False, "its KL is 51.0 nats"),
+        ({"kl": -1.1}, False, "its KL is -1.1 nats"),
+        ({"eval_stop_rate": 0.71}, True, ""),
+        ({"eval_stop_rate": 0.69}, False, "69% of its answers end by themselves, 90% did before"),
+        ({"eval_length": 10.0}, True, ""),
+        ({"eval_length": 9.9}, False, "its answers have 10 tokens, 30 before"),
+        ({"eval_length": 91.0}, False, "its answers have 91 tokens"),
+        ({"eval_score": 0.11}, True, ""),
+        ({"eval_score": 0.09}, False, "its held-out score is 0.09, 0.50 before"),
+    ],
+)
+def test_policy(changes: dict[str, float], passed: bool, said: str) -> None:
+    gate = ppo_gate(**changes)
+    assert (gate.code, gate.passed, gate.threshold, gate.warning) == ("G-PPO", passed, 0.5, False)
+    assert gate.value == changes.get("eval_win_rate", 0.7) and said in gate.sentence
+
+
+def test_policy_by_gold_where_there_is_gold() -> None:
+    """What is trained on may rise as it likes."""
+    start = {**START, "eval_gold": 2.0}
+    assert ppo_gate(start, eval_gold=1.7).passed and not ppo_gate(start, eval_gold=1.5).passed
+
+
+def test_policy_of_grpo_has_its_own_bound() -> None:
+    settings = parse(GrpoSettings, {"grpo": {"max_kl": 3.0}})
+    assert not gates.policy({**END, **WINS}, {"start": START}, settings).passed
+
+
+def test_policy_without_held_out_prompts_is_not_decided() -> None:
+    for metrics, start in ((END, START), ({**END, **WINS}, {}), (END, {})):
+        gate = gates.policy(metrics, {"start": start}, PpoSettings())
+        assert not gate.passed and gate.warning and gate.sentence.startswith("not decided")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "passed"), [(10.0, 10.05, True), (10.0, 10.2, False), (10.0, 9.0, True), (100.0, 100.99, True)]
 )
@@ -110,13 +162,16 @@ def test_no_gate_holds_on_what_is_no_number() -> None:
     assert not gates.ratio({"first": {"ratio_error": 0.0, "kl": nan}}).passed
     assert not gates.quantized(10.0, nan, QuantizeSettings()).passed
     assert not gates.reward_model({"eval_accuracy": nan}, RewardSettings())[0].passed
+    for name in ("kl", "eval_win_rate_high", "eval_length", "eval_stop_rate", "eval_score"):
+        assert not ppo_gate(**{name: nan}).passed, name
     correlation = {"eval_accuracy": 0.9, "eval_length_correlation": nan}
     assert not gates.reward_model(correlation, RewardSettings())[0].passed
 
 
 def test_a_verdict_as_it_stands_in_the_manifest() -> None:
     found = gates.truncated(facts()).as_dict()
-    assert list(found) == ["code", "passed", "value", "threshold", "sentence"]
+    assert list(found) == ["code", "passed", "value", "threshold", "sentence", "warning"]
+    assert found["warning"] is False
     assert found["sentence"] == "0.0% of 100 answers are lost to max_length"
 
 

@@ -87,7 +87,7 @@ def test_runs_json_has_exactly_this_shape(copy: Chain, capfd: pytest.CaptureFixt
 
 def test_gates_and_their_verdicts(copy: Chain) -> None:
     gates = {g["code"]: g for s in describe(copy.run)["stages"] for g in s["gates"]}
-    assert list(gates) == ["G-STOP", "G-TRUNC", "G-RENDER", "G-RM", "G-RATIO", "G-QUANT"]
+    assert list(gates) == ["G-STOP", "G-TRUNC", "G-RENDER", "G-RM", "G-RATIO", "G-PPO", "G-QUANT"]
     assert all(g["passed"] for g in gates.values())
     # Old log-probs are the trainer's own over the same batches: not nearly but exactly the same numbers.
     assert gates["G-RATIO"]["value"] == 0.0

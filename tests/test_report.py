@@ -136,10 +136,83 @@ def test_samples_are_side_by_side_and_escaped(finished: tuple[str, Page]) -> Non
 def test_charts_have_names_and_follow_the_page(finished: tuple[str, Page]) -> None:
     html, page = finished
     labels = [v for t, k, v in page.attributes if t == "svg" and k == "aria-label"]
-    expected = ["Rubric score", "Correct", *["Loss", "Gradient norm"] * 2, "Pairs ranked rightly", "Loss", "Score"]
-    assert labels[: len(expected)] == expected and len(labels) == len(expected) + 5
+    expected = ["Rubric score", "Correct", *["Loss", "Gradient norm"] * 2, "Pairs ranked rightly", "Loss"]
+    expected += [
+        "Score",
+        "Wins against the start model",
+        "KL to the reference, nats",
+        "Largest ratio",
+        "Clipped tokens",
+    ]
+    expected += ["Engine against trainer, nats", "Entropy, nats per token", "Repeated 3-grams of an answer"]
+    expected += ["Different n-grams of a batch", "Answer length, tokens", "Answers that end by themselves"]
+    expected += ["Critic's loss", "Explained variance of the returns", "Gradient norm"]
+    assert labels == expected
     assert "stroke: var(--first)" in html and "fill: var(--soft)" in html
     assert len(html) < 400_000
+
+
+def test_the_health_of_a_stage_that_rolls_out(finished: tuple[str, Page]) -> None:
+    html, page = finished
+    for words in (
+        "P-CLIP-HIGH iteration 31 · corrected",
+        "36% of the tokens were clipped over the last 10 iterations",
+        "Likelyupdates are so large",
+        "Trylower learning_rate",
+        "Donelearning_rate is multiplied by 0.5",
+        "Answers over time",
+        "图书馆关门的时间是 60",
+        "Wins against the start model70.3%95% interval 62.3% – 78.3%",
+    ):
+        assert words in page.text, words
+    for title in ("Reward", "KL", "Ratio and clip", "Entropy and repetition", "Length and stops", "Critic", "Learning"):
+        assert f"<h4>{title}</h4>" in html, title
+    assert "PPO went as it should" not in page.text
+
+
+def test_answers_over_time_are_side_by_side(finished: tuple[str, Page]) -> None:
+    """Seven evaluations are more than fit beside one another: the first, the last and three between."""
+    html = finished[0]
+    part = html.split('class="dialogue over-time"')[1]
+    assert re.findall(r'class="who">([^<]*)<', part) == [
+        "before training · score 0",
+        "iteration 20 · score 0.4",
+        "iteration 30 · score 0.6",
+        "iteration 40 · score 0.8",
+        "iteration 60 · score 1.2",
+    ]
+    assert part.count("The bakery opens at") == 5 and part.count("When does the bakery open?") == 1
+
+
+def test_a_stage_without_findings_went_as_it_should(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    (run / "05-ppo" / "health.jsonl").unlink()
+    (run / "05-ppo" / "samples.jsonl").unlink()
+    text = check(write_report(run).read_text("utf-8")).text
+    assert "PPO went as it should" in text and "Answers over time" not in text
+
+
+def test_hostile_answers_and_broken_lines(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    out = run / "05-ppo"
+    rows = [
+        {"step": 0, "prompt": [{"role": HOSTILE, "content": HOSTILE}], "answer": HOSTILE, "score": 1},
+        {"step": 9, "prompt": [{"role": HOSTILE, "content": HOSTILE}], "answer": None},
+        {"step": "x", "prompt": [{}], "answer": "bell \x07"},
+        {"step": 3, "prompt": "no list"},
+        {
+            "step": 4,
+            "prompt": [{"role": "user", "content": "nul \x00"}, "no turn"],
+            "answer": "bell \x07",
+            "score": "?",
+        },
+    ]
+    (out / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "{cut", "utf-8")
+    (out / "health.jsonl").write_text(json.dumps({"code": HOSTILE, "seen": HOSTILE, "step": None}) + "\n{}\n", "utf-8")
+    html = write_report(run).read_text("utf-8")
+    page = check(html)
+    assert HOSTILE in page.text and "nul ␀" in page.text and "bell ␇" in page.text
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", html)
 
 
 def test_changed_settings_stand_out(finished: tuple[str, Page]) -> None:

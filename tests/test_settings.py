@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from danlu import alignment_config, config, train_config
+from danlu.alignment_config import HEALTH_ACTIONS, HEALTH_ADAPTS, PpoSettings
 from danlu.cli.options import given_values, options_of
 from danlu.config import KINDS, SftSettings
 from danlu.exceptions import SettingsError, UsageError
 from danlu.parsing import parse
 from danlu.train_config import Settings
+from danlu.training.health import CORRECTIONS
+from danlu.training.rules import RULES
 
 STAGE = "out seed"
 TRAIN = (
@@ -21,7 +25,9 @@ TRAIN = (
     "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "
     "save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
-ROLLOUT = "reward_model ensemble verifier verifier_weight rewards eval_rewards max_failed sandbox rollout ref_bits"
+ROLLOUT = (
+    "reward_model ensemble verifier verifier_weight rewards eval_rewards max_failed sandbox health rollout ref_bits"
+)
 TERM = "weight name"
 ENDPOINT = "api_key_env concurrency timeout retries backoff cache"
 # What settings cannot do without and "given" would not do for.
@@ -50,6 +56,7 @@ FROZEN = {
     "RewardSettings": f"{STAGE} {TRAIN} loss level pairs margin label_smoothing centring score_range balance collect "
     "min_accuracy max_length_correlation",
     "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta label_smoothing reference ref_bits",
+    "HealthSettings": "on actions",
     "Rollout": "batch max_new_tokens temperature",
     "PpoRollout": "batch max_new_tokens temperature per_update reuse buffer",
     "Ppo": "kl_coef kl_estimator kl_in kl_controller kl_target kl_horizon gamma gae_lambda critic_lambda whiten_rewards "
@@ -124,6 +131,7 @@ def refused(kind: str, **values: Any) -> SettingsError:
         ("tokenizer", {"vocabsize": 300}, "tokenizer.vocabsize", "'vocab_size'"),
         ("grpo", {"rewards": [{"kind": "length", "limt": 3}]}, "grpo.rewards.0.limt", "'limit'"),
         ("ppo", {"rewards": [{"kind": "http", "url": "http://h", "bach": 3}]}, "ppo.rewards.0.bach", "'batch'"),
+        ("ppo", {"health": {"action": {}}}, "ppo.health.action", "'actions'"),
     ],
 )
 def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, field: str, near: str | None) -> None:
@@ -163,6 +171,9 @@ def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, fie
         ("grpo", {"rewards": [{"kind": "python", "function": "f"}]}, "grpo.rewards.0.function", "'f'"),
         ("grpo", {"rewards": [{"kind": "format", "pattern": "("}]}, "grpo.rewards.0.pattern", "regular expression"),
         ("grpo", {"rewards": [{"kind": "format"}]}, "grpo.rewards.0", "pattern, json_schema or both"),
+        ("ppo", {"health": {"actions": {"P-KLHIGH": "warn"}}}, "ppo.health", "did you mean P-KL-HIGH?"),
+        ("grpo", {"health": {"actions": {"P-TIMID": "adapt"}}}, "grpo.health", "no correction for P-TIMID"),
+        ("ppo", {"health": {"actions": {"P-TIMID": "shout"}}}, "ppo.health.actions.P-TIMID", "'shout'"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(kind: str, values: Any, field: str, said: str) -> None:
@@ -186,6 +197,19 @@ def test_rules_between_options() -> None:
     assert "needs adapter: full" in refused("ppo", adapter="lora", ppo={"critic_init": "reward"}).message
     assert "at most 1" in refused("ppo", ptx={"form": "convex", "coef": 27.8}).message
     assert "multiple of heads" in refused("pretrain", starter={"hidden_size": 32, "heads": 3}).message
+
+
+def test_words_that_yaml_reads_as_truth_values() -> None:
+    """A recipe's `on: false` and `off`, which YAML 1.1 gives as True and False."""
+    given = yaml.safe_load("health: {on: true, actions: {P-TIMID: off}}\ndefence: {on: false}")
+    settings = parse(PpoSettings, given)
+    assert settings.health.on and settings.health.action("P-TIMID") == "off" and not settings.defence.on
+    assert parse(PpoSettings, yaml.safe_load("health: {on: false}")).health.action("P-KL-HIGH") == "off"
+
+
+def test_every_health_rule_has_an_action_and_every_correction_a_rule() -> None:
+    assert list(HEALTH_ACTIONS) == list(RULES) and set(HEALTH_ADAPTS) == set(CORRECTIONS)
+    assert parse(PpoSettings, {}).health.action("P-KL-HIGH") == "adapt"
 
 
 # -- the command line ---------------------------------------------------------------------------------------------------
@@ -227,6 +251,10 @@ def test_flags_are_the_settings_names(kind: str) -> None:
         (
             {"rewards": ("{kind: repetition}", '[{"kind": "length", "limit": 9}, {"kind": "repetition", "n": 4}]')},
             {"rewards": [{"kind": "repetition"}, {"kind": "length", "limit": 9}, {"kind": "repetition", "n": 4}]},
+        ),
+        (
+            {"health__actions": "{P-KL-HIGH: stop, P-TIMID: off}"},
+            {"health": {"actions": {"P-KL-HIGH": "stop", "P-TIMID": False}}},
         ),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -103,6 +105,66 @@ class DpoSettings(TrainSettings):
         32, description="of the frozen reference's weights beside a policy that trains all of its own; 8: int8 trunk"
     )
     learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW (Rafailov et al. 2023)")
+
+
+HealthAction = Literal["off", "warn", "adapt", "stop"]
+HEALTH_ACTIONS: Final = MappingProxyType[str, HealthAction](
+    {
+        "P-KL-HIGH": "adapt",
+        "P-KL-NEGATIVE": "warn",
+        "P-TIMID": "warn",
+        "P-LEN-GROWTH": "warn",
+        "P-LEN-COLLAPSE": "warn",
+        "P-STOP-LOST": "warn",
+        "P-ENTROPY-LOST": "warn",
+        "P-REPEATS": "warn",
+        "P-EMPTY": "warn",
+        "P-REWARD-HACK": "stop",
+        "P-CRITIC-BLIND": "warn",
+        "P-RATIO": "warn",
+        "P-ENGINE-GAP": "warn",
+        "P-CLIP-HIGH": "warn",
+        "P-SCORE-FALLS": "warn",
+        "P-EQUAL-GROUPS": "warn",
+        "P-GRAD": "warn",
+        "P-PTX-SHARE": "warn",
+    }
+)
+"""What is done about each finding unless the settings say otherwise: what would end at max_kl, or in a worse model, is acted on."""
+HEALTH_ADAPTS: Final = ("P-KL-HIGH", "P-ENTROPY-LOST", "P-RATIO", "P-CLIP-HIGH")
+"""Findings that there is a correction for."""
+
+
+class HealthSettings(Settings):
+    """What is done about findings of the health rules."""
+
+    on: bool = Field(True, description="false: no rule is asked")
+    actions: dict[str, HealthAction] = Field(
+        default_factory=dict,
+        description="by a rule's code, where not [its default](health.md): off, warn (say it once), adapt (its correction) or stop "
+        "(end with the best weights so far)",
+    )
+
+    @field_validator("actions", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return {k: "off" if v is False else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> HealthSettings:
+        for code, action in self.actions.items():
+            if code not in HEALTH_ACTIONS:
+                near = difflib.get_close_matches(code, HEALTH_ACTIONS, n=1)
+                known = f"did you mean {near[0]}?" if near else f"known: {', '.join(HEALTH_ACTIONS)}"
+                raise ValueError(f"there is no health rule {code}; {known}")
+            if action == "adapt" and code not in HEALTH_ADAPTS:
+                raise ValueError(f"there is no correction for {code}; adapt is for {', '.join(HEALTH_ADAPTS)}")
+        return self
+
+    def action(self, code: str) -> HealthAction:
+        """What is done about a finding."""
+        return self.actions.get(code, HEALTH_ACTIONS[code]) if self.on else "off"
 
 
 class Rollout(Settings):
@@ -296,6 +358,7 @@ class RolloutSettings(TrainSettings):
         description="share of an iteration's answers that may fail to be scored; they are left out; more: the run stops",
     )
     sandbox: Sandbox = Field(default_factory=lambda: Sandbox())
+    health: HealthSettings = Field(default_factory=lambda: HealthSettings())
     rollout: Rollout = Field(default_factory=lambda: Rollout())
     ref_bits: Literal[8, 32] = Field(
         32, description="of the frozen reference's weights beside a policy that trains all of its own; 8: int8 trunk"

@@ -19,6 +19,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_words(cls, value: Any) -> Any:
+        """YAML reads the bare key `on` as true."""
+        return {"on" if k is True else k: v for k, v in value.items()} if isinstance(value, dict) else value
+
 
 class Source(Settings):
     """Data with something to say about it, in place of a bare path."""

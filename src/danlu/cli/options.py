@@ -17,6 +17,7 @@ TERMS = ("rewards", "eval_rewards")
 SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target", "reward_model")
 # Given once it is the thing itself, not a list of one.
 ALONE = ("data", "eval_data", "questions", "lora__target", "reward_model")
+WRITTEN = (*SOURCES, "actions")  # values that may be YAML
 
 
 def options_of(cls: type[BaseModel], prefix: str = "") -> list[click.Option]:
@@ -47,7 +48,7 @@ def _option(name: str, kind: Any, field: FieldInfo) -> click.Option:
     flag = "--" + name.replace("_", "-")
     help_text = field.description or ""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
-    if default not in (None, "", []) and not isinstance(default, BaseModel):
+    if default not in (None, "", [], {}) and not isinstance(default, BaseModel):
         help_text += f"  [default: {default}]"
     several = name.rpartition(".")[2] in SEVERAL
     if get_origin(kind) is list:
@@ -75,8 +76,8 @@ def given_values(arguments: dict[str, Any]) -> dict[str, Any]:
         if value is None or value == ():
             continue
         plain = list(value) if isinstance(value, tuple) else value
-        if key.rpartition("__")[2] in SOURCES:
-            plain = [_source(one) for one in plain] if isinstance(plain, list) else _source(plain)
+        if key.rpartition("__")[2] in WRITTEN:
+            plain = [_written(one) for one in plain] if isinstance(plain, list) else _written(plain)
         if key in TERMS:
             plain = [term for one in plain for term in _terms(one, f"--{key.replace('_', '-')}")]
         if isinstance(plain, list) and len(plain) == 1 and key in ALONE:
@@ -89,8 +90,8 @@ def given_values(arguments: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _source(given: Any) -> Any:
-    """A source with more to say than its path is written as in a recipe: `{path: x.csv, weight: 2}`."""
+def _written(given: Any) -> Any:
+    """What has more to say than one word is written as in a recipe: `{path: x.csv, weight: 2}`."""
     if not isinstance(given, str) or not given.startswith("{"):
         return given
     return _yaml(given, "a source", "--data '{path: x.csv, weight: 2}'")

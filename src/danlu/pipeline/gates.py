@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from danlu.alignment_config import RewardSettings
+from danlu.alignment_config import PpoSettings, RewardSettings
 from danlu.config import QuantizeSettings
 from danlu.text.chat_template import ChatTemplate
 from danlu.types import Conversation
@@ -14,17 +14,24 @@ from danlu.types import Conversation
 STOP_SHARE = 0.99
 TRUNCATED_SHARE = 0.05
 RATIO_TOLERANCE = 1e-4
+# G-PPO asks whether a policy is fit for use, not whether it is the best one: each limit lies well beyond what chance does.
+WIN_SHARE = 0.5
+KL_LOWEST = -1.0  # nats per answer: k1 of one iteration may be a little below 0
+STOP_LOSS = 0.2  # share of held-out answers that end by themselves; the start model's less that of the policy
+LENGTH_FACTOR = 3.0  # held-out answers as many times as long, or as short, as the start model's
+SCORE_LOSS = 1.0  # in standard deviations of the start model's held-out scores
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A verdict. `value` is compared with `threshold` as the sentence says."""
+    """A verdict. `value` is compared with `threshold` as the sentence says; a mere `warning` that does not hold stops nothing."""
 
     code: str
     passed: bool
     value: float
     threshold: float
     sentence: str
+    warning: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -105,6 +112,51 @@ def ratio(facts: Mapping[str, Any]) -> Gate:
     )
     sentence += f"{first.get('kl', float('nan')):.1e}"
     return Gate("G-RATIO", error <= RATIO_TOLERANCE, error, RATIO_TOLERANCE, sentence)
+
+
+def policy(metrics: Mapping[str, float], facts: Mapping[str, Any], settings: PpoSettings | GrpoSettings) -> Gate:
+    """G-PPO: the policy has not left its bounds, and does not lose against the model it started from.
+
+    Without held-out prompts it is not decided: a warning that says so.
+    """
+    start = facts.get("start") or {}
+    if "eval_win_rate" not in metrics or not start:
+        sentence = (
+            "not decided: there are no held-out prompts to compare the policy with the start model on; give --eval-data"
+        )
+        return Gate("G-PPO", False, 0.0, WIN_SHARE, sentence, warning=True)
+    wins, low, high = (metrics[f"eval_win_rate{end}"] for end in ("", "_low", "_high"))
+    sentence = (
+        f"the policy wins {wins:.1%} of held-out prompts against the start model (95% interval {low:.1%} to {high:.1%})"
+    )
+    faults = _faults(metrics, start, settings)
+    if not high >= WIN_SHARE:
+        faults.insert(0, "it loses beyond chance")
+    if faults:
+        sentence += "; " + "; ".join(faults)
+    return Gate("G-PPO", not faults, wins, WIN_SHARE, sentence)
+
+
+def _faults(
+    metrics: Mapping[str, float], start: Mapping[str, float], settings: PpoSettings | GrpoSettings
+) -> list[str]:
+    """What has collapsed, in words. A number that is none counts as collapsed."""
+    max_kl = settings.ppo.max_kl if isinstance(settings, PpoSettings) else settings.grpo.max_kl
+    judge = "eval_gold" if "eval_gold" in start else "eval_score"
+    kl = metrics.get("kl", 0.0)  # not all methods have one
+    length, stops, score = (metrics[k] for k in ("eval_length", "eval_stop_rate", judge))
+    least_stops, least_score = start["eval_stop_rate"] - STOP_LOSS, start[judge] - SCORE_LOSS * start["spread"]
+    shortest, longest = start["eval_length"] / LENGTH_FACTOR, start["eval_length"] * LENGTH_FACTOR
+    checks = [
+        (KL_LOWEST <= kl <= max_kl, f"its KL is {kl:.1f} nats per answer (bounds {KL_LOWEST:g} and {max_kl:g})"),
+        (
+            stops >= least_stops,
+            f"{stops:.0%} of its answers end by themselves, {start['eval_stop_rate']:.0%} did before",
+        ),
+        (shortest <= length <= longest, f"its answers have {length:.0f} tokens, {start['eval_length']:.0f} before"),
+        (score >= least_score, f"its held-out score is {score:.2f}, {start[judge]:.2f} before"),
+    ]
+    return [said for holds, said in checks if not holds]
 
 
 def quantized(before: float, after: float, settings: QuantizeSettings) -> Gate:

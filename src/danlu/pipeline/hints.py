@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median, pstdev
 from typing import Any, Final
 
-Rows = Sequence[Mapping[str, Any]]
-Points = list[tuple[float, float]]
+from danlu.training.curves import Points, Rows, points, values
 
 MIN_POINTS: Final = 5  # fewer logged rows than this are no curve
 EDGE: Final = 0.2  # "first" and "last" are means over this share of a curve: one batch says little
@@ -29,20 +28,9 @@ FLAT: Final = 0.01  # learning anything moves the loss by more than 1%
 SFT_LOSS: Final = 2.5  # ColossalAI's Coati warns from here: such a model answers with little sense
 CHANCE: Final = 0.55  # a reward model right in under 55% of pairs hardly moves PPO in any direction
 LENGTH_CORRELATION: Final = 0.4  # G-RM fails at 0.5; 0.4 is where length already explains a sixth of the score
-KL_FAR: Final = 10.0  # nats per answer: far beyond what InstructGPT-like runs spend on their whole gain
-KL_GROWTH: Final = 1.5  # end against middle: a controlled run levels out
-KL_NEAR: Final = 0.05  # nats per answer: sampling twice from one model looks like this
-SCORE_FLAT: Final = 0.1  # scores have deviation 1; smaller is within the noise of a few batches of 64
-ITERATIONS: Final = 10  # before that nothing has had a chance
-LENGTH_FACTOR: Final = 2.0  # answers twice or half as long are other answers, not better ones
-STOP_FALL: Final = 0.10  # share of answers that end by themselves
-ENTROPY_SHARE: Final = 0.25  # below a quarter of its start nothing new is tried any more
-SCORE_GAIN: Final = 0.2  # a rise of the training score that is clearly one
-HELDOUT_LOSS: Final = 0.1  # a fall of the held-out score that is clearly one
 CHOSEN_REWARD: Final = (
     -1.0
 )  # at the usual beta of 0.1: e^10 times less likely than before, which no wish for brevity explains
-EQUAL_GROUPS: Final = 0.5  # where most groups have nothing to compare, most of the roll-outs teach nothing
 
 
 @dataclass(frozen=True)
@@ -54,21 +42,18 @@ class Hint:
 
 
 def hints(kind: str, rows: Rows, manifest: Mapping[str, Any]) -> list[Hint]:
-    """What the curves of a stage say.
+    """What the curves of a stage say. Those of roll-outs are read while they are drawn, by `training/rules.py`.
 
     Args:
         kind: of the stage.
         rows: of its metrics.jsonl.
         manifest: of the stage; its final metrics stand in where no curve was logged.
     """
-    rollouts = (kl_runaway, too_timid, length_drift, stops_less, entropy_collapse, reward_hacking)
     checks: dict[str, tuple[Callable[[Rows, Mapping[str, Any]], Hint | None], ...]] = {
         "pretrain": (overfitting, undertrained, rate_too_high, flat),
         "sft": (overfitting, undertrained, rate_too_high, flat, sft_loss_high),
         "reward": (overfitting, undertrained, rate_too_high, flat, near_chance, length_bias),
         "dpo": (overfitting, undertrained, rate_too_high, flat, chosen_falls),
-        "ppo": rollouts,
-        "grpo": (*rollouts, equal_groups),
     }
     found = (check(rows, manifest) for check in checks.get(kind, ()))
     return [hint for hint in found if hint is not None]
@@ -208,127 +193,7 @@ def chosen_falls(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
     )
 
 
-# -- curves of roll-outs ------------------------------------------------------------------------------------------------------
-
-
-def kl_runaway(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
-    """The policy goes ever further from the reference."""
-    kl = values(rows, "kl")
-    if len(kl) < MIN_POINTS:
-        return None
-    size = max(1, round(EDGE * len(kl)))
-    half = len(kl) // 2
-    middle, end = fmean(kl[max(0, half - size) : half]), _end(kl)
-    if end < KL_FAR or end < KL_GROWTH * middle:
-        return None
-    return Hint(
-        "kl-runaway",
-        f"The policy is {end:.1f} nats per answer from the reference and still going away: it exploits the "
-        "reward model. Raise kl_coef or lower learning_rate.",
-    )
-
-
-def too_timid(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
-    """Neither the policy nor its score moved."""
-    kl, score = values(rows, "kl"), values(rows, "score")
-    if min(len(kl), len(score)) < ITERATIONS:
-        return None
-    if abs(_end(kl)) >= KL_NEAR or abs(_end(score) - _begin(score)) >= SCORE_FLAT:
-        return None
-    return Hint(
-        "too-timid",
-        f"The policy hardly moved (KL {_end(kl):.3f}, score {_begin(score):.2f} -> {_end(score):.2f}). Raise "
-        "learning_rate, lower kl_coef, or run more iterations.",
-    )
-
-
-def length_drift(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
-    """Answers become much longer or much shorter."""
-    length = values(rows, "length")
-    if len(length) < MIN_POINTS:
-        return None
-    first, last = _begin(length), _end(length)
-    if last >= LENGTH_FACTOR * first:
-        return Hint(
-            "length-explodes",
-            f"Answers grew from {first:.0f} to {last:.0f} tokens: the reward model may prefer length. Look at "
-            "the samples and at the reward model's length correlation.",
-        )
-    if last * LENGTH_FACTOR <= first:
-        return Hint(
-            "length-collapses",
-            f"Answers shrank from {first:.0f} to {last:.0f} tokens: look at the samples for answers that say "
-            "nothing. Raise kl_coef, or add pairs where the fuller answer is the better one.",
-        )
-    return None
-
-
-def stops_less(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
-    """Fewer answers end by themselves."""
-    rate = values(rows, "stop_rate")
-    if len(rate) < MIN_POINTS or _begin(rate) - _end(rate) < STOP_FALL:
-        return None
-    return Hint(
-        "stops-less",
-        f"Only {_end(rate):.0%} of the answers end by themselves, {_begin(rate):.0%} did at the start. Raise "
-        "missing_stop_penalty, or rollout.max_new_tokens if good answers are cut off.",
-    )
-
-
-def entropy_collapse(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
-    """The policy became so sure that it tries nothing new."""
-    entropy = values(rows, "entropy")
-    if len(entropy) < MIN_POINTS or _begin(entropy) <= 0 or _end(entropy) > ENTROPY_SHARE * _begin(entropy):
-        return None
-    return Hint(
-        "entropy-collapse",
-        f"The entropy fell from {_begin(entropy):.2f} to {_end(entropy):.2f} nats per token: the policy repeats "
-        "itself and can learn nothing more. Lower learning_rate or raise kl_coef.",
-    )
-
-
-def reward_hacking(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
-    """The score on training prompts rises while that on held-out prompts falls."""
-    score, held = values(rows, "score"), values(rows, "eval_score")
-    if len(score) < MIN_POINTS or len(held) < 2:
-        return None
-    if _end(score) - _begin(score) < SCORE_GAIN or max(held) - held[-1] < HELDOUT_LOSS:
-        return None
-    return Hint(
-        "held-out-falls",
-        f"The score rose to {_end(score):.2f} on training prompts but fell from {max(held):.2f} to {held[-1]:.2f} on "
-        "held-out ones. Use more prompts, fewer iterations, or early_stopping on eval_score.",
-    )
-
-
-def equal_groups(rows: Rows, manifest: Mapping[str, Any]) -> Hint | None:
-    """Most groups of answers have one score, so that there is nothing to compare."""
-    equal = values(rows, "equal_groups")
-    if len(equal) < MIN_POINTS or _end(equal) < EQUAL_GROUPS:
-        return None
-    return Hint(
-        "equal-groups",
-        f"In {_end(equal):.0%} of the groups all answers have the same score and teach nothing. Raise grpo.group_size, or "
-        "use prompts that the policy answers rightly now and then, but not always.",
-    )
-
-
 # -- reading curves --------------------------------------------------------------------------------------------------
-
-
-def points(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
-    """(step, value) of the rows that have `key` as a finite number."""
-    found = []
-    for row in rows:
-        step, value = row.get("step"), row.get(key)
-        if isinstance(step, int | float) and isinstance(value, int | float) and abs(value) < float("inf"):
-            found.append((float(step), float(value)))
-    return found
-
-
-def values(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """The values of `key`, without their steps."""
-    return [v for _, v in points(rows, key)]
 
 
 def _begin(curve: Sequence[float]) -> float:

@@ -14,12 +14,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from danlu.atomic import write_text
 from danlu.config import KINDS
-from danlu.pipeline.hints import Hint, hints, values
+from danlu.pipeline.hints import Hint, hints
 from danlu.pipeline.listing import LINKS, StageView, lineage, read_recipe, run_status, stage_views
 from danlu.pipeline.report_charts import Chart, Interval, stage_charts, whiskers
-from danlu.pipeline.report_words import duration, is_number, mean, number, size, verdict
+from danlu.pipeline.report_health import HealthView, health_of
+from danlu.pipeline.report_words import duration, is_number, mean, number, size, verdict, visible
 from danlu.pipeline.reward_page import charts as reward_charts
 from danlu.pipeline.reward_page import figures as reward_figures
+from danlu.training.curves import values
 from danlu.training.tracking import read_metrics
 
 FILE_NAME: Final = "report.html"
@@ -46,6 +48,8 @@ PURPOSES: Final = {
 _ROLLOUTS: Final = (
     ("score", "Score of roll-outs", ""),
     ("eval_score", "Held-out score", ""),
+    ("eval_gold", "Held-out gold", ""),
+    ("eval_win_rate", "Wins against the start model", "%"),
     ("kl", "KL to the reference", ""),
     ("length", "Answer length", ""),
     ("stop_rate", "Answers that end", "%"),
@@ -124,6 +128,7 @@ class StageCard:
     hints: list[Hint]
     remark: str
     charts: list[Chart]
+    health: HealthView | None
     more: list[tuple[str, list[Row]]] = field(default_factory=list)
 
 
@@ -294,6 +299,7 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
             ("Facts", [Row(k, v) for k, v in _flat(told, run)]),
             ("Settings", _settings(stage, run)),
         ]
+        health = health_of(f"health-{index}", stage, rows)
         cards.append(
             StageCard(
                 index=index,
@@ -307,20 +313,22 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
                 error=_plain(str(manifest.get("error") or ""), run),
                 tiles=_tiles(stage, metrics, rows),
                 hints=hints(stage.kind, rows, manifest),
-                remark=_remark(stage, rows),
+                remark=_remark(stage, rows, health),
                 charts=[*stage_charts(f"curve-{index}", stage.kind, rows), *reward_charts(f"judge-{index}", judged)],
+                health=health,
                 more=[(title, found) for title, found in more if found],
             )
         )
     return cards
 
 
-def _remark(stage: StageView, rows: Sequence[Mapping[str, Any]]) -> str:
+def _remark(stage: StageView, rows: Sequence[Mapping[str, Any]], health: HealthView | None) -> str:
     if stage.kind not in TITLES:
         return ""
     if not rows:
         return "No metrics were logged, so there are no curves."
-    if stage.status == "done" and not hints(stage.kind, rows, stage.manifest):
+    found = health.findings if health is not None else hints(stage.kind, rows, stage.manifest)
+    if stage.status == "done" and not found:
         return f"{TITLES[stage.kind]} went as it should: nothing in the curves calls for a change."
     return ""
 
@@ -371,9 +379,9 @@ def _samples(stage: StageView) -> list[dict[str, Any]]:
             prompt = [{"role": "user", "content": prompt}]
         found.append(
             {
-                "prompt": [{"role": str(m.get("role", "")), "content": _visible(m.get("content", ""))} for m in prompt],
+                "prompt": [{"role": str(m.get("role", "")), "content": visible(m.get("content", ""))} for m in prompt],
                 "label": row["label"] if isinstance(row.get("label"), str) else "",
-                "answers": [{"model": str(k), "text": _visible(v)} for k, v in answers.items()],
+                "answers": [{"model": str(k), "text": visible(v)} for k, v in answers.items()],
             }
         )
     return found
@@ -414,11 +422,6 @@ def _flat(value: Any, run: Path, prefix: str = "") -> list[tuple[str, str]]:
     else:
         text = str(value) if value != "" else "–"
     return [(prefix, _plain(text, run))]
-
-
-def _visible(text: Any) -> str:
-    """Control characters, which HTML forbids, as the picture of one."""
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(text))
 
 
 def _plain(text: str, run: Path) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from danlu.pipeline.hints import Points, Rows, points
 from danlu.pipeline.report_words import number
+from danlu.training.curves import Points, Rows, points
 
 # matplotlib draws in these; afterwards each becomes a variable of the page's style sheet.
 INK: Final = {
@@ -155,28 +155,20 @@ def whiskers(key: str, title: str, intervals: Sequence[Interval]) -> str:
         return svg(figure, key, title)
 
 
-_Plan = tuple[str, list[Series], dict[str, Any]]  # title, series, options of `lines`
+Plan = tuple[str, list[Series], dict[str, Any]]  # title, series, options of `lines`
 
 
 def stage_charts(key: str, kind: str, rows: Rows) -> list[Chart]:
-    """The curves of a stage, as far as they were logged."""
+    """The curves of a stage that rolls nothing out, as far as they were logged."""
 
     def of(label: str, name: str, ink: str = "first", noisy: bool = False) -> Series:
         return Series(label, points(rows, name), ink, noisy)
 
-    loss: _Plan = ("Loss", [of("training", "loss", noisy=True), of("held-out", "eval_loss", "second")], {})
-    norm: _Plan = ("Gradient norm", [of("norm", "grad_norm", noisy=True)], {})
+    loss: Plan = ("Loss", [of("training", "loss", noisy=True), of("held-out", "eval_loss", "second")], {})
+    norm: Plan = ("Gradient norm", [of("norm", "grad_norm", noisy=True)], {})
     low, high = points(rows, "eval_accuracy_low"), points(rows, "eval_accuracy_high")
     accuracy = [of("training", "accuracy", noisy=True), of("held-out", "eval_accuracy", "second")]
-    rate = [of("roll-outs", "stop_rate"), of("held-out", "eval_stop_rate", "second")]
-    rollouts: list[_Plan] = [
-        ("Score", [of("roll-outs", "score"), of("held-out", "eval_score", "second")], {}),
-        ("KL to the reference, nats", [of("k1", "kl"), of("k3", "kl_k3", "third")], {}),
-        ("Answer length, tokens", [of("roll-outs", "length"), of("held-out", "eval_length", "second")], {}),
-        ("Answers that end by themselves", rate, {"percent": True}),
-        ("Entropy, nats per token", [of("roll-outs", "entropy")], {}),
-    ]
-    planned: dict[str, list[_Plan]] = {
+    planned: dict[str, list[Plan]] = {
         "pretrain": [loss, norm],
         "sft": [loss, norm],
         "reward": [("Pairs ranked rightly", accuracy, {"percent": True, "band": (low, high), "level": 0.5}), loss],
@@ -190,15 +182,17 @@ def stage_charts(key: str, kind: str, rows: Rows) -> list[Chart]:
             ),
             norm,
         ],
-        "ppo": [*rollouts, ("Critic's loss", [of("value loss", "value_loss", noisy=True)], {})],
-        "grpo": [*rollouts, ("Groups of equal scores", [of("groups", "equal_groups", noisy=True)], {"percent": True})],
     }
+    return draw(key, planned.get(kind, []), "step")
+
+
+def draw(key: str, plans: Iterable[Plan], x_label: str) -> list[Chart]:
+    """Those of the planned charts that have a curve."""
     drawn: list[Chart] = []
-    for title, series, options in planned.get(kind, []):
+    for title, series, options in plans:
         shown = [s for s in series if s.points]
         if not any(len(s.points) > 1 for s in shown):
             continue
-        x_label = "iteration" if kind in ("ppo", "grpo") else "step"
         drawing = lines(f"{key}-{len(drawn)}", title, shown, x_label=x_label, **options)
         drawn.append(Chart(title, drawing, shown, bool(options.get("percent"))))
     return drawn

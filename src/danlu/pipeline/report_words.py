@@ -103,6 +103,11 @@ def size(count: float) -> str:
     return f"{count:.1f} {unit}" if count < 10 and unit != "B" else f"{count:.0f} {unit}"
 
 
+def visible(text: Any) -> str:
+    """Control characters, which HTML forbids, as the picture of one."""
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(text))
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a number; `True` is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -164,7 +164,7 @@ def run_stage(
             hint="give the run another --name, or delete this folder (and those after it) to do it again",
         )
     if old.get("status") == "done":
-        failed = [g for g in old.get("gates", []) if not g["passed"]]
+        failed = [g for g in old.get("gates", []) if not g["passed"] and not g.get("warning")]
         if failed and not force:
             raise _gate_error(name, failed)
         say(f"{name}: done before ({old['seconds']:.0f} s)")
@@ -222,8 +222,9 @@ def run_stage(
     atomic.write_json(out / MANIFEST, manifest)
     say(f"{name}: done in {manifest['seconds']:.0f} s")
     for gate in outcome.gates:
-        say(f"  {gate.code} {'holds' if gate.passed else 'DOES NOT HOLD'}: {gate.sentence}")
-    failed = [g.as_dict() for g in outcome.gates if not g.passed]
+        verdict = "holds" if gate.passed else "warns" if gate.warning else "DOES NOT HOLD"
+        say(f"  {gate.code} {verdict}: {gate.sentence}")
+    failed = [g.as_dict() for g in outcome.gates if not g.passed and not g.warning]
     if failed and not force:
         raise _gate_error(name, failed)
     return manifest

@@ -178,15 +178,17 @@ def _to(bar: Bar, done: int) -> None:
 
 
 def run_ppo(settings: PpoSettings) -> Outcome:
-    """See `trainers/ppo.py`; decides G-RATIO."""
+    """See `trainers/ppo.py`; decides G-RATIO and G-PPO."""
     result = ppo.train(settings)
-    return Outcome(result.metrics, result.facts, [gates.ratio(result.facts)])
+    verdicts = [gates.ratio(result.facts), gates.policy(result.metrics, result.facts, settings)]
+    return Outcome(result.metrics, result.facts, verdicts)
 
 
 def run_grpo(settings: GrpoSettings) -> Outcome:
-    """See `trainers/grpo.py`; decides G-RATIO."""
+    """See `trainers/grpo.py`; decides G-RATIO and G-PPO."""
     result = grpo.train(settings)
-    return Outcome(result.metrics, result.facts, [gates.ratio(result.facts)])
+    verdicts = [gates.ratio(result.facts), gates.policy(result.metrics, result.facts, settings)]
+    return Outcome(result.metrics, result.facts, verdicts)
 
 
 def run_eval(settings: EvalSettings) -> Outcome:
@@ -297,7 +299,7 @@ STAGES: dict[str, Kind] = {
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
     "ppo": Kind(run_ppo, 5, ("data", "eval_data", "ptx.data"), ("model", "reward_model"), judges=("reward_model",)),
-    "grpo": Kind(run_grpo, 1, models=("model", "reward_model"), judges=("reward_model",)),
+    "grpo": Kind(run_grpo, 2, models=("model", "reward_model"), judges=("reward_model",)),
     "eval": Kind(run_eval, 2, ("data",), ("models",)),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
 }

@@ -32,12 +32,13 @@ from danlu.text.chat_template import ChatTemplate
 from danlu.trainers import scoring
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
+from danlu.training.health import Health
+from danlu.training.heldout import Heldout
 from danlu.training.logprobs import logprobs
 from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.rollouts import (
-    evaluate,
     prompt_order,
     prompts_of,
     push_weights,
@@ -52,6 +53,7 @@ from danlu.training.setup import lora_roles
 from danlu.training.sharding import shard, share_forwards
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
+from danlu.training.text_signs import text_signs
 from danlu.tree import Trajectory, TreeBatch, forest, group
 
 
@@ -90,7 +92,7 @@ def train(settings: GrpoSettings) -> TrainResult:
     """
     distributed.start()
     template = template_of(settings.model, settings, stage="grpo")
-    prompts, heldout, facts = prompts_of(settings, template)
+    prompts, held_prompts, facts = prompts_of(settings, template)
     players = _players(settings, template, prompts)
     root, engine, compute, options = players.root, players.engine, players.compute, settings.grpo
     per_step = settings.rollout.batch // options.group_size
@@ -101,13 +103,15 @@ def train(settings: GrpoSettings) -> TrainResult:
     def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float | None]:
         return _scores(players, asked, found, settings)
 
+    gold = scoring.gold_for(settings, template, compute)
     with Session(settings, "grpo", total=total, module=root, optimizers={"optimizer": optimizer}) as session:
-        if heldout and "first_eval_score" not in session.extra:
-            session.extra["first_eval_score"] = evaluate(engine, root, heldout, settings, template, scorer)[
-                "eval_score"
-            ]
+        heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold)
+        heldout.begin(session)
+        health = Health(settings.health, session)
         for step in session.steps():
-            set_rate(optimizer, settings.learning_rate * session.rate_factor(step))
+            corrections = health.corrections
+            set_rate(optimizer, settings.learning_rate * session.rate_factor(step) * corrections["learning_rate"])
+            loss_fn = _loss(settings, options.kl_coef * corrections["kl_coef"])
             push_weights(engine, root, step)
 
             chosen = prompt_order(len(prompts), per_step, step, settings.seed)
@@ -124,26 +128,31 @@ def train(settings: GrpoSettings) -> TrainResult:
                 for index in order if epoch else range(len(parts)):
                     minibatch, denominator = parts[index]
                     batches = distributed.mine([(e.tree, (e, denominator)) for e in minibatch])
-                    sums = accumulate(root, "policy", batches, _loss(settings), compute)
+                    sums = accumulate(root, "policy", batches, loss_fn, compute)
                     norm = apply(optimizer, trained, settings.max_grad_norm, session.judge(sums["loss"]))
                     updates.append({**sums, "grad_norm": norm})
 
             metrics = {**stats, **_mean(updates), "ratio_error_first": updates[0]["ratio_error"]}
+            metrics |= text_signs([t.actions for t in trajectories], template.stop_ids)
+            health.watch(step, metrics)
             if step == 0:
                 session.extra["first"] = {"ratio_error": updates[0]["ratio_error"], "kl": abs(stats["kl"])}
             note = f"score {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="grpo")
-            if heldout and session.eval_due(step):
-                held = evaluate(engine, root, heldout, settings, template, scorer)
+            if heldout.prompts and session.eval_due(step):
+                held = heldout.evaluate(session, step)
                 session.extra["held"] = held
                 session.evaluated(step, held)
+                health.evaluated(step, held)
         best = session.restore_best()
         metrics = dict(session.extra.get("last", {}))
         metrics |= session.extra.get("held", {})
         metrics |= best
-        if "first_eval_score" in session.extra:
-            metrics["first_eval_score"] = session.extra["first_eval_score"]
+        start = session.extra.get("start", {}).get("metrics", {})
+        if start:
+            metrics["first_eval_score"] = start["eval_score"]
+        facts |= {"start": start, "health": health.facts()}
         facts |= {"first": session.extra.get("first", {}), **players.reward.facts}
         facts |= {**template_facts(template), **session.facts}
 
@@ -285,7 +294,7 @@ def _tokens(trajectories: Sequence[Trajectory], piece: Sequence[int]) -> int:
 
 
 def _loss(
-    settings: GrpoSettings,
+    settings: GrpoSettings, kl_coef: float
 ) -> Callable[[TrunkOutput, tuple[Experience, float]], tuple[Tensor, dict[str, float]]]:
     def loss_fn(out: TrunkOutput, extra: tuple[Experience, float]) -> tuple[Tensor, dict[str, float]]:
         batch, denominator = extra
@@ -298,7 +307,7 @@ def _loss(
             batch.weights,
             denominator,
             clip_range=settings.grpo.clip_range,
-            kl_coef=settings.grpo.kl_coef,
+            kl_coef=kl_coef,
         )
 
     return loss_fn

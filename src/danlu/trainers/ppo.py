@@ -7,7 +7,6 @@ the last action; old log-probs are the trainer's own, computed on the very batch
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +35,15 @@ from danlu.training.checkpoint import Stateful
 from danlu.training.compute import Compute, choose
 from danlu.training.controller import KlController, RunningMoments, shaped_scores
 from danlu.training.ema import Ema
-from danlu.training.experience import ENGINE_GAP, Experience, experience_of
+from danlu.training.experience import Experience, experience_of
+from danlu.training.health import Health
+from danlu.training.heldout import Heldout
 from danlu.training.memory import within_limits
 from danlu.training.objectives import policy_loss_of, value_loss_of
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.ptx import PtxLoss
 from danlu.training.result import save_result
 from danlu.training.rollouts import (
-    evaluate,
     prompt_order,
     prompts_of,
     push_weights,
@@ -57,6 +57,7 @@ from danlu.training.setup import lora_roles
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
+from danlu.training.text_signs import text_signs
 from danlu.tree import Trajectory
 
 REFILLS = 8  # roll-outs more than planned before an iteration gives up on judges that score nothing
@@ -87,7 +88,7 @@ def train(settings: PpoSettings) -> TrainResult:
     distributed.start()
     out, options, size = Path(settings.out), settings.ppo, settings.rollout.batch
     template = template_of(settings.model, settings, stage="ppo")
-    prompts, heldout, facts = prompts_of(settings, template)
+    prompts, held_prompts, facts = prompts_of(settings, template)
     total = settings.max_steps or max(1, round(settings.epochs * len(prompts) * settings.rollout.reuse / size))
     if options.critic_warmup >= total:
         raise SettingsError(
@@ -112,20 +113,22 @@ def train(settings: PpoSettings) -> TrainResult:
         shaped = iter(shaped_scores([v for v, _ in known], [f for _, f in known], options, "none", seen))
         return [None if v is None else next(shaped) for v in raw]
 
+    gold = scoring.gold_for(settings, template, compute)
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers, states=states) as session:
-        if heldout and "first_eval_score" not in session.extra:
-            first = evaluate(engine, root, heldout, settings, template, scorer)
-            session.extra["first_eval_score"] = first["eval_score"]
+        heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold)
+        heldout.begin(session)
+        health = Health(settings.health, session)
         for step in session.steps():
+            corrections = health.corrections
             for learner in (policy, critic):
-                set_rate(learner.optimizer, learner.rate * session.rate_factor(step))
+                set_rate(learner.optimizer, learner.rate * session.rate_factor(step) * corrections["learning_rate"])
 
             if len(buffer) < size:
                 _roll_out(players, prompts, buffer, seen, settings, step)
             answers = buffer.take(size)
             finished = [a.trajectory.finished for a in answers]
             scores = shaped_scores([a.score for a in answers], finished, options, options.score_norm, seen)
-            kl_coef = controller.coef
+            kl_coef = controller.coef * corrections["kl_coef"]
             parts, stats = experience_of(root, answers, scores, settings, compute, kl_coef=kl_coef, version=step)
 
             policy_loss = policy_loss_of(settings, kl_coef, ptx.policy_weight if ptx is not None else 1.0)
@@ -161,20 +164,24 @@ def train(settings: PpoSettings) -> TrainResult:
                 metrics["ratio_error_first"] = first_ratio_error
                 session.extra.setdefault("first", {"ratio_error": first_ratio_error, "kl": abs(stats["kl"])})
                 controller.update(stats["kl"], size)
-            _tell_gap(session, stats, compute)
+            metrics |= text_signs([a.trajectory.actions for a in answers], template.stop_ids)
+            health.watch(step, metrics)
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="ppo")
-            if heldout and session.eval_due(step):
-                held = evaluate(engine, root, heldout, settings, template, scorer)
+            if heldout.prompts and session.eval_due(step):
+                held = heldout.evaluate(session, step)
                 session.extra["held"] = held
                 session.evaluated(step, held)
+                health.evaluated(step, held)
         best = session.restore_best()
         metrics = dict(session.extra.get("last", {}))
         metrics |= session.extra.get("held", {})
         metrics |= best
-        if "first_eval_score" in session.extra:
-            metrics["first_eval_score"] = session.extra["first_eval_score"]
+        start = session.extra.get("start", {}).get("metrics", {})
+        if start:
+            metrics["first_eval_score"] = start["eval_score"]
+        facts |= {"start": start, "health": health.facts()}
         facts |= {"first": session.extra.get("first", {}), **template_facts(template), **session.facts}
         facts |= players.reward.facts
         facts |= ptx.facts if ptx is not None else {}
@@ -303,19 +310,6 @@ def _scores(
 ) -> list[float | None]:
     """The scores as they come; None: this answer has none and is left out."""
     return scoring.score(players.reward, prompts, trajectories, players.template, players.compute, settings.out)
-
-
-def _tell_gap(session: Session, stats: dict[str, float], compute: Compute) -> None:
-    """Says once in a run that the engine's log-probabilities are too far from the trainer's."""
-    if "engine_gap_high" not in stats or session.extra.setdefault("told_gap", False):
-        return
-    session.extra["told_gap"] = True
-    if distributed.is_main():
-        print(
-            f"ppo: the engine's log-probabilities are up to {stats['engine_gap']:.1e} from the trainer's, rounding explains "
-            f"{ENGINE_GAP[compute.dtype]:g}: answers may be of other weights or another temperature than those trained on",
-            file=sys.stderr,
-        )
 
 
 # -- updates ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from danlu.alignment_config import RolloutSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.exceptions import RewardError, TemplateError
 from danlu.models.load import load_model
-from danlu.rewards.build import rewards_of
+from danlu.rewards.build import gold_of, rewards_of
 from danlu.rewards.combine import Combined
 from danlu.rewards.model import judge_of
 from danlu.rewards.protocol import Reward, episodes_of
@@ -17,6 +17,7 @@ from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
 from danlu.training import distributed
 from danlu.training.compute import Compute
+from danlu.training.heldout import Scorer
 from danlu.training.runs import resolve_model
 from danlu.training.templates import tokenizer_of
 from danlu.tree import Trajectory
@@ -50,6 +51,18 @@ def rewards_for(
         )
 
     return rewards_of(settings, prompts, Path(settings.out), judge=judge if named else None)
+
+
+def gold_for(settings: RolloutSettings, template: ChatTemplate, compute: Compute) -> Scorer | None:
+    """What held-out answers are measured with beside the reward (`eval_rewards`), or None."""
+    gold = gold_of(settings, Path(settings.out))
+    if gold is None:
+        return None
+
+    def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float | None]:
+        return score(gold, asked, found, template, compute, settings.out)
+
+    return scorer
 
 
 def readable(name: str, template: str | None, prompts: Sequence[EncodedPrompt], *, stage: str) -> ChatTemplate:

@@ -46,6 +46,13 @@ class Bar:
         if self.live is not None:
             self.live.stop()
 
+    def say(self, text: str) -> None:
+        """A line above the bar, or among the plain ones."""
+        if self.live is not None:
+            self.live.console.print(text, markup=False, highlight=False)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
     def advance(self, tokens: int, note: str) -> None:
         """One step done.
 

@@ -1,8 +1,8 @@
-"""What PPO and GRPO do alike around their roll-outs: prompts and their order, the engine's weights, readings, evaluation."""
+"""What PPO and GRPO do alike around their roll-outs: prompts and their order, the engine's weights, readings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from danlu.data.collate import EncodedPrompt, encode_prompts
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.generation.protocol import Engine, SamplingParams
 from danlu.generation.rollout import rollout
-from danlu.generation.seeds import mix_seed
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.text.chat_template import ChatTemplate
@@ -26,7 +25,6 @@ from danlu.training.sharding import whole_of
 from danlu.tree import Trajectory, TreeBatch
 
 HELDOUT_PROMPTS = 128
-Scorer = Callable[[Sequence[EncodedPrompt], Sequence[Trajectory]], list[float | None]]
 
 
 def prompts_of(
@@ -101,30 +99,6 @@ def read_actions(
     with compute.autocast():
         logp, entropies = root(tree.to(compute.device), role, head)
     return logp.cpu(), entropies.cpu()
-
-
-def evaluate(
-    engine: Engine,
-    root: RootModel,
-    prompts: Sequence[EncodedPrompt],
-    settings: RolloutSettings,
-    template: ChatTemplate,
-    scorer: Scorer,
-) -> dict[str, float]:
-    """Score, length and stop rate of one answer to each held-out prompt, with draws that are the same at every evaluation.
-
-    Answers that could not be scored are no part of the mean score.
-    """
-    push_weights(engine, root, engine.version + 1)
-    seed = mix_seed(settings.seed, 0xE7)
-    found = share_rollout(engine, [p.ids for p in prompts], sampling_of(settings, template), seed=seed, step=0)
-    count = len(found)
-    scores = [s for s in scorer(prompts, found) if s is not None]
-    return {
-        "eval_score": sum(scores) / len(scores),
-        "eval_length": sum(len(t.actions) for t in found) / count,
-        "eval_stop_rate": sum(t.finished for t in found) / count,
-    }
 
 
 def refuse_runaway(kl: float, max_kl: float, step: int, *, group: str) -> None:

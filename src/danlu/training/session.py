@@ -262,6 +262,15 @@ class Session:
         if self.tracker is not None:
             self.tracker.log(step + 1, metrics)
 
+    def note(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        """A line of a 0-based step for one of the files beside metrics.jsonl (`tracking.BESIDE`); step -1: before the first."""
+        if self.tracker is not None:
+            self.tracker.note(name, step + 1, row)
+
+    def say(self, text: str) -> None:
+        """A sentence for the user, above the bar."""
+        self.bar.say(text)
+
     @property
     def facts(self) -> dict[str, Any]:
         """For the manifest: steps that were skipped and returns to a checkpoint, if there were any."""
@@ -271,7 +280,12 @@ class Session:
 
     def eval_due(self, step: int) -> bool:
         """Whether a held-out evaluation follows this 0-based step (the last step always)."""
-        return (step + 1) % self.settings.eval_every == 0 or step + 1 == self.total
+        ends = step + 1 == self.total or bool(self.extra.get("stopped_early"))
+        return ends or (step + 1) % self.settings.eval_every == 0
+
+    def end_early(self) -> None:
+        """No step follows the current one; the stage ends as it does after its last step."""
+        self.extra["stopped_early"] = True
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Takes the result of a held-out evaluation: logs it, keeps the best weights and stops early, if asked to.
@@ -294,7 +308,8 @@ class Session:
             value = _value(seen, rule.monitor, rule.mode)
             better = value < self.extra.get("best_value", float("inf"))
             self.extra |= {"best_value": value, "worse": 0} if better else {"worse": self.extra.get("worse", 0) + 1}
-            self.extra["stopped_early"] = self.extra["worse"] >= rule.patience
+            if self.extra["worse"] >= rule.patience:
+                self.end_early()
 
     def restore_best(self) -> dict[str, float]:
         """Puts the best weights back if they were kept and are wanted; returns their held-out metrics, else nothing."""

@@ -1,15 +1,17 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+"""Where metrics and notes go: metrics.jsonl always, others beside it, TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from danlu import atomic
 from danlu.exceptions import SettingsError
+
+BESIDE = ("samples.jsonl", "health.jsonl")  # files of one line now and then, each with its step
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -29,7 +31,7 @@ class Tracker:
     """Writes one line per logged step. A resumed stage drops the lines after its checkpoint, so no step appears twice."""
 
     def __init__(self, folder: Path, report_to: Sequence[str], *, name: str, start_step: int) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.folder, self.path = folder, folder / "metrics.jsonl"
         self._file = self._reopened(start_step)
         self._board: Any = None
         self._wandb: Any = None
@@ -57,9 +59,11 @@ class Tracker:
             )
 
     def _reopened(self, step: int) -> TextIO:
-        kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= step] if step else []
-        # Whole or not at all: a second kill at this very moment must not cost the lines of the first run.
-        atomic.write_jsonl(self.path, kept)
+        for path in (self.path, *(self.folder / name for name in BESIDE)):
+            if path == self.path or path.is_file():
+                kept = [r for r in read_metrics(path) if r.get("step", 0) <= step] if step else []
+                # Whole or not at all: a second kill at this very moment must not cost the lines of the first run.
+                atomic.write_jsonl(path, kept)
         return self.path.open("a", encoding="utf-8")
 
     def rewind(self, step: int) -> None:
@@ -70,6 +74,12 @@ class Tracker:
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+    def note(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        """A line of a 1-based step (0: before the first) for one of the files `BESIDE`."""
+        assert name in BESIDE, name
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of a 1-based step."""
