@@ -128,6 +128,14 @@ def test_hostile_answers_score_nothing_and_leave_us_alive(name: str, weakest: bo
     assert passes(DOUBLE, TESTS, TIGHT), "and the next answer is judged as ever"
 
 
+def test_it_is_the_limit_that_stops() -> None:
+    """The same code, with more of what it lacked."""
+    large = f"x = bytearray(300 << 20)\n{DOUBLE}"
+    assert not passes(large, TESTS, Limits(seconds=10, memory_mb=256)) and passes(large, TESTS, Limits(10, 1024))
+    late = f"import time\ntime.sleep(1)\n{DOUBLE}"
+    assert not passes(late, TESTS, Limits(seconds=0.5)) and passes(late, TESTS, Limits(seconds=10))
+
+
 @pytest.mark.parametrize("weakest", [False, True], ids=["all walls", "last wall"])
 @pytest.mark.parametrize(
     "attack",
