@@ -16,7 +16,7 @@ from danlu.exceptions import DataError
 from danlu.text.chat_template import ChatTemplate, Encoded
 from danlu.text.tokenizer import document_windows
 from danlu.tree import Node, TreeBatch, branches, conversation, forest
-from danlu.types import Comparison, Conversation, Document, Message, Prompt, Ranking
+from danlu.types import Comparison, Conversation, Document, Message, Prompt, Ranking, Unpaired
 
 # Records that go through the tokenizer in one call.
 TOGETHER = 256
@@ -192,6 +192,40 @@ def _add_ranking(trees: Trees, record: Ranking, fitted: FittedAnswers | str, tem
         return
     trees.answers_with_stop += sum(a[-1] in template.stop_ids for a in best)
     trees._add(branches(ids, [list(a) for a in best], [ranks[score] for score in best.values()]))
+
+
+def encode_unpaired(records: Iterable[Unpaired], template: ChatTemplate, max_length: int | Limits) -> Trees:
+    """Labelled answers as prompt -> {answer}, each with its stop token.
+
+    The loss weight of an answer's tokens is its rank: 2 if it was liked, else 1.
+
+    Raises:
+        DataError: something is longer than its limit and `overlength` is "error".
+    """
+    trees, limits = Trees(), Limits.of(max_length)
+    for part in batched(records, TOGETHER):
+        whole = template.encode_branches([(record.prompt, [record.completion]) for record in part])
+        for record, single in zip(part, whole, strict=True):
+            fitted = fit_answers(
+                record.prompt, [record.completion], template, limits, origin=record.origin, whole=single
+            )
+            _add_single(trees, record, fitted, template)
+    return trees
+
+
+def _add_single(trees: Trees, record: Unpaired, fitted: FittedAnswers | str, template: ChatTemplate) -> None:
+    trees.answers += 1
+    if isinstance(fitted, str):
+        trees.answers_cut += 1
+        trees._drop(fitted)
+        return
+    ids, (answer,), cut = fitted
+    trees.answers_cut += cut
+    if not answer:
+        trees._drop("empty answer")
+        return
+    trees.answers_with_stop += answer[-1] in template.stop_ids
+    trees._add(branches(ids, [answer], [2.0 if record.label else 1.0]))
 
 
 @dataclass(frozen=True, slots=True)

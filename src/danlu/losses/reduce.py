@@ -13,13 +13,14 @@ from danlu.tree import TreeBatch
 
 
 def weighted_sum(values: Tensor, weights: Tensor, denominator: float | Tensor) -> Tensor:
-    """`sum(values * weights) / denominator` in fp32.
+    """`sum(values * weights) / denominator` in fp32, or in float64 where the values are.
 
     Args:
         values, weights: the same shape.
         denominator: the sum of the weights (or count) over all micro-batches and processes of the step, > 0.
     """
-    return (values.float() * weights.float()).sum() / denominator
+    precise = torch.promote_types(values.dtype, torch.float32)
+    return (values.to(precise) * weights.to(precise)).sum() / denominator
 
 
 def sum_by_node(values_M: Tensor, index_M: Tensor, tree: TreeBatch) -> Tensor:

@@ -270,7 +270,8 @@ def _models(settings: TrainSettings, *, small: bool) -> tuple[float, int]:
         return (1 + 1 + 1, 2) if small else (3 + 1 + 1, 2)
     if isinstance(settings, GrpoSettings):
         judge = bool(settings.reward_model)
-        return (1 + 1 + judge, 1) if small else (1 + settings.ref_bits / 32 + 1 + judge, 1)
+        ref = 0.0 if settings.method == "raft" else settings.ref_bits / 32
+        return (1 + 1 + judge, 1) if small else (1 + ref + 1 + judge, 1)
     if isinstance(settings, DpoSettings) and settings.reference == "online" and not small:
         return 1 + settings.ref_bits / 32, 1
     return 1, 1

@@ -29,14 +29,14 @@ from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import load_tokenizer, train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
-from danlu.trainers import dpo, grpo, ppo, pretrain, reward_model, sft
+from danlu.trainers import dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
 from danlu.training import distributed
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
 from danlu.training.setup import records_of
 from danlu.training.step import TrainResult
 from danlu.training.templates import template_of, tokenizer_of
-from danlu.types import Comparison, Conversation, Prompt
+from danlu.types import Comparison, Conversation, Prompt, Unpaired
 
 S = TypeVar("S", bound=StageSettings)
 RENDER_SAMPLE = 50
@@ -116,11 +116,13 @@ def run_sft(settings: SftSettings) -> Outcome:
 
 
 def run_dpo(settings: DpoSettings) -> Outcome:
-    """See `trainers/dpo.py`; decides G-STOP, G-TRUNC and G-RENDER."""
-    result = dpo.train(settings)
-    records, _, _ = records_of(settings, "comparison")
-    chosen = [Conversation([*r.prompt, *r.chosen], r.origin) for r in records if isinstance(r, Comparison)]
-    return _answers_learnt(result, settings, chosen, stage="dpo")
+    """See `trainers/dpo.py`, for single answers `trainers/kto.py`; decides G-STOP, G-TRUNC and G-RENDER."""
+    single = settings.loss == "kto"
+    result = (kto if single else dpo).train(settings)
+    records, _, _ = records_of(settings, "unpaired" if single else "comparison")
+    pairs = [Conversation([*r.prompt, *r.chosen], r.origin) for r in records if isinstance(r, Comparison)]
+    liked = [Conversation([*r.prompt, *r.completion], r.origin) for r in records if isinstance(r, Unpaired)]
+    return _answers_learnt(result, settings, pairs or liked, stage="dpo")
 
 
 def _answers_learnt(
@@ -178,8 +180,11 @@ def run_ppo(settings: PpoSettings) -> Outcome:
 
 
 def run_grpo(settings: GrpoSettings) -> Outcome:
-    """See `trainers/grpo.py`; decides G-RATIO."""
-    result = grpo.train(settings)
+    """See `trainers/grpo.py`, `trainers/online_dpo.py`, `trainers/raft.py`; decides G-RATIO, where there is a reference."""
+    if settings.method == "raft":
+        result = raft.train(settings)
+        return Outcome(result.metrics, result.facts)
+    result = (online_dpo if settings.method == "online-dpo" else grpo).train(settings)
     return Outcome(result.metrics, result.facts, [gates.ratio(result.facts)])
 
 
@@ -291,7 +296,7 @@ STAGES: dict[str, Kind] = {
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
     "ppo": Kind(run_ppo, 4, models=("model", "reward_model")),
-    "grpo": Kind(run_grpo, 1, models=("model", "reward_model")),
+    "grpo": Kind(run_grpo, 2, models=("model", "reward_model")),
     "eval": Kind(run_eval, 2, ("data",), ("models",)),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
 }

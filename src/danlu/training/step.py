@@ -20,7 +20,7 @@ from danlu.tree import TreeBatch
 
 Extra = TypeVar("Extra")
 # Metrics of which the greatest counts; all others are shares of a sum.
-LARGEST = frozenset({"ratio_error"})
+LARGEST = frozenset({"ratio_error", "ratio_max"})
 LossFn = Callable[[TrunkOutput, Extra], tuple[Tensor, dict[str, float]]]
 
 
