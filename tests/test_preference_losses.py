@@ -142,7 +142,7 @@ def test_answer_nll_by_hand() -> None:
 
 
 def test_kto_by_hand() -> None:
-    # beta 1, z = ln 2. Liked: r = ln 6, sigmoid(ln 3) = 3/4, so 2 * 1/4. Not: r = ln 4, sigmoid(ln 2 - ln 4) = 1/3, so 3 * 2/3.
+    # beta 1, z = ln 2. Liked: r = ln 6, sigmoid(ln 3) = 3/4, so 2 * 1/4. Not: r = ln 4, sigmoid(ln 2 - ln 4) = 1/3, so 6 * 2/3.
     liked = torch.tensor([True, False])
     loss, metrics = kto(
         t(math.log(6), math.log(4) - 1),
@@ -152,9 +152,9 @@ def test_kto_by_hand() -> None:
         2.0,
         beta=1.0,
         desirable_weight=2.0,
-        undesirable_weight=3.0,
+        undesirable_weight=6.0,
     )
-    assert loss.item() == pytest.approx((0.5 + 2) / 2, rel=1e-6)
+    assert loss.item() == pytest.approx((0.5 + 4) / 2, rel=1e-6)
     assert metrics == {
         "right": 1.0,  # the liked one is above z, the other one is, too
         "liked": 1.0,
