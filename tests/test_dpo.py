@@ -1,4 +1,4 @@
-"""DPO: goldens worked by hand, a plain padded reference, what it learns, and everything that must not change its numbers."""
+"""DPO: a plain padded reference, what it and its relatives learn, and everything that must not change their numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from danlu.alignment_config import DpoSettings
-from danlu.losses.dpo import sigmoid
-from danlu.losses.reduce import sum_by_node
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, TrunkOutput
 from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.text.chat_template import ChatTemplate
-from danlu.trainers import dpo
+from danlu.training import pairs
 from danlu.training.compute import Compute
 from danlu.training.session import Session
 from danlu.training.step import accumulate
@@ -46,51 +44,6 @@ def updates(out: Path) -> list[dict[str, float]]:
 
 def t(*values: float) -> Tensor:
     return torch.tensor(values)
-
-
-# -- the loss -----------------------------------------------------------------------------------------------------------
-
-
-def test_sigmoid_by_hand() -> None:
-    # beta 1/2. Pair 1: log-ratios 2 ln 3 and 0, so h = ln 3 and sigmoid(h) = 3/4. Pair 2: -1 and -1, so h = 0 and 1/2.
-    ref = t(-4.0, -1.0), t(-3.0, -2.0)
-    loss, metrics = sigmoid(t(-4 + 2 * math.log(3), -2.0), t(-3.0, -3.0), *ref, 2.0, beta=0.5)
-    assert loss.item() == pytest.approx(math.log(8 / 3) / 2, rel=1e-6)  # -(ln 3/4 + ln 1/2) / 2
-    assert metrics == {
-        "right": 1.5,  # a tie is half right
-        "margin": pytest.approx(math.log(3), rel=1e-6),
-        "chosen_reward": pytest.approx(math.log(3) - 0.5, rel=1e-6),
-        "rejected_reward": pytest.approx(-0.5, rel=1e-6),
-        "chosen_logprob": pytest.approx(-6 + 2 * math.log(3), rel=1e-6),
-        "rejected_logprob": pytest.approx(-6.0),
-    }
-
-
-def test_label_smoothing_by_hand() -> None:
-    # h = ln 3, e = 0.1: -0.9 ln 3/4 - 0.1 ln 1/4 = ln 4 - 0.9 ln 3
-    loss, _ = sigmoid(t(math.log(3)), t(0.0), t(0.0), t(0.0), 1.0, beta=1.0, label_smoothing=0.1)
-    assert loss.item() == pytest.approx(math.log(4) - 0.9 * math.log(3), rel=1e-6)
-
-
-def test_the_gradient_is_that_of_equation_7() -> None:
-    # d loss / d log pi_w = -beta sigmoid(-h), and the opposite for log pi_l; h = ln 3 / 2 * 2 beta with beta 1/2
-    chosen, rejected = t(math.log(3)).requires_grad_(), t(-math.log(3)).requires_grad_()
-    sigmoid(chosen, rejected, t(0.0), t(0.0), 1.0, beta=0.5)[0].backward()
-    assert chosen.grad is not None and rejected.grad is not None
-    assert chosen.grad.item() == pytest.approx(-0.5 * 0.25, rel=1e-6)  # sigmoid(-ln 3) = 1/4
-    assert rejected.grad.item() == pytest.approx(0.5 * 0.25, rel=1e-6)
-
-
-def test_far_out_it_stays_finite() -> None:
-    loss, _ = sigmoid(t(-900.0), t(900.0), t(0.0), t(0.0), 1.0, beta=1.0)
-    assert loss.item() == pytest.approx(1800.0)
-
-
-def test_sums_of_nodes() -> None:
-    tree = TreeBatch.of(forest([branches([7, 7], [[1, 2, 3], [4]]), branches([7], [[5, 6], [8]])]))
-    index = tree.action_index()
-    found = sum_by_node(tree.input_ids_T[index].float(), index, tree)
-    assert found.tolist() == [0.0, 6.0, 4.0, 0.0, 11.0, 8.0]
 
 
 # -- against plain transformers -------------------------------------------------------------------------------------------
@@ -127,9 +80,9 @@ def test_tree_loss_and_gradients_are_those_of_padded_rows(
     settings = DpoSettings(beta=0.3, label_smoothing=0.05)
 
     def loss_fn(out: TrunkOutput, frozen: Tensor) -> tuple[Tensor, dict[str, float]]:
-        return dpo.pair_loss(dpo.pair_logprobs(out), frozen, 3.0, settings)
+        return pairs.pair_loss(pairs.pair_logprobs(out), frozen, pairs.pair_tokens(out.tree), 3.0, settings)
 
-    frozen = dpo.read_pairs(root, "ref", trees, lambda tree: tree, CPU)
+    frozen = pairs.read_answers(root, "ref", trees, lambda tree: tree, CPU)
     metrics = accumulate(root, "policy", list(zip(trees, frozen, strict=True)), loss_fn, CPU)
 
     chosen, rejected = [(p, c) for p, c, _ in PAIRS], [(p, r) for p, _, r in PAIRS]
@@ -161,6 +114,46 @@ def test_it_learns_a_separable_preference(tmp_path: Path) -> None:
     assert [g.code for g in result.gates if g.passed] == ["G-STOP", "G-TRUNC", "G-RENDER"]
     assert result.facts["pairs"] + result.facts["heldout_pairs"] == 96
     assert "Gladly." in result.facts["rendered_example"]
+
+
+# Where a loss begins that compares equal numbers, with its defaults: ln 2; (1 / (2 beta))^2; 1.
+FIRST = {"robust": math.log(2), "ipo": 25.0, "hinge": 1.0}
+
+
+@pytest.mark.parametrize("loss", ["robust", "ipo", "hinge", "simpo", "orpo"])
+def test_its_relatives_learn_it_too(loss: str, tmp_path: Path) -> None:
+    options = {"label_smoothing": 0.05} if loss == "robust" else {}
+    result = train(tmp_path, loss=loss, **options, **STEPS)
+    first, last = updates(tmp_path)[0], result.metrics
+    assert last["eval_accuracy"] > 0.9 and last["margin"] > first["margin"]
+    if loss in FIRST:
+        assert first["loss"] == pytest.approx(FIRST[loss], rel=1e-5) and first["margin"] == 0.0
+    else:
+        assert "chosen_reward" not in first and last["chosen_mean"] > last["rejected_mean"]
+    assert [g.code for g in result.gates if g.passed] == ["G-STOP", "G-TRUNC", "G-RENDER"]
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_without_a_reference_none_is_read(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roles: list[str] = []
+    forward = RootModel.forward
+
+    def seen(self: RootModel, tree: TreeBatch, role: Any, head_fn: Any) -> Any:
+        roles.append(f"{role}, {'training' if torch.is_grad_enabled() else 'reading'}")
+        return forward(self, tree, role, head_fn)
+
+    monkeypatch.setattr(RootModel, "forward", seen)
+    train(tmp_path, loss="simpo", adapter=adapter, max_steps=2, eval_every=10)
+    # Nothing before the first step; afterwards the held-out pairs and the probability of the stop token.
+    assert roles[0] == "policy, training" and {r.split(",")[0] for r in roles} == {"policy"}
+
+
+def test_the_sft_term_keeps_chosen_answers_likely(tmp_path: Path) -> None:
+    found = {}
+    for weight in (0.0, 1.0):
+        found[weight] = train(tmp_path / str(weight), sft_weight=weight, **STEPS).metrics
+    assert found[1.0]["eval_chosen_logprob"] > found[0.0]["eval_chosen_logprob"] + 1
+    assert found[1.0]["nll"] < updates(tmp_path / "1.0")[0]["nll"] and "nll" not in found[0.0]
 
 
 def test_the_saved_model_has_the_reported_rewards(tmp_path: Path) -> None:
@@ -217,7 +210,11 @@ class KilledError(BaseException):
     """Stands for SIGKILL."""
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapter": "lora", "reference": "online"}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"adapter": "lora", "reference": "online"}, {"loss": "orpo"}, {"loss": "kto"}],
+    ids=["full", "lora", "orpo", "kto"],
+)
 def test_an_interrupted_stage_goes_on_bit_for_bit(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from danlu.alignment_config import DpoSettings, GrpoSettings
 from danlu.exceptions import DataError, SettingsError, TrainingError
-from danlu.losses.grpo import clipped_with_kl, group_advantages
+from danlu.losses.baselines import group_advantages
+from danlu.losses.grpo import clipped_with_kl
 from danlu.models.load import load_model, save_model
 from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
@@ -27,6 +28,7 @@ from danlu.rewards.model import ModelReward
 from danlu.rewards.protocol import Episode, Score
 from danlu.rewards.verifiers import Verifier
 from danlu.trainers import grpo
+from danlu.training.groups import Drawn, group_batches
 from danlu.training.session import Session
 from danlu.tree import Segment, Trajectory, TreeBatch, group
 
@@ -125,7 +127,7 @@ def test_a_group_is_one_tree() -> None:
 def test_micro_batches_hold_every_answer_once(groups: list[tuple[int, list[int]]], micro_tokens: int) -> None:
     made = [trajectory([n] * prompt, [3] * length) for n, (prompt, answers) in enumerate(groups) for length in answers]
     members = [[2 * n, 2 * n + 1] for n in range(len(groups))]
-    batches = grpo._batches(made, members, micro_tokens)
+    batches = group_batches(made, members, micro_tokens)
     assert sorted(i for batch in batches for piece in batch for i in piece) == list(range(len(made)))
     for batch in batches:
         tokens = TreeBatch.of([n for piece in batch[:1] for n in group([made[i] for i in piece])]).tokens
@@ -145,10 +147,10 @@ class Recorder:
         self.scores: list[list[float]] = []
         build = grpo._experience
 
-        def recorded(players: Any, trajectories: Any, scores: Any, settings: Any) -> Any:
-            self.rollouts.append(list(trajectories))
-            self.scores.append(list(scores))
-            return build(players, trajectories, scores, settings)
+        def recorded(players: Any, drawn: Drawn, settings: Any) -> Any:
+            self.rollouts.append(drawn.trajectories)
+            self.scores.append(drawn.scores)
+            return build(players, drawn, settings)
 
         monkeypatch.setattr(grpo, "_experience", recorded)
 
@@ -407,19 +409,31 @@ def test_published_problems(shared_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """DPO and GRPO over gloo: the losses of one process, and nearly its weights."""
-    grpo_options = {"max_steps": 3, "learning_rate": 1e-2, "rollout": {"batch": 16, "max_new_tokens": 8}}
-    dpo_options = {"max_steps": 6, "learning_rate": 1e-2}
+    """DPO, GRPO and their relatives over gloo: the losses of one process, and nearly its weights."""
+    rollouts = {"max_steps": 3, "learning_rate": 1e-2, "rollout": {"batch": 16, "max_new_tokens": 8}}
+    pairs: dict[str, Any] = {"max_steps": 6, "learning_rate": 1e-2}
+    stages: list[tuple[str, str, dict[str, Any]]] = [
+        ("dpo", "sigmoid", pairs),
+        ("dpo", "kto", pairs | {"loss": "kto"}),
+        ("grpo", "grpo", rollouts),
+        ("grpo", "gspo", rollouts | {"method": "gspo"}),
+        ("grpo", "reinforce", rollouts | {"method": "reinforce++"}),
+        ("grpo", "online-dpo", rollouts | {"method": "online-dpo"}),
+        ("grpo", "raft", rollouts | {"method": "raft", "raft": {"unfinished": True}}),
+    ]
     with Runner() as runner:
-        for kind, options in (("dpo", dpo_options), ("grpo", grpo_options)):
+        for kind, name, options in stages:
             cls = {"dpo": DpoSettings, "grpo": GrpoSettings}[kind]
             rows = []
             for processes in (1, 2):
-                out = tmp_path / f"{kind}-{processes}"
+                out = tmp_path / f"{name}-{processes}"
                 runner.run(kind, parse(cls, small.stage(kind, out, processes=processes, **options)))
                 rows.append(small.metrics_of(out))
             assert len(rows[0]) == len(rows[1]) > 3
             for one, two in zip(*rows, strict=True):
                 assert one.keys() == two.keys()
                 for key in one.keys() - {"engine_gap"}:
-                    assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), (kind, key)
+                    assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), (name, key)
+    lines = [(tmp_path / f"raft-{n}" / "selected.jsonl").read_text("utf-8").splitlines() for n in (1, 2)]
+    one, two = ([json.loads(line)["messages"] for line in part] for part in lines)
+    assert one == two != []

@@ -55,7 +55,8 @@ FROZEN = {
     "EngineSettings": "slots cache_gib speculate guesses",
     "RewardSettings": f"{STAGE} {TRAIN} loss level pairs margin label_smoothing centring score_range balance collect "
     "min_accuracy max_length_correlation",
-    "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta label_smoothing reference ref_bits",
+    "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta gamma label_smoothing sft_weight desirable_weight undesirable_weight "
+    "reference ref_bits",
     "HealthSettings": "on actions",
     "Rollout": "batch max_new_tokens temperature",
     "PpoRollout": "batch max_new_tokens temperature per_update reuse buffer",
@@ -74,8 +75,11 @@ FROZEN = {
     "Sandbox": "timeout memory_mb",
     "RolloutSettings": f"{STAGE} {TRAIN} {ROLLOUT}",
     "PpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} ppo ptx ema",
-    "Grpo": "group_size kl_coef clip_range loss_average epochs minibatches missing_stop_penalty max_kl",
-    "GrpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} method grpo",
+    "Grpo": "group_size advantage loss_average ratio clip_range clip_range_high kl_coef kl_in kl_estimator max_resample "
+    "overlong importance_clip epochs minibatches missing_stop_penalty max_kl",
+    "OnlineDpo": "loss beta",
+    "Raft": "keep min_score unfinished train",
+    "GrpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} method grpo online_dpo raft",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
     "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
     "max_length",
@@ -196,6 +200,17 @@ def test_rules_between_options() -> None:
     assert "k2 or k3" in refused("ppo", ppo={"kl_in": "loss"}).message  # the default is k1
     assert "needs adapter: full" in refused("ppo", adapter="lora", ppo={"critic_init": "reward"}).message
     assert "at most 1" in refused("ppo", ptx={"form": "convex", "coef": 27.8}).message
+    assert "needs loss: sigmoid or robust" in refused("dpo", loss="ipo", label_smoothing=0.1).message
+    assert "robust needs label_smoothing" in refused("dpo", loss="robust").message
+    assert "has this term already" in refused("dpo", loss="orpo", sft_weight=1.0).message
+    assert "no chosen answers" in refused("dpo", loss="kto", sft_weight=1.0).message
+    assert "has no reference" in refused("dpo", loss="simpo", reference="online").message
+    assert "gamma needs loss: simpo" in refused("dpo", gamma=0.5).message
+    assert "desirable_weight needs loss: kto" in refused("dpo", desirable_weight=2.0).message
+    assert "raft needs method: raft" in refused("grpo", raft={"min_score": 0.0}).message
+    assert "online_dpo needs method: online-dpo" in refused("grpo", online_dpo={"beta": 1.0}).message
+    assert "grpo.ratio has no meaning" in refused("grpo", method="raft", grpo={"ratio": "sequence"}).message
+    assert "must leave some" in refused("grpo", method="raft", raft={"keep": 8}).message
     assert "multiple of heads" in refused("pretrain", starter={"hidden_size": 32, "heads": 3}).message
 
 

@@ -84,27 +84,71 @@ class RewardSettings(TrainSettings):
 Ensemble = Literal["mean", "min", "mean-std"]
 """What becomes of the scores of several reward models: their mean, the lowest, or the mean less the standard deviation."""
 
+PreferenceLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+"""Losses that know no reference."""
+
 
 class DpoSettings(TrainSettings):
-    """Direct preference optimisation on comparisons; dropout is off."""
+    """Direct preference optimisation on comparisons, and its relatives; dropout is off."""
 
-    loss: Literal["sigmoid"] = Field("sigmoid", description="sigmoid: the plain form (Rafailov et al. 2023)")
+    loss: PreferenceLoss = Field(
+        "sigmoid",
+        description="sigmoid: the plain form (Rafailov et al. 2023); robust: unbiased if label_smoothing of the comparisons are "
+        "the wrong way round; ipo, hinge: other curves; simpo, orpo: without a reference; kto: on single answers with a label",
+    )
     pairs: Pairs = Field(
         "best-worst", description="which comparisons several ranked or scored answers to one prompt give"
     )
-    beta: float = Field(0.1, gt=0, description="how dear it is to leave the reference")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of comparisons taken to be the wrong way round (cDPO)"
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="how dear it is to leave the reference; orpo: weight of the odds ratio; none: 0.1, simpo 2",
     )
+    gamma: float = Field(1.0, ge=0, description="simpo: by how much the chosen answer must lead")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="sigmoid, robust: share of comparisons taken to be the wrong way round (cDPO, rDPO)",
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, description="weight of the chosen answers' cross entropy per token beside the loss (iterative RPO)"
+    )
+    desirable_weight: float = Field(1.0, gt=0, description="kto: what an answer that was liked counts for")
+    undesirable_weight: float = Field(1.0, gt=0, description="kto: what an answer that was not liked counts for")
     reference: Literal["precomputed", "online"] = Field(
         "precomputed",
         description="log-probs of the model before training: of all pairs at the start, without a second model in memory; "
-        "or anew at every step, beside a frozen copy (with LoRA: the bare base)",
+        "or anew at every step, beside a frozen copy (with LoRA: the bare base); simpo and orpo have none",
     )
     ref_bits: Literal[8, 32] = Field(
         32, description="of the frozen reference's weights beside a policy that trains all of its own; 8: int8 trunk"
     )
     learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW (Rafailov et al. 2023)")
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or the loss's own default."""
+        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+    @model_validator(mode="after")
+    def _of_this_loss(self) -> DpoSettings:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing needs loss: sigmoid or robust, not {self.loss}")
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError(
+                "loss: robust needs label_smoothing, the share of comparisons that are the wrong way round"
+            )
+        if self.sft_weight and self.loss in ("orpo", "kto"):
+            why = "has this term already" if self.loss == "orpo" else "has no chosen answers"
+            raise ValueError(f"sft_weight cannot be given with loss: {self.loss}, which {why}")
+        if self.reference == "online" and self.loss in REFERENCE_FREE:
+            raise ValueError(f"loss: {self.loss} has no reference that could be read online")
+        for name, loss in (("gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
+            if getattr(self, name) != 1.0 and self.loss != loss:
+                raise ValueError(f"{name} needs loss: {loss}, not {self.loss}")
+        return self
 
 
 HealthAction = Literal["off", "warn", "adapt", "stop"]
@@ -500,28 +544,102 @@ class PpoSettings(RolloutSettings):
         return self
 
 
+Advantage = Literal["group", "group-mean", "leave-one-out", "batch", "group-batch"]
+LossAverage = Literal["sequence", "token", "constant", "sum"]
+
+
 class Grpo(Settings):
-    """The algorithm's own numbers."""
+    """The algorithm's own numbers; where nothing is given, those of the method (docs/training.md has the table)."""
 
     group_size: int = Field(8, ge=2, description="answers to each prompt; rollout.batch is a multiple of it")
-    kl_coef: float = Field(0.04, ge=0, description="weight of the token KL to the reference in the loss (DeepSeekMath)")
-    clip_range: float = Field(0.2, gt=0, lt=1, description="policy ratio (Schulman et al. 2017)")
-    loss_average: Literal["sequence", "token"] = Field(
-        "sequence", description="mean over answers of their means over tokens (DeepSeekMath), or over all tokens (DAPO)"
+    advantage: Advantage | None = Field(
+        None,
+        description="what a score is held against: the group's mean, over its deviation (group) or not (group-mean); the "
+        "others' mean (leave-one-out); the whole batch (batch); the group's mean, then the batch (group-batch); none: the method's",
+    )
+    loss_average: LossAverage | None = Field(
+        None,
+        description="mean over answers of their means over tokens (sequence), over all tokens (token), over answers times "
+        "max_new_tokens (constant), or of whole answers (sum); none: the method's",
+    )
+    ratio: Literal["token", "sequence"] | None = Field(
+        None,
+        description="clip the ratio of each token, or that of the whole answer per token (GSPO); none: the method's",
+    )
+    clip_range: float | None = Field(
+        None, gt=0, lt=1, description="policy ratio (Schulman et al. 2017): 0.2, gspo 3e-4; none: the method's"
+    )
+    clip_range_high: float | None = Field(
+        None, gt=0, description="upwards: dapo 0.28, gspo 4e-4; none: the method's, which is mostly clip_range"
+    )
+    kl_coef: float | None = Field(
+        None, ge=0, description="weight of the token KL to the reference: grpo 0.04 (DeepSeekMath); none: the method's"
+    )
+    kl_in: Literal["loss", "reward"] | None = Field(
+        None, description="where the KL is: a term of the loss, or taken from the score; none: the method's"
+    )
+    kl_estimator: Literal["k2", "k3"] | None = Field(
+        None, description="of the KL in the loss (Schulman 2020); none: the method's"
+    )
+    max_resample: int | None = Field(
+        None,
+        ge=0,
+        description="roll-out batches at most that replace groups of equal scores: dapo 3; none: the method's",
+    )
+    overlong: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="last share of max_new_tokens over which the score falls by 1: dapo 0.2; none: the method's",
+    )
+    importance_clip: float | None = Field(
+        2.0,
+        gt=0,
+        description="bound of a token's weight for the difference between engine and trainer (truncated importance sampling); "
+        "none: no weights",
     )
     epochs: int = Field(1, ge=1, description="passes over each batch of answers")
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
-    missing_stop_penalty: float = Field(1.0, ge=0, description="taken from the score of an answer without stop token")
+    missing_stop_penalty: float | None = Field(
+        None, ge=0, description="taken from the score of an answer without stop token: 1, dapo 0; none: the method's"
+    )
     max_kl: float = Field(
         50.0, gt=0, description="stop when the KL of an answer to the reference (nats, mean) exceeds this"
     )
 
 
-class GrpoSettings(RolloutSettings):
-    """Group-relative policy optimisation against whatever scores answers; `max_steps` counts iterations."""
+class OnlineDpo(Settings):
+    """method: online-dpo: DPO on the best and the worst of each group."""
 
-    method: Literal["grpo"] = Field("grpo", description="grpo: the plain form (Shao et al. 2024)")
+    loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="on the pairs, as in the stage dpo")
+    beta: float = Field(0.1, gt=0, description="how dear it is to leave the reference")
+
+
+class Raft(Settings):
+    """method: raft: SFT on the best of each group."""
+
+    keep: int = Field(1, ge=1, description="best answers of each group that are kept")
+    min_score: float | None = Field(None, description="keep an answer only if its score is above this")
+    unfinished: bool = Field(False, description="keep answers without stop token too")
+    train: bool = Field(True, description="false: only write selected.jsonl; the model stays as it is")
+
+
+GrpoMethod = Literal[
+    "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++", "reinforce++-baseline", "online-dpo", "raft"
+]
+
+
+class GrpoSettings(RolloutSettings):
+    """Group-relative policy optimisation against whatever scores answers, and its relatives; `max_steps` counts iterations."""
+
+    method: GrpoMethod = Field(
+        "grpo",
+        description="grpo: the plain form (Shao et al. 2024); the others but the last two are its settings under `grpo:` "
+        "by name; online-dpo: pairs of its own answers; raft: SFT on its own best answers",
+    )
     grpo: Grpo = Field(default_factory=lambda: Grpo())
+    online_dpo: OnlineDpo = Field(default_factory=lambda: OnlineDpo())
+    raft: Raft = Field(default_factory=lambda: Raft())
     learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW (DeepSeekMath)")
     schedule: Schedule = Field("constant", description="rate after the warm-up")
 
@@ -534,3 +652,33 @@ class GrpoSettings(RolloutSettings):
                 f"({self.grpo.group_size}), at least one for each of grpo.minibatches ({self.grpo.minibatches})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _of_this_method(self) -> GrpoSettings:
+        for name, group in (("online_dpo", self.online_dpo), ("raft", self.raft)):
+            if group != type(group)() and self.method != name.replace("_", "-"):
+                raise ValueError(f"{name} needs method: {name.replace('_', '-')}, not {self.method}")
+        if self.method in ("online-dpo", "raft"):
+            given = [n for n in SWITCHES if getattr(self.grpo, n) is not None]
+            if given:
+                raise ValueError(f"grpo.{given[0]} has no meaning with method: {self.method}")
+        if self.raft.keep >= self.grpo.group_size:
+            raise ValueError(
+                f"raft.keep ({self.raft.keep}) must leave some of grpo.group_size ({self.grpo.group_size}) out"
+            )
+        return self
+
+
+SWITCHES = (
+    "advantage",
+    "loss_average",
+    "ratio",
+    "clip_range",
+    "clip_range_high",
+    "kl_coef",
+    "kl_in",
+    "kl_estimator",
+    "max_resample",
+    "overlong",
+)
+"""What tells the policy-gradient methods apart; pairs and SFT on own answers have none of these."""

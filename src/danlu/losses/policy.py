@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from danlu.losses.reduce import weighted_sum
+from danlu.losses.reduce import mean_by_answer, weighted_sum
 
 KlEstimator = Literal["k1", "k2", "k3"]
 
@@ -23,27 +23,34 @@ def clipped_policy(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
     importance_T: Tensor | None = None,
+    answer_T: Tensor | None = None,
+    total_weight: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """`sum_t w_t i_t max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps_high)) / denominator`, `rho = exp(logp - old_logp)`.
 
     Schulman et al. 2017, eq. 7, with the sign turned for a minimiser. A wider upper range is DAPO's clip-higher (Yu et al.
     2025, eq. 10). With `dual_clip` c, where A < 0 the loss is at most -c A (Ye et al. 2020, eq. 5): a bad token whose ratio
     has exploded does not pull the whole step. The weight `i` stands for decoupled PPO (Hilton et al. 2022): the clipping is
-    around the policy before the update, whatever policy sampled the token.
+    around the policy before the update, whatever policy sampled the token. With `answer_T` the ratio is that of the whole
+    answer, `exp(mean_t(logp_t - old_t))`, for each of its tokens: GSPO (Zheng et al. 2025, eq. 5 to 7).
 
     Args:
         logprobs_T: of the sampled tokens under the policy being trained.
         old_logprobs_T: the trainer's own before the first update on this roll-out (no gradient).
-        advantages_T: no gradient.
+        advantages_T: no gradient; with `answer_T` one number for all tokens of an answer, if it is to be GSPO's.
         weight_T: 1 for the tokens that count.
         denominator: sum of the weights over the whole mini-batch.
         clip_range: eps in (0, 1).
         clip_range_high: eps_high > 0; None: eps.
         dual_clip: c > 1; None: no bound.
         importance_T: i >= 0, no gradient, see `importance`; None: 1.
+        answer_T: the number of the answer that a token belongs to, from 0 on; all tokens of an answer are here.
+        total_weight: sum of the weights over the whole mini-batch, which metrics are means by; None: the denominator.
     """
     high = clip_range if clip_range_high is None else clip_range_high
     log_ratio = logprobs_T - old_logprobs_T
+    if answer_T is not None:
+        log_ratio = mean_by_answer(log_ratio, answer_T)[answer_T]
     ratio = torch.exp(log_ratio)
     plain = -advantages_T * ratio
     clipped = -advantages_T * ratio.clamp(1 - clip_range, 1 + high)
@@ -57,11 +64,12 @@ def clipped_policy(
         surrogate = surrogate * importance_T
     loss = weighted_sum(surrogate, weight_T, denominator)
     with torch.no_grad():
+        total = denominator if total_weight is None else total_weight
         metrics = {
-            "clip_fraction": float(weighted_sum((clipped > plain).float(), weight_T, denominator)),
-            "dual_clip_fraction": float(weighted_sum(bounded.float(), weight_T, denominator)),
-            "approx_kl": float(weighted_sum(kl_k3(old_logprobs_T, logprobs_T), weight_T, denominator)),
-            "ratio_mean": float(weighted_sum(ratio, weight_T, denominator)),
+            "clip_fraction": float(weighted_sum((clipped > plain).float(), weight_T, total)),
+            "dual_clip_fraction": float(weighted_sum(bounded.float(), weight_T, total)),
+            "approx_kl": float(weighted_sum(kl_k3(old_logprobs_T, logprobs_T), weight_T, total)),
+            "ratio_mean": float(weighted_sum(ratio, weight_T, total)),
             "ratio_max": float(ratio.max()) if ratio.numel() else 0.0,
             "ratio_error": float((ratio - 1).abs().max()) if ratio.numel() else 0.0,
         }

@@ -32,3 +32,15 @@ def sum_by_node(values_M: Tensor, index_M: Tensor, tree: TreeBatch) -> Tensor:
     """
     nodes_M = torch.searchsorted(tree.node_end_N, index_M, right=True)
     return torch.zeros(tree.nodes, device=values_M.device).index_add(0, nodes_M, values_M.float())
+
+
+def mean_by_answer(values_T: Tensor, answer_T: Tensor) -> Tensor:
+    """The mean over the tokens of each answer.
+
+    Args:
+        answer_T: the number of the answer that a token belongs to; every number from 0 to the greatest occurs.
+    """
+    count = int(answer_T.max()) + 1 if answer_T.numel() else 0
+    sums = values_T.new_zeros(count).index_add(0, answer_T, values_T)
+    tokens = values_T.new_zeros(count).index_add(0, answer_T, torch.ones_like(values_T))
+    return sums / tokens

@@ -273,7 +273,8 @@ def _models(settings: TrainSettings, *, small: bool) -> tuple[float, int]:
     if isinstance(settings, PpoSettings):
         return (1 + 1 + judges, 2) if small else (3 + 1 + judges, 2)
     if isinstance(settings, GrpoSettings):
-        return (1 + 1 + judges, 1) if small else (1 + settings.ref_bits / 32 + 1 + judges, 1)
+        ref = 0.0 if settings.method == "raft" else settings.ref_bits / 32
+        return (1 + 1 + judges, 1) if small else (1 + ref + 1 + judges, 1)
     if isinstance(settings, DpoSettings) and settings.reference == "online" and not small:
         return 1 + settings.ref_bits / 32, 1
     return 1, 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from danlu.alignment_config import PpoSettings, RewardSettings
+from danlu.alignment_config import GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import QuantizeSettings
 from danlu.text.chat_template import ChatTemplate
 from danlu.types import Conversation

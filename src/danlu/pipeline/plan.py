@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.alignment_config import REFERENCE_FREE, DpoSettings, GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError
@@ -177,11 +177,16 @@ def _passes(settings: StageSettings) -> float:
     if isinstance(settings, PpoSettings):
         judges = len(as_models(settings.reward_model))
         return 4 + judges + 6 * settings.ppo.epochs  # roll-out, readings, policy and critic trained once per epoch
+    if isinstance(settings, GrpoSettings) and settings.method == "raft":
+        # Roll-outs and their judges; of each group a few answers are trained on.
+        share = settings.raft.keep / settings.grpo.group_size if settings.raft.train else 0.0
+        return 1 + len(as_models(settings.reward_model)) + 3 * settings.grpo.epochs * share
     if isinstance(settings, GrpoSettings):
         judges = len(as_models(settings.reward_model))
         return 3 + judges + 3 * settings.grpo.epochs  # roll-out, two readings and the judges', the policy
     if isinstance(settings, DpoSettings):
-        return 4  # the reference is read, too
+        # The reference is read, too; for kto both of them once more on other answers.
+        return 3 if settings.loss in REFERENCE_FREE else 6 if settings.loss == "kto" else 4
     if isinstance(settings, TrainSettings):
         return 3
     return 10  # decoding is far from the matrix rate

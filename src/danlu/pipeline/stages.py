@@ -30,14 +30,14 @@ from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import load_tokenizer, train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
-from danlu.trainers import dpo, grpo, ppo, pretrain, reward_model, sft
+from danlu.trainers import dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
 from danlu.training import distributed
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
 from danlu.training.setup import records_of
 from danlu.training.step import TrainResult
 from danlu.training.templates import template_of, tokenizer_of
-from danlu.types import Comparison, Conversation, Prompt
+from danlu.types import Comparison, Conversation, Prompt, Unpaired
 
 S = TypeVar("S", bound=StageSettings)
 RENDER_SAMPLE = 50
@@ -118,11 +118,13 @@ def run_sft(settings: SftSettings) -> Outcome:
 
 
 def run_dpo(settings: DpoSettings) -> Outcome:
-    """See `trainers/dpo.py`; decides G-STOP, G-TRUNC and G-RENDER."""
-    result = dpo.train(settings)
-    records, _, _ = records_of(settings, "comparison")
-    chosen = [Conversation([*r.prompt, *r.chosen], r.origin) for r in records if isinstance(r, Comparison)]
-    return _answers_learnt(result, settings, chosen, stage="dpo")
+    """See `trainers/dpo.py`, for single answers `trainers/kto.py`; decides G-STOP, G-TRUNC and G-RENDER."""
+    single = settings.loss == "kto"
+    result = (kto if single else dpo).train(settings)
+    records, _, _ = records_of(settings, "unpaired" if single else "comparison")
+    pairs = [Conversation([*r.prompt, *r.chosen], r.origin) for r in records if isinstance(r, Comparison)]
+    liked = [Conversation([*r.prompt, *r.completion], r.origin) for r in records if isinstance(r, Unpaired)]
+    return _answers_learnt(result, settings, pairs or liked, stage="dpo")
 
 
 def _answers_learnt(
@@ -185,10 +187,11 @@ def run_ppo(settings: PpoSettings) -> Outcome:
 
 
 def run_grpo(settings: GrpoSettings) -> Outcome:
-    """See `trainers/grpo.py`; decides G-RATIO and G-PPO."""
-    result = grpo.train(settings)
-    verdicts = [gates.ratio(result.facts), gates.policy(result.metrics, result.facts, settings)]
-    return Outcome(result.metrics, result.facts, verdicts)
+    """See `trainers/grpo.py`, `trainers/online_dpo.py`, `trainers/raft.py`; decides G-PPO, and G-RATIO if there is a reference."""
+    trainer = {"raft": raft, "online-dpo": online_dpo}.get(settings.method, grpo)
+    result = trainer.train(settings)
+    verdicts = [] if settings.method == "raft" else [gates.ratio(result.facts)]
+    return Outcome(result.metrics, result.facts, [*verdicts, gates.policy(result.metrics, result.facts, settings)])
 
 
 def run_eval(settings: EvalSettings) -> Outcome:

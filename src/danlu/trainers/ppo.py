@@ -36,7 +36,6 @@ from danlu.training.compute import Compute, choose
 from danlu.training.controller import KlController, RunningMoments, shaped_scores
 from danlu.training.ema import Ema
 from danlu.training.experience import Experience, experience_of
-from danlu.training.health import Health
 from danlu.training.heldout import Heldout
 from danlu.training.memory import within_limits
 from danlu.training.objectives import policy_loss_of, value_loss_of
@@ -57,7 +56,7 @@ from danlu.training.setup import lora_roles
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
-from danlu.training.text_signs import text_signs
+from danlu.training.watch import Watch
 from danlu.tree import Trajectory
 
 REFILLS = 8  # roll-outs more than planned before an iteration gives up on judges that score nothing
@@ -116,10 +115,9 @@ def train(settings: PpoSettings) -> TrainResult:
     gold = scoring.gold_for(settings, template, compute)
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers, states=states) as session:
         heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold)
-        heldout.begin(session)
-        health = Health(settings.health, session)
+        watch = Watch(session, heldout, template)
         for step in session.steps():
-            corrections = health.corrections
+            corrections = watch.corrections
             for learner in (policy, critic):
                 set_rate(learner.optimizer, learner.rate * session.rate_factor(step) * corrections["learning_rate"])
 
@@ -164,25 +162,13 @@ def train(settings: PpoSettings) -> TrainResult:
                 metrics["ratio_error_first"] = first_ratio_error
                 session.extra.setdefault("first", {"ratio_error": first_ratio_error, "kl": abs(stats["kl"])})
                 controller.update(stats["kl"], size)
-            metrics |= text_signs([a.trajectory.actions for a in answers], template.stop_ids)
-            health.watch(step, metrics)
+            metrics = watch.step(step, metrics, [a.trajectory for a in answers])
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="ppo")
-            if heldout.prompts and session.eval_due(step):
-                held = heldout.evaluate(session, step)
-                session.extra["held"] = held
-                session.evaluated(step, held)
-                health.evaluated(step, held)
-        best = session.restore_best()
-        metrics = dict(session.extra.get("last", {}))
-        metrics |= session.extra.get("held", {})
-        metrics |= best
-        start = session.extra.get("start", {}).get("metrics", {})
-        if start:
-            metrics["first_eval_score"] = start["eval_score"]
-        facts |= {"start": start, "health": health.facts()}
-        facts |= {"first": session.extra.get("first", {}), **template_facts(template), **session.facts}
+            watch.evaluate(step)
+        metrics, told = watch.outcome()
+        facts |= {**template_facts(template), **told}
         facts |= players.reward.facts
         facts |= ptx.facts if ptx is not None else {}
 

@@ -101,10 +101,14 @@ def read_actions(
     return logp.cpu(), entropies.cpu()
 
 
-def refuse_runaway(kl: float, max_kl: float, step: int, *, group: str) -> None:
-    """Raises TrainingError when the policy is further from the reference than `max_kl` (nats per answer)."""
+def refuse_runaway(kl: float, max_kl: float, step: int, *, group: str, setting: str = "kl_coef") -> None:
+    """Raises TrainingError when the policy is further from the reference than `max_kl` (nats per answer).
+
+    Args:
+        group, setting: what holds the policy back.
+    """
     if kl > max_kl:
         raise TrainingError(
             f"the policy is {kl:.1f} nats from the reference at iteration {step + 1} (max_kl {max_kl})",
-            hint=f"raise {group}.kl_coef or lower learning_rate",
+            hint=f"raise {group}.{setting} or lower learning_rate",
         )

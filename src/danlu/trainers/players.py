@@ -1,0 +1,94 @@
+"""Who takes part in the methods that score roll-outs without a critic: policy, reference, judges, engine; and the scoring."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from danlu.alignment_config import GrpoSettings
+from danlu.data.collate import EncodedPrompt
+from danlu.generation.engine import LocalEngine
+from danlu.models.load import load_model
+from danlu.models.roles import SeparateModels, reference_model
+from danlu.models.root import RoleName, RootModel
+from danlu.rewards.combine import Combined
+from danlu.text.chat_template import ChatTemplate
+from danlu.trainers import scoring
+from danlu.training.compute import Compute, choose
+from danlu.training.heldout import Heldout, Scorer
+from danlu.training.methods import method_of
+from danlu.training.runs import resolve_model
+from danlu.training.session import Session
+from danlu.training.setup import lora_roles
+from danlu.training.sharding import shard
+from danlu.training.watch import Watch
+from danlu.tree import Trajectory
+
+
+@dataclass(frozen=True)
+class Players:
+    """Everything that takes part: the root with its roles; what scores answers; the engine with its own model."""
+
+    root: RootModel
+    policy: Any
+    reward: Combined
+    engine: LocalEngine
+    compute: Compute
+    template: ChatTemplate
+
+
+def players_of(
+    settings: GrpoSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt], *, reference: bool = True
+) -> Players:
+    """Loads them.
+
+    Args:
+        reference: whether there is one, beside the policy.
+
+    Raises:
+        SettingsError, DataError, RewardError: see `rewards_of`.
+    """
+    path = resolve_model(settings.model)
+    policy = load_model(path)
+    compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
+    reward = scoring.rewards_for(settings, template, prompts, compute, stage=settings.method)
+    engine = LocalEngine(copy.deepcopy(policy).to(compute.device), template.tokenizer)
+    trunks: nn.Module
+    if settings.adapter == "lora":
+        trunks = lora_roles(policy, ["policy", "ref"], settings)
+    else:
+        models: dict[RoleName, Any] = {"policy": policy}
+        if reference:
+            models["ref"] = reference_model(path, settings.ref_bits)
+        trunks = SeparateModels(models, ["policy"])
+    root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
+    return Players(root, policy, reward, engine, compute, template)
+
+
+def scorer_of(players: Players, settings: GrpoSettings) -> Scorer:
+    """Scores of answers as roll-outs and evaluations have them: the rewards' sum, less the penalty for a missing stop token.
+
+    None for an answer that could not be scored.
+    """
+    penalty = method_of(settings).missing_stop_penalty
+
+    def scorer(asked: Sequence[EncodedPrompt], found: Sequence[Trajectory]) -> list[float | None]:
+        raw = scoring.score(players.reward, asked, found, players.template, players.compute, settings.out)
+        pairs = zip(raw, found, strict=True)
+        return [None if v is None else v - (0.0 if t.finished else penalty) for v, t in pairs]
+
+    return scorer
+
+
+def watch_of(
+    players: Players, held: Sequence[EncodedPrompt], scorer: Scorer, settings: GrpoSettings, session: Session
+) -> Watch:
+    """The held-out prompts with their gold, and health."""
+    gold = scoring.gold_for(settings, players.template, players.compute)
+    heldout = Heldout(held, players.engine, players.root, settings, players.template, scorer, gold)
+    return Watch(session, heldout, players.template)
