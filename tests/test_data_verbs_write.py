@@ -20,9 +20,9 @@ from danlu.data.decontaminate import COMMON, Benchmark
 from danlu.data.dedup import Seen, _bands
 from danlu.data.mix import Source, mixed, parse_weighted, quotas, with_replay
 from danlu.data.ngrams import ngrams, units
-from danlu.data.phases import Part, Splitter, parse_parts, parse_phases
+from danlu.data.phases import PHASES, Part, Splitter, parse_parts, parse_phases
 from danlu.data.read import read
-from danlu.data.split import split_phases
+from danlu.data.sources import in_phase
 from danlu.exceptions import DataError, SettingsError
 from danlu.types import Conversation, Document, Message, Origin, Prompt
 
@@ -157,11 +157,11 @@ def test_a_mixture_holds_one_kind(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_phases_are_those_of_stages() -> None:
-    """The files that `split --phases` writes hold what `split_phases` gives a stage of the whole."""
+    """The files that `split --phases` writes hold what a source's `phase` gives a stage of the whole."""
     records = [Conversation([u(f"question {i}"), a("x")]) for i in range(300)]
     splitter = Splitter(parse_phases("2,4,4"), "phase")
-    for phase in range(3):
-        expected = split_phases(records, [2, 4, 4], phase)
+    for phase, name in enumerate(PHASES):
+        expected = in_phase(records, f"{name} of 2,4,4")
         assert [r for r in records if splitter.part(r) == phase] == expected
         assert 30 < len(expected) < 170
 

@@ -40,7 +40,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 # A new option is a decision: it is added here too, and an old one is not dropped by accident.
 FROZEN = {
-    "Source": "path weight format columns source_prefix licence",
+    "Source": "path weight format columns source_prefix phase licence",
     "EarlyStopping": "monitor mode patience",
     "Best": "monitor mode keep restore",
     "Defence": "on spike_z window patience cooldown_steps cooldown_rate max_skipped max_rollbacks",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 from rows import a, u
 
-from danlu.data.split import prompt_text, split_heldout, split_phases
+from danlu.data.phases import PHASES
+from danlu.data.sources import in_phase
+from danlu.data.split import prompt_text, split_heldout
 from danlu.exceptions import SettingsError
+from danlu.train_config import Source
 from danlu.types import Comparison, Conversation, Document
 
 
@@ -47,14 +51,18 @@ def test_heldout_has_something_on_both_sides_if_it_can() -> None:
 
 def test_phases_share_no_prompt_and_are_independent_of_heldout() -> None:
     records = [talk(i) for i in range(2000)]
-    phases = [split_phases(records, (2, 4, 4), phase) for phase in range(3)]
+    phases = [in_phase(records, f"{name} of 2,4,4") for name in PHASES]
     assert [round(len(phase) / 200) for phase in phases] == [2, 4, 4]
     assert sorted(prompt_text(r) for phase in phases for r in phase) == sorted(map(prompt_text, records))
     # With one hash for both, all held-out prompts would lie in the first phase.
     for phase in phases:
         assert 0.05 < len(split_heldout(phase, 0.1)[1]) / len(phase) < 0.15
-    assert split_phases(records, (1, 0), 0) == records and split_phases(records, (1, 0), 1) == []
-    faulty: list[tuple[list[float], int]] = [([], 0), ([0, 0], 0), ([-1, 2], 0), ([1, 1], 2), ([1, 1], -1)]
-    for weights, wanted in faulty:
-        with pytest.raises(SettingsError):
-            split_phases(records, weights, wanted)
+    assert in_phase(records, "") == records
+    with pytest.raises(SettingsError):
+        in_phase(records, "sft of 0,1,1")
+
+
+@pytest.mark.parametrize("phase", ["sft", "2,4,4", "ppo of 2,4,4", "sft of 2,4", "sft of a,b,c"])
+def test_a_phase_is_a_name_and_three_shares(phase: str) -> None:
+    with pytest.raises(ValidationError, match="phase"):
+        Source(path="x.jsonl", phase=phase)

@@ -38,6 +38,11 @@ class Source(Settings):
         default_factory=dict, description="danlu's field to the table's column, as prompt: content"
     )
     source_prefix: str = Field("", description="put before every prompt")
+    phase: str = Field(
+        "",
+        pattern=r"^$|^(sft|reward|rl) of [0-9.]+,[0-9.]+,[0-9.]+$",
+        description="only the prompts of a phase, as 'reward of 2,4,4': no phase sees another's (DeepSpeed-Chat's data split)",
+    )
     licence: str = Field("", description="of the data, where its rows do not say")
 
 

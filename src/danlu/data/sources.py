@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from danlu.data.files import find_files, is_hub
+from danlu.data.phases import PHASES, Splitter, parse_phases
 from danlu.data.read import Dataset, ReadOptions, read
 from danlu.exceptions import DataError
 from danlu.train_config import Pairs, Source, Sources, as_list
 from danlu.types import Record, RecordKind
+
+R = TypeVar("R", bound=Record)
 
 
 def options_of(source: Source, *, skip_bad: bool = False) -> ReadOptions:
@@ -61,12 +65,22 @@ def read_sources(
         read(source.path, kind, options_of(source, skip_bad=skip_bad), pairs=pairs, margin=margin) for source in given
     ]
     weighted = [
-        weigh(part.records, source.weight, seed, number)
+        weigh(in_phase(part.records, source.phase), source.weight, seed, number)
         for number, (source, part) in enumerate(zip(given, parts, strict=True))
     ]
     if not any(weighted):
-        raise DataError("the weights leave no record", hint="Raise them.", file=parts[0].files[0])
+        raise DataError("weights and phases leave no record", hint="Raise them.", file=parts[0].files[0])
     return merged(parts, [record for records in weighted for record in records])
+
+
+def in_phase(records: list[R], phase: str) -> list[R]:
+    """The records whose prompts belong to a phase such as "reward of 2,4,4"; all of them for ""."""
+    if not phase:
+        return records
+    name, _, shares = phase.partition(" of ")
+    splitter = Splitter(parse_phases(shares), "phase")
+    wanted = PHASES.index(name)
+    return [record for record in records if splitter.part(record) == wanted]
 
 
 def weigh(records: Sequence[Record], weight: float, seed: int, number: int) -> list[Record]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TypeVar
 
 from danlu.data.formats.turns import before_answer
@@ -48,33 +46,6 @@ def split_heldout(
     train = [record for record, place in zip(records, places, strict=True) if place >= bound]
     heldout = [record for record, place in zip(records, places, strict=True) if place < bound]
     return train, heldout
-
-
-def split_phases(
-    records: Sequence[R], weights: Sequence[float], phase: int, key: Callable[[R], str] | None = None
-) -> list[R]:
-    """The records of one phase, so that no phase sees a prompt of another (DeepSpeed-Chat's `--data_split 2,4,4`).
-
-    Args:
-        records: records of any kind.
-        weights: the phases' expected shares of prompts, not negative and not all 0; they need not add up to 1.
-        phase: the phase wanted, from 0.
-        key: what to hash instead of the prompt.
-    """
-    if not weights or min(weights) < 0 or not 0 < math.fsum(weights) < math.inf:
-        found = ", ".join(map(str, weights)) or "nothing"
-        raise SettingsError(f"found {found}, expected weights of at least 0 with a positive sum", field="weights")
-    if not 0 <= phase < len(weights):
-        raise SettingsError(f"found {phase}, expected 0 to {len(weights) - 1}", field="phase")
-    bounds = list(accumulate(weights))
-    # bisect_right passes over phases of weight 0; the last bound is left out so that rounding cannot step over it.
-    places = _places(records, "phase", key)
-    last = max(i for i, weight in enumerate(weights) if weight > 0)
-    return [
-        record
-        for record, place in zip(records, places, strict=True)
-        if min(bisect_right(bounds, place * bounds[-1]), last) == phase
-    ]
 
 
 def _places(records: Sequence[R], use: str, key: Callable[[R], str] | None) -> list[float]:

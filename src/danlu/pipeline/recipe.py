@@ -4,7 +4,7 @@ description: one line
 seed: 0                      # of every stage that does not set its own
 model: null                  # a folder or hub id: then nothing is trained from nothing
 processes: 1                 # of every training stage that does not set its own; strategy likewise
-data_root: data              # any extra top-level text can be used as ${data_root} in the stages
+data_root: data              # any extra top-level text can be used as ${data_root} in the stages and by keys after it; so can ${model}
 stages:
   - kind: sft                # tokenizer, pretrain, sft, reward, dpo, ppo, grpo, eval, quantize
     name: sft                # default: the kind; unique
@@ -96,7 +96,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, processes: s
     for text in overrides:
         _override(text, top, {s["name"]: s for s in stages})
     _check_top(top, file)
-    variables = {k: str(v) for k, v in top.items() if k not in TOP}
+    variables = _variables({k: str(v) for k, v in top.items() if k not in TOP or (k == "model" and v)}, file)
     if top.get("model"):
         stages = [s for s in stages if s["kind"] != "tokenizer"]
     stages = [_substitute(s, variables, file) for s in stages]
@@ -162,6 +162,14 @@ def _override(text: str, top: dict[str, Any], stages: Mapping[str, dict[str, Any
             raise UsageError(f"--set {key}: '{part}' is a value, not a group of settings")
         target[part] = target = dict(group)
     target[path[-1]] = parsed
+
+
+def _variables(given: Mapping[str, str], file: Path) -> dict[str, str]:
+    """Extra top-level keys by name; one may speak of those before it, as `prompts: ${data_root}/prompts.jsonl`."""
+    found: dict[str, str] = {}
+    for key, value in given.items():
+        found[key] = _substitute({"name": key, "value": value}, found, file)["value"]
+    return found
 
 
 def _substitute(stage: dict[str, Any], variables: Mapping[str, str], file: Path) -> dict[str, Any]:
