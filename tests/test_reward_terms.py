@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from score_server import lengths, says, serving
 
-from danlu.alignment_config import FormatTerm, HttpTerm, JudgeTerm, LengthTerm, PythonTerm, RepetitionTerm
 from danlu.exceptions import SettingsError
+from danlu.reward_config import FormatTerm, HttpTerm, JudgeTerm, LengthTerm, PythonTerm, RepetitionTerm
 from danlu.rewards.function import FunctionReward, load_function
 from danlu.rewards.http import HttpReward
 from danlu.rewards.judge import JudgeReward, verdict_in

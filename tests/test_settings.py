@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from danlu import alignment_config, config, train_config
+from danlu import alignment_config, config, reward_config, train_config
 from danlu.alignment_config import HEALTH_ACTIONS, HEALTH_ADAPTS, PpoSettings
 from danlu.cli.options import given_values, options_of
 from danlu.config import KINDS, SftSettings
@@ -87,7 +87,7 @@ FROZEN = {
 
 
 def classes() -> dict[str, type[Settings]]:
-    everything = vars(train_config) | vars(alignment_config) | vars(config)
+    everything = vars(train_config) | vars(reward_config) | vars(alignment_config) | vars(config)
     found = {n: c for n, c in everything.items() if isinstance(c, type) and issubclass(c, Settings)}
     return {n: c for n, c in found.items() if c is not Settings}
 

@@ -4,7 +4,7 @@ description: one line
 seed: 0                      # of every stage that does not set its own
 model: null                  # a folder or hub id: then nothing is trained from nothing
 processes: 1                 # of every training stage that does not set its own; strategy likewise
-data_root: data              # any extra top-level text can be used as ${data_root} in the stages and by keys after it; so can ${model}
+data_root: data              # any extra top-level text can be used as ${data_root}, as can ${model}, in stages and in later keys
 stages:
   - kind: sft                # tokenizer, pretrain, sft, reward, dpo, ppo, grpo, eval, quantize
     name: sft                # default: the kind; unique

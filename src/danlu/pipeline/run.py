@@ -24,7 +24,7 @@ import yaml
 
 import danlu
 from danlu import atomic
-from danlu.alignment_config import TERM_NO_EFFECT, RolloutSettings
+from danlu.alignment_config import RolloutSettings
 from danlu.data.files import is_hub
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
@@ -32,6 +32,7 @@ from danlu.pipeline.judges import opinions
 from danlu.pipeline.ranks import Runner
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.stages import STAGES
+from danlu.reward_config import TERM_NO_EFFECT
 from danlu.synth.town.write import TOWN_FILES, write_town
 from danlu.train_config import Source, StageSettings, as_list, as_models
 from danlu.training import checkpoint, memory

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from danlu import alignment_config as config
+from danlu import reward_config as config
 from danlu.alignment_config import RolloutSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.exceptions import DataError, SettingsError

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from danlu import atomic
-from danlu.alignment_config import Endpoint
 from danlu.exceptions import SettingsError
+from danlu.reward_config import Endpoint
 from danlu.rewards.protocol import Unscored
 
 Task = TypeVar("Task")

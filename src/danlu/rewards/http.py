@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from danlu.alignment_config import HttpTerm
+from danlu.reward_config import HttpTerm
 from danlu.rewards.endpoint import Cache, Client
 from danlu.rewards.function import scores_of
 from danlu.rewards.protocol import Episode, Score, Unscored, never

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from danlu.alignment_config import JudgeTerm
 from danlu.exceptions import SettingsError
+from danlu.reward_config import JudgeTerm
 from danlu.rewards.endpoint import Cache, Client
 from danlu.rewards.protocol import Episode, Score, Unscored, never
 from danlu.types import Message

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from danlu.alignment_config import FormatTerm, LengthTerm, RepetitionTerm
 from danlu.exceptions import SettingsError
+from danlu.reward_config import FormatTerm, LengthTerm, RepetitionTerm
 from danlu.rewards.json_schema import misfit, parsed, schema_fault
 from danlu.rewards.protocol import Episode, Score, never
 
