@@ -147,10 +147,10 @@ class Recorder:
         self.scores: list[list[float]] = []
         build = grpo._experience
 
-        def recorded(players: Any, drawn: Drawn, settings: Any) -> Any:
+        def recorded(players: Any, drawn: Drawn, *rest: Any) -> Any:
             self.rollouts.append(drawn.trajectories)
             self.scores.append(drawn.scores)
-            return build(players, drawn, settings)
+            return build(players, drawn, *rest)
 
         monkeypatch.setattr(grpo, "_experience", recorded)
 

@@ -271,9 +271,9 @@ class Recorder:
         self.drawn: list[Drawn] = []
         build = grpo._experience
 
-        def recorded(players: Any, drawn: Drawn, settings: Any) -> Any:
+        def recorded(players: Any, drawn: Drawn, *rest: Any) -> Any:
             self.drawn.append(drawn)
-            return build(players, drawn, settings)
+            return build(players, drawn, *rest)
 
         monkeypatch.setattr(grpo, "_experience", recorded)
 

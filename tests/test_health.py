@@ -24,6 +24,7 @@ from danlu.rewards.model import ModelReward
 from danlu.rewards.protocol import Episode, Score
 from danlu.train_config import Best
 from danlu.trainers import grpo, ppo
+from danlu.training import experience
 from danlu.training.health import CORRECTIONS, HEAD, MOST, PAUSE, TAIL, Health
 from danlu.training.heldout import Heldout
 from danlu.training.interval import wilson
@@ -368,7 +369,8 @@ def test_corrections_reach_the_rate_and_the_kl(kind: str, tmp_path: Path, monkey
     weights: list[float] = []
     set_rate = trainer.set_rate
     name = {"ppo": "token_rewards", "grpo": "clipped_with_kl"}[kind]
-    original = getattr(trainer, name)
+    module: Any = {"ppo": experience, "grpo": grpo}[kind]
+    original = getattr(module, name)
 
     def seen_rate(optimizer: Any, rate: float) -> None:
         rates.append(rate)
@@ -379,7 +381,7 @@ def test_corrections_reach_the_rate_and_the_kl(kind: str, tmp_path: Path, monkey
         return original(*args, kl_coef=kl_coef, **rest)
 
     monkeypatch.setattr(trainer, "set_rate", seen_rate)
-    monkeypatch.setattr(trainer, name, seen_weight)
+    monkeypatch.setattr(module, name, seen_weight)
     watch = Health.watch
 
     def corrected(self: Health, step: int, metrics: Any) -> dict[str, float]:

@@ -41,7 +41,7 @@ def test_labels_are_loss_weights() -> None:
     answers: list[Any] = [small.assistant("Gladly."), small.assistant("No idea.")]
     trees = encode_unpaired([Unpaired(question, a, a is answers[0]) for a in answers], template, 64)
     assert [len(item) for item in trees.items] == [2, 2] and trees.answers == trees.answers_with_stop == 2
-    assert [set(item[1].loss_weights) for item in trees.items] == [{2.0}, {1.0}]
+    assert [set(item[1].loss_weights) for item in trees.items] == [{1.0}, {0.0}]
     assert [item[1].ids for item in trees.items] == [template.encode_answer(question, a)[1] for a in answers]
     cut = encode_unpaired([Unpaired(question, answers[0], True)], template, len(trees.items[0][0].ids))
     assert not cut.items and cut.answers_cut == 1 and cut.dropped == {"longer than max_length": 1}

@@ -107,7 +107,8 @@ def test_it_raises_a_toy_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = train(tmp_path, **RAFT, raft=KEEP, grpo=options, max_steps=15, learning_rate=2e-2)
     assert abs(updates(tmp_path)[0]["score"]) < 0.3 and result.metrics["score"] > 0.4
     assert result.metrics["eval_score"] > result.metrics["first_eval_score"] + 0.3
-    assert result.gates == [] and result.facts["selected"] == len(selected(tmp_path)) == 15 * 4
+    assert [(g.code, g.passed) for g in result.gates] == [("G-PPO", True)]
+    assert result.facts["selected"] == len(selected(tmp_path)) == 15 * 4
 
 
 def test_selection_alone_writes_a_set_that_sft_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,7 @@ def test_the_report_is_kept_with_the_stage_and_the_verdict_with_the_model(
     told = capfd.readouterr().err
     assert "right on held-out pairs" in told and "chosen answer longer" in told and "people agree with people" in told
     assert run(["runs", str(out.parent), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["stages"][0]["reward_report"] == report
+    assert json.loads(capfd.readouterr().out)["stages"][0]["name"] == "reward"
     assert run(["report", str(out.parent)]) == 0
     page = (out.parent / "report.html").read_text("utf-8")
     assert page.count('<svg class="chart"') >= 4 and "Right, by length" in page and "Margins" in page

@@ -117,7 +117,7 @@ def test_sources_are_read_with_their_own_options(tmp_path: Path) -> None:
         read_sources(settings.data, "conversation")
     train, _, dataset = records_of(settings, "conversation")
     assert train == data.records and dataset.left_out == {"faulty row: missing-field": 1}
-    with pytest.raises(DataError, match="the weights leave no record"):
+    with pytest.raises(DataError, match="weights and phases leave no record"):
         read_sources([Source(path=str(one), weight=0.01)], "conversation")
     # Bare paths are read together: a file that is named twice counts once.
     assert len(read_sources([str(one), str(tmp_path / "one*")], "conversation").records) == 4

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from danlu.pipeline.listing import StageView
+
 COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "yellow"}
 # In a terminal a stage is told by its first few metrics of these.
 TOLD = (
@@ -164,7 +166,7 @@ def _show(described: Mapping[str, Any], folder: Path) -> None:
     if gates:
         people.print()
         _show_gates(gates)
-    for stage in described["stages"]:
+    for stage in stage_views(folder):
         _show_reward_report(stage)
     people.print()
     if described["table"]:
@@ -173,17 +175,17 @@ def _show(described: Mapping[str, Any], folder: Path) -> None:
         people.print("No results yet.", style="dim")
 
 
-def _show_reward_report(stage: Mapping[str, Any]) -> None:
+def _show_reward_report(stage: StageView) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from danlu.pipeline.reward_page import figures
 
-    told = figures(stage.get("reward_report") or {})
+    told = figures(stage.reward_report)
     if not told:
         return
     people.print()
-    table = Table(stage["name"], "", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(stage.name, "", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for label, value in told:
         table.add_row(Text(label), Text(value))
     people.print(table)

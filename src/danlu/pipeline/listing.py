@@ -142,8 +142,7 @@ def describe(run: Path) -> dict[str, Any]:
 
     Returns:
         {"run", "seconds", "stages": [{"name", "kind", "status", "seconds", "metrics", "gates": [...]}], "table"};
-        "seconds" is the sum of the stages' own times, "table" all stages' result rows in order. A reward stage also has
-        "reward_report", what its held-out answers say (the content of its `reward_report.json`).
+        "seconds" is the sum of the stages' own times, "table" all stages' result rows in order.
 
     Raises:
         RunError: not a run.
@@ -160,7 +159,6 @@ def describe(run: Path) -> dict[str, Any]:
                 "seconds": s.seconds,
                 "metrics": dict(s.manifest.get("metrics") or {}),
                 "gates": [{k: g.get(k) for k in ("code", "passed", "value", "threshold")} for g in s.gates],
-                **({"reward_report": s.reward_report} if s.reward_report else {}),
             }
             for s in stages
         ],

@@ -121,8 +121,7 @@ def train(settings: PpoSettings) -> TrainResult:
             for learner in (policy, critic):
                 set_rate(learner.optimizer, learner.rate * session.rate_factor(step) * corrections["learning_rate"])
 
-            if len(buffer) < size:
-                _roll_out(players, prompts, buffer, seen, settings, step)
+            asked = _roll_out(players, prompts, buffer, seen, settings, step) if len(buffer) < size else {}
             answers = buffer.take(size)
             finished = [a.trajectory.finished for a in answers]
             scores = shaped_scores([a.score for a in answers], finished, options, options.score_norm, seen)
@@ -156,7 +155,7 @@ def train(settings: PpoSettings) -> TrainResult:
                 row = {"value_loss": value["loss"], "value_error": value["value_error"], "critic_grad_norm": norm}
                 critic_updates += [row] if made else []
 
-            metrics = {**stats, **players.reward.metrics, **_mean(updates), **_mean(critic_updates)}
+            metrics = {**stats, **asked, **_mean(updates), **_mean(critic_updates)}
             metrics["passes"] = float(max(len(updates), len(critic_updates)))
             if first_ratio_error is not None:
                 metrics["ratio_error_first"] = first_ratio_error
@@ -262,9 +261,12 @@ def _roll_out(
     seen: RunningMoments,
     settings: PpoSettings,
     step: int,
-) -> None:
+) -> dict[str, float]:
     """Answers of the policy as it is now, with their scores, into the buffer: as many batches as are drawn at once, and
     further ones while answers that could not be scored are wanting. Draws are a function of (seed, step, draw, sample).
+
+    Returns:
+        What the rewards said of the last batch.
 
     Raises:
         RewardError: there are still too few.
@@ -274,7 +276,7 @@ def _roll_out(
     params = sampling_of(settings, players.template)
     for draw in range(planned + REFILLS):
         if draw >= planned and len(buffer) >= size:
-            return
+            break
         seed, batch, number = settings.seed, step // (planned * reuse) * planned + draw, step * planned + draw
         if draw >= planned:  # an order and draws of their own
             seed, batch, number = mix_seed(settings.seed, 0xF1, draw), step, step
@@ -289,6 +291,7 @@ def _roll_out(
             f"only {len(buffer)} of {(planned + REFILLS) * size} answers could be scored at iteration {step + 1}, and an "
             f"update takes {size}"
         )
+    return players.reward.metrics
 
 
 def _scores(
