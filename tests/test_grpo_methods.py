@@ -409,8 +409,14 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+QUICK = ("dr_grpo", "rloo", "gspo")
+
+
 @pytest.mark.usefixtures("toy")
-@pytest.mark.parametrize("method", [m for m in POLICY_GRADIENT if m != "grpo"])
+@pytest.mark.parametrize(
+    "method",
+    [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in POLICY_GRADIENT if m != "grpo"],
+)
 def test_every_method_raises_a_toy_reward(method: str, tmp_path: Path) -> None:
     # GSPO's range of 3e-4 is made for many small steps.
     wide = {"clip_range": 0.2, "clip_range_high": 0.2} if method == "gspo" else {}
@@ -465,7 +471,9 @@ def killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **option
     return whole, again
 
 
-@pytest.mark.parametrize("method", ["dapo", "gspo", "rloo", "reinforce++"])
+@pytest.mark.parametrize(
+    "method", ["dapo", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gspo", "rloo", "reinforce++"))]
+)
 def test_an_interrupted_stage_goes_on_bit_for_bit(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelReward, "score", toy_judge)
     options = {"group_size": 2, "epochs": 2, "minibatches": 2}

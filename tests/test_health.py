@@ -333,7 +333,13 @@ class KilledError(BaseException):
 
 @pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize(
-    ("kind", "action", "at"), [("ppo", "adapt", 13), ("grpo", "adapt", 11), ("ppo", "stop", 9), ("grpo", "adapt", 2)]
+    ("kind", "action", "at"),
+    [
+        ("grpo", "adapt", 11),
+        ("ppo", "stop", 9),
+        pytest.param("ppo", "adapt", 13, marks=pytest.mark.slow),
+        pytest.param("grpo", "adapt", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_stage_decides_the_same(
     kind: str, action: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

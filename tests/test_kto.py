@@ -118,7 +118,7 @@ def test_it_reads_labelled_answers(tmp_path: Path) -> None:
     assert (result.facts["labelled_answers"], result.facts["liked_answers"]) == (96, 64)
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_reference_before_training_and_at_every_step_are_one(adapter: str, tmp_path: Path) -> None:
     rows = []
     for reference in ("precomputed", "online"):
