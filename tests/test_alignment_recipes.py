@@ -1,4 +1,4 @@
-"""recipes/dpo.yaml and recipes/gsm8k-grpo.yaml: their wiring, and a few steps on the first rows of the published files."""
+"""The alignment recipes: their wiring, and a few steps on the first rows of the published files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 
 from danlu.cli.main import run
@@ -24,30 +25,56 @@ FEW: dict[str, dict[str, Any]] = {
     "pretrain": {"max_records": 60, "max_steps": 3, "tokens_per_step": 2048, "starter": SHAPE},
     "sft": {"max_records": 60, "max_steps": 3, "tokens_per_step": 2048, "overlength": "drop"},
     "dpo": {"max_steps": 3, "tokens_per_step": 2048},
+    "reward": {
+        "max_records": 60,
+        "max_steps": 3,
+        "tokens_per_step": 2048,
+        "min_accuracy": 0,
+        "max_length_correlation": 1,
+    },
+    "ppo": {"max_records": 60, "max_steps": 2, "rollout.batch": 4, "rollout.max_new_tokens": 8},
     "grpo": {"max_records": 60, "max_steps": 2, "rollout.batch": 8, "rollout.max_new_tokens": 8, "grpo.group_size": 4},
     "eval": {"limit": 8},
+    "quantize": {"eval_data": "${data_root}/alpaca-en/seed_tasks.jsonl"},
 }
+
+
+FILES = (
+    "hh-rlhf/helpful-base/train.jsonl.gz",
+    "hh-rlhf/helpful-rejection-sampled/train.jsonl.gz",
+    "hh-rlhf/harmless-base/train.jsonl.gz",
+    "gsm8k/train.jsonl.gz",
+    "alpaca-en/alpaca_data.json.gz",
+    "alpaca-en/seed_tasks.jsonl",
+    "alpaca-zh/alpaca_chinese_zh.json.gz",
+    "alpaca-eval-prefs/vicuna-13b/annotations.json",
+    "oasst/oaast_rm_zh.json",
+    "oasst/oaast_sft_zh.json",
+    "instruction-wild/data/seed_prompts_en.jsonl",
+    "instruction-wild/data/seed_prompts_ch.jsonl",
+)
+ROWS = 80
 
 
 def first_rows(data: Path, folder: Path) -> Path:
     """The beginnings of the published files under their own names: reading all of them takes longer than the stages."""
-    for name in ("hh-rlhf/helpful-base", "hh-rlhf/helpful-rejection-sampled", "hh-rlhf/harmless-base", "gsm8k"):
-        (folder / name).mkdir(parents=True)
-        with (
-            gzip.open(data / name / "train.jsonl.gz", "rt", encoding="utf-8") as file,
-            gzip.open(folder / name / "train.jsonl.gz", "wt", encoding="utf-8") as copy,
-        ):
-            copy.writelines(islice(file, 60))
-    (folder / "alpaca-en").mkdir()
-    with gzip.open(data / "alpaca-en" / "alpaca_data.json.gz", "rt", encoding="utf-8") as file:
-        rows = json.load(file)[:150]
-    with gzip.open(folder / "alpaca-en" / "alpaca_data.json.gz", "wt", encoding="utf-8") as file:
-        json.dump(rows, file)
-    (folder / "pretrain-en" / "gutenberg").mkdir(parents=True)
-    books = [next((data / "pretrain-en" / "gutenberg").glob("*.txt")), *(data / "pretrain-en").glob("*.txt")]
+    for name in FILES:
+        source, target = data / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(source, "rt", encoding="utf-8") as file, opened(target, "wt", encoding="utf-8") as copy:
+            if ".jsonl" in name:
+                copy.writelines(islice(file, ROWS))
+            else:
+                json.dump(json.load(file)[: 2 * ROWS], copy, ensure_ascii=False)
+    english, chinese = data / "pretrain-en", data / "pretrain-zh" / "novels"
+    books = [next((english / "gutenberg").glob("*.txt")), *english.glob("*.txt"), next(chinese.glob("*.txt.gz"))]
     for book in books:
         target = folder / book.relative_to(data)
-        target.write_text(book.read_text("utf-8")[:60_000], "utf-8")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        opened = gzip.open if book.suffix == ".gz" else open
+        with opened(book, "rt", encoding="utf-8") as file, opened(target, "wt", encoding="utf-8") as copy:
+            copy.write(file.read(60_000))
     return folder
 
 
@@ -55,7 +82,7 @@ def overrides(path: Path, data: Path) -> list[str]:
     """`--set` for a tiny run."""
     found = [f"data_root={data}"]
     for stage in load_recipe(path).stages:
-        few = FEW[stage.kind] | ({} if stage.kind in ("tokenizer", "eval") else {"dtype": "float32"})
+        few = FEW[stage.kind] | ({} if stage.kind in ("tokenizer", "eval", "quantize") else {"dtype": "float32"})
         found += [f"{stage.name}.{key}={value}" for key, value in few.items()]
     return [x for text in found for x in ("--set", text)]
 
@@ -84,6 +111,48 @@ def test_the_published_files_go_through(
         assert gates["grpo", "G-RATIO"]["value"] == 0.0
         assert facts["grpo"]["judges"] == ["verifier"] and facts["grpo"]["prompts"] > 30
         assert "Groups of equal scores" in report
+
+
+@pytest.mark.parametrize("name", ["chatllama", "colossalchat", "deepspeed-chat"])
+def test_the_recipes_of_others_go_through(
+    name: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
+    path = RECIPES / f"{name}.yaml"
+    status = run(["run", str(path), *overrides(path, first_rows(shared_data, tmp_path / "data")), "--force"])
+    assert status == 0, capfd.readouterr().err
+    folder = tmp_path / "runs" / name
+    stages = {s["name"]: s for s in describe(folder)["stages"]}
+    assert all(s["status"] == "done" for s in stages.values())
+    manifests = {m.parent.name[3:]: json.loads(m.read_text("utf-8")) for m in folder.glob("*/manifest.json")}
+    metrics = manifests["ppo"]["metrics"]
+    if name == "chatllama":
+        assert "eval_spearman" in manifests["reward"]["metrics"] or "eval_r2" in manifests["reward"]["metrics"]
+    if name == "colossalchat":
+        assert 0 < metrics["ptx_share"] < 1
+    if name == "deepspeed-chat":
+        assert 0 < metrics["ptx_share"] < 1
+        assert (next(folder.glob("*-ppo")) / "ema" / "model.safetensors").is_file()
+        # The steps share no prompt.
+        sources = [manifests[n]["inputs"][-1]["options"] for n in ("sft", "reward", "ppo")]
+        assert [o["phase"] for o in sources] == ["sft of 2,4,4", "reward of 2,4,4", "rl of 2,4,4"]
+
+
+def test_votes_become_a_model_in_two_ways(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
+    path = RECIPES / "feedback.yaml"
+    votes = first_rows(shared_data, tmp_path / "data") / "alpaca-eval-prefs"
+    given = [f"model={tiny.model()}", f"votes={votes}"]
+    for kind in ("reward", "ppo", "dpo"):
+        given += [f"{kind}.{key}={value}" for key, value in {**FEW[kind], "dtype": "float32"}.items()]
+        given += [f"{kind}.max_length=128"]
+    call = ["run", str(path), "--force", *(x for text in [*given, "eval.limit=8"] for x in ("--set", text))]
+    assert run(call) == 0, capfd.readouterr().err
+    stages = {s["name"]: s for s in describe(tmp_path / "runs" / "feedback")["stages"]}
+    assert [*stages] == ["reward", "ppo", "dpo", "eval"] and all(s["status"] == "done" for s in stages.values())
+    assert len(stages["eval"]["metrics"]) == 2, "of both models"
 
 
 CHAIN = """
