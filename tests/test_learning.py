@@ -140,7 +140,7 @@ def test_the_reward_file_is_what_the_table_says(tmp_path: Path) -> None:
     path, _, name = language.write_reward(tmp_path / "reward.py").rpartition(":")
     space: dict[str, Any] = {}
     exec(Path(path).read_text("utf-8"), space)
-    assert space[name](["ab", "no word"], prompts=[], references=[]) == [language.scores["ab"], optimum.ASIDE]
+    assert space[name](["ab", "no word"], [], []) == [language.scores["ab"], optimum.ASIDE]
 
 
 def test_all_answers_are_counted_out() -> None:
@@ -424,3 +424,14 @@ def test_the_same_numbers_give_the_same_plot(tmp_path: Path) -> None:
     plots.beside(tmp_path / "c.svg", {"danlu": [[(0.0, 0.0), (1.0, 1.0)]], "TRL": [[(0.0, 0.0), (1.0, 1.0)]]})
     plots.scores(tmp_path / "d.svg", {"grpo": [[1, 0.2], [2, 0.4]]})
     assert "TRL" in (tmp_path / "c.svg").read_text("utf-8") and "grpo" in (tmp_path / "d.svg").read_text("utf-8")
+
+
+def test_every_setting_of_a_proof_is_one() -> None:
+    """What a proof asks of a stage is refused before it runs if there is no such setting, not after an hour."""
+    for kind, settings in (optimum.METHODS | optimum.BESIDE).values():
+        parse(KINDS[kind], optimum.COMMON | settings | {"rewards": [{"kind": "python", "function": "a.py:b"}]})
+    parse(KINDS["sft"], optimum.reference_settings(Path("fresh"), Path("rows"), Path("out")))
+    for kind, settings in arithmetic.METHODS.values():
+        parse(KINDS[kind], arithmetic.COMMON | settings)
+    parse(KINDS["reward"], overoptimisation.REWARD)
+    parse(KINDS["ppo"], overoptimisation.PPO)

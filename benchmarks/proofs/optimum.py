@@ -79,7 +79,7 @@ class Language:
         """A reward of kind `python`, as users write one; returns how settings name it."""
         path.write_text(
             f"SCORES = {self.scores!r}\n\n\n"
-            "def reward(responses, **_):\n"
+            "def reward(responses, prompts, references):\n"
             f"    return [SCORES.get(text, {ASIDE}) for text in responses]\n",
             "utf-8",
         )
@@ -302,7 +302,13 @@ def _reference(bench: Bench, folder: Path, language: Language) -> Path:
     save_model(starter(len(tokenizer), **SHAPE, seed=0, ids=ids), tokenizer, folder / "fresh")
     data = folder / "language.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in language.rows(ROWS)), "utf-8")
-    settings = {k: v for k, v in COMMON.items() if k != "rollout"}
-    settings |= {"model": str(folder / "fresh"), "data": str(data), "out": str(folder / "sft"), "learning_rate": 1e-2}
-    settings |= {"max_steps": 120, "tokens_per_step": 8192, "micro_tokens": 8192, "schedule": "cosine"}
+    settings = reference_settings(folder / "fresh", data, folder / "sft")
     return bench.train({"reference": Job("sft", settings)})["reference"].model
+
+
+def reference_settings(fresh: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Of the SFT that makes the reference."""
+    kept = {k: v for k, v in COMMON.items() if k not in ("rollout", "health")}
+    sizes = {"max_steps": 120, "tokens_per_step": 8192, "micro_tokens": 8192}
+    names = {"model": str(fresh), "data": str(data), "out": str(out)}
+    return kept | names | sizes | {"learning_rate": 1e-2, "schedule": "cosine"}
