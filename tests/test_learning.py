@@ -318,7 +318,7 @@ def test_both_sides_have_the_same_mini_batches(tmp_path: Path) -> None:
     settings = parse(KINDS["ppo"], beside_trl.ours(fake, tmp_path, tmp_path / "rows", 3) | {"seed": 0})
     told = beside_trl.theirs(0)
     size = told["per_device_train_batch_size"] * told["gradient_accumulation_steps"]
-    assert size * told["num_mini_batches"] == settings.rollout.batch  # type: ignore[attr-defined]
+    assert size == settings.rollout.batch and told["num_mini_batches"] == settings.ppo.minibatches  # type: ignore[attr-defined]
     assert told["kl_coef"] == settings.ppo.kl_coef and told["num_ppo_epochs"] == settings.ppo.epochs  # type: ignore[attr-defined]
     parse(KINDS["reward"], pairs.settings_of(tmp_path, tmp_path, 3, 100.0, 0))
     for name, job in town.jobs(fake, tmp_path, 0, True).items():

@@ -96,8 +96,12 @@ def ours(town: Town, judge: Path, rows: Path, iterations: int) -> dict[str, Any]
 
 
 def theirs(seed: int) -> dict[str, Any]:
-    """TRL's settings, beside those of `peers/trl_ppo.py`; batch sizes give `MINIBATCHES` mini-batches of an iteration."""
-    sizes = {"per_device_train_batch_size": EPISODES // MINIBATCHES, "gradient_accumulation_steps": 1}
+    """TRL's settings, beside those of `peers/trl_ppo.py`.
+
+    A device batch holds all episodes of an iteration and is cut into `MINIBATCHES`, each with an optimizer step: with accumulation
+    TRL would step only once for as many mini-batches as are accumulated.
+    """
+    sizes = {"per_device_train_batch_size": EPISODES, "gradient_accumulation_steps": 1}
     passes = {"num_ppo_epochs": EPOCHS, "num_mini_batches": MINIBATCHES}
     return {**sizes, **passes, "kl_coef": KL_COEF, "seed": seed, "bf16": False, "gradient_checkpointing": False}
 

@@ -188,7 +188,7 @@ def _peer(python: Path, folder: Path, base: Path, steps: int, seed: int) -> tupl
     job = {"model": str(base), "rows": str(folder / "ids.json"), "steps": steps, "pairs": PAIRS, "rate": RATE}
     job |= {"warmup": WARMUP, "seed": seed, "out": f"{folder}/trl-{seed}"}
     command = [str(python), "-m", "benchmarks.peers.trl_reward"]
-    with Side(PEER, command, job, folder / f"side-{seed}") as side:
+    with Side(PEER, command, job, folder / f"trl-side-{seed}") as side:
         seconds = side.go()["seconds"]
         side.next("peak")  # said at the very end, when the model is saved
     return Path(f"{folder}/trl-{seed}"), seconds
