@@ -123,7 +123,7 @@ COMMON = {
     "max_length": 160,
     "micro_tokens": 8192,
     "eval_fraction": 0.0,
-    "learning_rate": 1e-4,
+    "learning_rate": 5e-5,
     "warmup": 10,
     "schedule": "linear",
     "save_every": 10**6,
@@ -131,7 +131,7 @@ COMMON = {
     "rollout": {"batch": 256, "max_new_tokens": 64},
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "grpo": ("grpo", {"grpo": {"group_size": 8, "kl_coef": 0.01, "epochs": 1, "minibatches": 2}}),
+    "grpo": ("grpo", {"grpo": {"group_size": 8, "kl_coef": 0.01, "epochs": 1, "minibatches": 1}}),
     "ppo": (
         "ppo",
         {"ppo": {"kl_coef": 0.01, "epochs": 1, "minibatches": 2, "gae_lambda": 1.0, "critic_learning_rate": 1e-3}},
