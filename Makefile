@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup check test demo bench docs slow browser seeds clean
+.PHONY: setup check test demo bench learning docs slow browser seeds clean
 
 setup: $(DEV_STAMP)
 
@@ -50,6 +50,10 @@ DATA_ROOT ?= ../shared/data
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks peers
 	$(BIN)/python -m benchmarks core --data-root $(DATA_ROOT)
+
+# Proofs that alignment works, the quick ones: about 20 minutes.
+learning: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks learning --quick --data-root $(DATA_ROOT)
 
 # Minutes each: not part of `test`.
 slow: $(DEV_STAMP)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks core|data|seeds|gpu|peers`: what is measured, with ratios taken in one run and their spread."""
+"""`python -m benchmarks core|data|seeds|learning|gpu|peers`: what is measured, with ratios taken in one run and their spread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("core", "data", "seeds", "gpu"):
+    for name in ("core", "data", "seeds", "learning", "gpu"):
         command = commands.add_parser(name)
         command.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
         if name != "gpu":
@@ -26,6 +26,13 @@ def main() -> None:
     core.add_argument("--data-root", type=Path, default=None, help="folder with alpaca-en and hh-rlhf")
     core.add_argument("--only", default="", help="works, separated by commas")
     core.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
+    learning = commands.choices["learning"]
+    learning.add_argument("--only", default="", help="numbers of proofs, separated by commas")
+    learning.add_argument("--data-root", type=Path, default=None, help="folder with hh-rlhf, alpaca-en, pretrain-en")
+    learning.add_argument("--town", type=Path, default=None, help="a finished run of recipes/quickstart.yaml")
+    learning.add_argument("--hh", type=Path, default=None, help="a finished run of recipes/hh-assistant.yaml")
+    learning.add_argument("--workers", type=int, default=2, help="processes that train at the same time")
+    learning.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md and its plots")
     gpu = commands.choices["gpu"]
     gpu.add_argument("--tiny", action="store_true", help="tiny models: a test of the benchmark itself, on any machine")
     gpu.add_argument("--only", default="", help="parts, separated by commas")
@@ -49,6 +56,17 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
         from benchmarks import gpu
 
         return gpu.measure(tiny=arguments.tiny, only=only)
+    if arguments.command == "learning":
+        from benchmarks import learning
+
+        docs = DOCS if arguments.write_docs else None
+        options = {
+            "town": arguments.town,
+            "hh": arguments.hh,
+            "workers": arguments.workers,
+            "json_file": arguments.json,
+        }
+        return learning.measure(quick=arguments.quick, only=only, data_root=arguments.data_root, docs=docs, **options)
     if arguments.command == "seeds":
         from benchmarks import seeds
 

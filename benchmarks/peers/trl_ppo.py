@@ -51,7 +51,7 @@ def work(job: dict[str, Any], meter: Meter) -> None:
     logs = Logs()
     meter.wait()
     ppo_trainer.batch_generation = _given(job)
-    _trainer(job, "check", job["check_rate"], logs, job["check"], 1).train()
+    trainer(job, "check", job["check_rate"], logs, job["check"], 1).train()
     names = {"score": "objective/scores", "kl": "objective/kl"}
     meter.checked([logs.rows[0][names[key]] for key in job["compare"]])
 
@@ -64,10 +64,17 @@ def work(job: dict[str, Any], meter: Meter) -> None:
         return found, logits
 
     ppo_trainer.batch_generation = counted
-    _trainer(job, "timed", job["rate"], windows, job["rows"], job["windows"]).train()
+    trainer(job, "timed", job["rate"], windows, job["rows"], job["windows"]).train()
 
 
-def _trainer(job: dict[str, Any], out: str, rate: float, callback: Any, file: str, iterations: int) -> PPOTrainer:
+def trainer(job: dict[str, Any], out: str, rate: float, callback: Any, file: str, iterations: int) -> PPOTrainer:
+    """TRL's trainer with four models.
+
+    Args:
+        job: model, reward, new (tokens of an answer), episodes (of an iteration), settings (they win over what is set here).
+        out: a folder under the job's.
+        file: of rows; their ids stand beside it in `FILE.ids.json`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     rows = json.loads(Path(f"{file}.ids.json").read_text("utf-8"))
     options = {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0}
@@ -75,7 +82,7 @@ def _trainer(job: dict[str, Any], out: str, rate: float, callback: Any, file: st
     options |= {"num_ppo_epochs": 1, "num_mini_batches": 1, "num_sample_generations": 0, "temperature": 1.0}
     options |= {"response_length": job["new"], "stop_token": "eos", "kl_coef": 0.05, "disable_tqdm": True}
     options |= {"total_episodes": iterations * job["episodes"], "use_cpu": not torch.cuda.is_available()}
-    args = PPOConfig(output_dir=str(Path(job["folder"]) / out), **options, **job["settings"])
+    args = PPOConfig(**{"output_dir": str(Path(job["folder"]) / out), **options, **job["settings"]})
     policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     critic = AutoModelForSequenceClassification.from_pretrained(job["reward"], num_labels=1, dtype=torch.float32)
     if job.get("lora"):
