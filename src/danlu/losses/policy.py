@@ -123,6 +123,8 @@ def kl_loss(
     samples of p, the gradient of k2 is `log(p/q) grad log p`, whose mean is the gradient of KL(p || q), as that of k1 in the
     reward is. That of k3 is `(1 - q/p) grad log p`, whose mean is the gradient of KL(q || p): the same near q = p, weaker
     where p has grown, and unbounded where p has shrunk. That of k1 has mean 0 and holds nothing back: it is for rewards only.
+    Summed over the tokens of an answer neither is the gradient of the whole answer's KL: what a token does to the KL of later
+    tokens is left out, which the KL in the reward does not.
 
     Args:
         logprobs_T: of the policy being trained, with gradient.
