@@ -111,6 +111,8 @@ SILENT: list[tuple[str, list[Row]]] = [
     ("P-RATIO", rows(ratio_error_first=flat(1e-6), ratio_max=lambda t: 30 if t == 0.5 else 1.5)),
     ("P-ENGINE-GAP", rows(engine_gap=noisy(flat(2e-5), 1e-6))),
     ("P-ENGINE-GAP", rows(engine_gap=noisy(flat(0.06), 0.01))),  # bfloat16
+    # One token of thousands is beyond the bound at first, and none later.
+    ("P-ENGINE-GAP", rows(8, engine_gap=flat(0.1), engine_gap_high=lambda t: float(t < 0.1))),
     ("P-CLIP-HIGH", rows(clip_fraction=line(0.05, 0.2))),
     ("P-SCORE-FALLS", rows(score=noisy(line(0, 1), 0.2))),
     ("P-SCORE-FALLS", rows(score=noisy(flat(0.5), 0.3))),
