@@ -24,15 +24,15 @@ from danlu.generation.seeds import mix_seed
 from danlu.models.load import load_model
 from danlu.models.roles import SeparateModels, reference_model
 from danlu.models.root import RootModel
-from danlu.rewards.combine import Combined
 from danlu.rewards.model import fold_normaliser
 from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
 from danlu.trainers import scoring
+from danlu.trainers.players import Players
 from danlu.training import distributed
 from danlu.training.buffer import ReplayBuffer, ScoredAnswer
 from danlu.training.checkpoint import Stateful
-from danlu.training.compute import Compute, choose
+from danlu.training.compute import choose
 from danlu.training.controller import KlController, RunningMoments, shaped_scores
 from danlu.training.ema import Ema
 from danlu.training.experience import Experience, experience_of
@@ -60,18 +60,6 @@ from danlu.training.watch import Watch
 from danlu.tree import Trajectory
 
 REFILLS = 8  # roll-outs more than planned before an iteration gives up on judges that score nothing
-
-
-@dataclass(frozen=True)
-class Players:
-    """Everything that takes part: the root with policy, ref and critic; what scores answers; the engine with its own weights."""
-
-    root: RootModel
-    policy: Any
-    reward: Combined
-    engine: LocalEngine
-    compute: Compute
-    template: ChatTemplate
 
 
 @within_limits
