@@ -47,7 +47,7 @@ docs: $(DEV_STAMP)
 
 # The peers' environments are made once; DATA_ROOT holds alpaca-en and hh-rlhf. Preparing data has its own: `benchmarks data`.
 DATA_ROOT ?= ../shared/data
-bench: $(STAMP)
+bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks peers
 	$(BIN)/python -m benchmarks core --data-root $(DATA_ROOT)
 

@@ -163,8 +163,10 @@ class TrainSettings(StageSettings):
         description="processes of this machine that share the work; auto: one for each GPU, or for each core up to four; "
         "under torchrun: as many as it started",
     )
-    strategy: Literal["ddp", "fsdp2"] = Field(
-        "ddp", description="with several processes: each holds the whole model, or its share of it (FSDP2)"
+    strategy: Literal["ddp", "zero2", "fsdp2"] = Field(
+        "ddp",
+        description="with several processes: each holds the whole model; its share of gradients and optimizer (zero2); "
+        "or of the weights too (fsdp2, ZeRO-3)",
     )
     template: str | None = Field(None, description="a chat template that danlu ships, in place of the tokenizer's own")
     max_length: int = Field(

@@ -122,8 +122,9 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
         }
     several = settings.processes if isinstance(settings.processes, int) else 1
     own: Strategy = "lora" if settings.adapter == "lora" else "full"
-    if own == "full" and settings.strategy == "fsdp2" and several > 1:
-        own = "zero3"
+    if own == "full" and several > 1:
+        shared: dict[str, Strategy] = {"zero2": "zero2", "fsdp2": "zero3"}
+        own = shared.get(settings.strategy, own)
     found = {s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY) for s in STRATEGIES}
     chosen = found[own]
     return row | {
