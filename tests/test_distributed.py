@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from danlu.config import KINDS, SftSettings
 from danlu.data.collate import Trees
-from danlu.models.load import starter
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
+from danlu.models.starters import starter
 from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
 from danlu.training import checkpoint, distributed, sharding

@@ -17,8 +17,9 @@ from conftest import make_tiny
 
 from danlu.cli.main import run
 from danlu.config import SftSettings, Starter
-from danlu.models.load import load_model, save_model, starter
+from danlu.models.load import load_model, save_model
 from danlu.models.roles import AdapterRoles
+from danlu.models.starters import starter
 from danlu.pipeline import footprint, plan
 from danlu.pipeline.footprint import adapter_parameters, kept, shape_of_folder, shape_of_starter, stage_memory
 from danlu.pipeline.plan import estimate

@@ -48,7 +48,7 @@ FROZEN = {
     "StageSettings": STAGE,
     "TrainSettings": f"{STAGE} {TRAIN}",
     "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",
-    "Starter": "hidden_size layers heads kv_heads context",
+    "Starter": "family hidden_size layers heads kv_heads context",
     "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter",
     "SftSettings": f"{STAGE} {TRAIN}",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",

@@ -40,8 +40,11 @@ class EngineSettings(Settings):
 
 
 class Starter(Settings):
-    """The small Llama that is pre-trained from nothing when no model is given."""
+    """The small model that is pre-trained from nothing when no model is given."""
 
+    family: Literal["llama", "mistral", "qwen2", "gpt2", "codegen", "bloom", "gpt_neox", "opt"] = Field(
+        "llama", description="whose layers it has (MOSS: codegen, CPM-1 and Wenzhong: gpt2)"
+    )
     hidden_size: int = Field(192, ge=16, description="width D")
     layers: int = Field(4, ge=1, description="transformer blocks")
     heads: int = Field(6, ge=1, description="query heads")

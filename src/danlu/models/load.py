@@ -56,62 +56,6 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
     return loaded
 
 
-def starter(
-    vocab_size: int,
-    *,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    context: int,
-    seed: int,
-    ids: dict[str, int],
-) -> Any:
-    """A small Llama with fresh weights, a function of its shape and seed alone (not of transformers' initialisation).
-
-    Normal(0, 0.02); projections back into the residual stream are divided by sqrt(2 * layers) (Radford et al. 2019).
-
-    Args:
-        hidden_size: a multiple of heads; the MLP is 8/3 of it, rounded up to 32.
-        ids: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
-    """
-    from transformers import LlamaForCausalLM
-
-    config = starter_config(
-        vocab_size, hidden_size=hidden_size, layers=layers, heads=heads, kv_heads=kv_heads, context=context, ids=ids
-    )
-    model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if parameter.dim() < 2:
-                parameter.fill_(1.0)
-                continue
-            std = 0.02 / (2 * layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            parameter.normal_(0.0, std, generator=generator)
-    return model
-
-
-def starter_config(
-    vocab_size: int, *, hidden_size: int, layers: int, heads: int, kv_heads: int, context: int, ids: dict[str, int]
-) -> Any:
-    """The configuration of `starter`, with its arguments."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=-(-hidden_size * 8 // 3 // 32) * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=context,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-        **ids,
-    )
-
-
 def save_model(model: Any, tokenizer: Any | None, folder: Path, state: dict[str, torch.Tensor] | None = None) -> Path:
     """Writes an ordinary transformers folder (safetensors), under a temporary name first.
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from danlu.config import PretrainSettings
 from danlu.data.collate import encode_documents, require_items
 from danlu.exceptions import SettingsError
-from danlu.models.load import load_model, starter
+from danlu.models.load import load_model
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
+from danlu.models.starters import starter
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
 from danlu.training.compute import choose
