@@ -75,6 +75,13 @@ def test_seconds_are_work_over_rate(tmp_path: Path) -> None:
     assert row["seconds"] == pytest.approx(2 + 6 * row["parameters"] * 4 * 512 / (1e11 * plan.EFFICIENCY))
 
 
+def test_records_are_limited(tmp_path: Path) -> None:
+    """Each of half the greatest length: 3 records, 2 epochs."""
+    path = tiny.recipe(tmp_path)
+    limit = ["sft.max_steps=null", "sft.max_records=3", "sft.epochs=2", "sft.max_length=40"]
+    assert rows(path, *limit)["sft"]["tokens"] == 3 * 20 * 2
+
+
 def test_parameters_of_a_given_model(tmp_path: Path) -> None:
     path = tiny.recipe(tmp_path)
     actual = sum(p.numel() for p in load_model(tiny.model()).parameters())

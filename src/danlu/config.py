@@ -48,12 +48,13 @@ class Starter(Settings):
     hidden_size: int = Field(192, ge=16, description="width D")
     layers: int = Field(4, ge=1, description="transformer blocks")
     heads: int = Field(6, ge=1, description="query heads")
-    kv_heads: int = Field(3, ge=1, description="key and value heads (grouped-query attention)")
+    kv_heads: int = Field(3, ge=1, description="key and value heads (grouped-query attention: llama, mistral, qwen2)")
     context: int = Field(512, ge=32, description="positions")
 
     @model_validator(mode="after")
     def _divides(self) -> Starter:
-        if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
+        grouped = self.family in ("llama", "mistral", "qwen2")
+        if self.hidden_size % (2 * self.heads) or (grouped and self.heads % self.kv_heads):
             raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of kv_heads")
         return self
 

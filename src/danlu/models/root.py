@@ -19,6 +19,7 @@ from danlu.models import attention, lean, padded
 from danlu.models.attention import Carrier, TreePlan
 from danlu.models.families import TESTED, check_length, refuse
 from danlu.models.heads import LogitRule, head_weights, logits_of
+from danlu.text.tokenizer import quiet
 from danlu.tree import Node, TreeBatch, branches, forest
 
 RoleName = Literal["policy", "ref", "critic", "reward"]
@@ -129,6 +130,7 @@ def prepare(model: Any) -> Any:
             `LogitRule` knows.
     """
     refuse(model.config)
+    quiet()  # transformers warns of each family whose attention takes none
     trunk = model.base_model
     trunk.danlu_fast_path = _takes_plan(model, trunk)
     return model

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from danlu.exceptions import ModelError
+from danlu.text.tokenizer import quiet
 
 # Products that lead back into the residual stream, by the ends of their names in all families.
 BACK = ("o_proj", "down_proj", "c_proj", "out_proj", "fc_out", "fc2", "dense", "dense_4h_to_h")
@@ -48,6 +49,7 @@ def starter(
         ids=ids,
         family=family,
     )
+    quiet()
     model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

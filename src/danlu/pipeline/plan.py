@@ -164,7 +164,10 @@ def _stage_tokens(settings: StageSettings) -> float:
     if isinstance(settings, TrainSettings):
         if settings.max_steps is not None:
             return float(settings.max_steps * settings.tokens_per_step)  # wins over epochs: the data is repeated
-        tokens = _tokens(settings.data) * settings.epochs
+        tokens = _tokens(settings.data)
+        if settings.max_records is not None:  # of half the greatest length, as memory is counted for
+            tokens = min(tokens, settings.max_records * settings.max_length / 2)
+        tokens *= settings.epochs
         if isinstance(settings, RewardSettings) and settings.collect is not None:
             tokens += settings.collect.count * settings.collect.pairs * 50 * settings.epochs
         return tokens
