@@ -23,11 +23,14 @@ GPU_GRID = 512  # the same on a GPU, which prefers few large products
 
 
 def arena_length(positions: int) -> int:
-    """The smallest of 64, 128, 192, 256, 384, 512, 768, 1024, ... that holds so many positions."""
-    length = BLOCK
+    """The smallest of 128, 256, 384, 512, 768, 1024, ... that holds so many positions.
+
+    Few lengths, since a step has a product for each of those that its lanes have.
+    """
+    length = 2 * BLOCK
     while length < positions:
         half_more = length * 3 // 2
-        if half_more >= positions and half_more % BLOCK == 0:
+        if half_more >= positions and half_more > 4 * BLOCK:
             return half_more
         length *= 2
     return length
