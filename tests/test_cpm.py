@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -357,5 +358,6 @@ def test_cpm1_pieces(tmp_path: Path) -> None:
         ("第一行\n第二行", "第一行 \u2583 第二行"),
     ):
         assert tokenizer(text)["input_ids"] == reference.encode(joined)
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        shown = unicodedata.normalize("NFKC", text)  # SentencePiece's own rule, which the published file has too
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == shown
     assert tokenizer.eos_token == "<eod>"

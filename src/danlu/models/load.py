@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from danlu.exceptions import ModelError
+from danlu.models import cpm2
 from danlu.models.places import resolve
 from danlu.models.registry import families, family_of
 from danlu.models.scalar import scalar_class
@@ -114,8 +115,9 @@ def _class_of(config: Any, name: str, *, scalar: bool) -> Any:
 
 def is_encoder_decoder(config: Any) -> bool:
     """Whether a configuration (or a config.json as a mapping) is of a model that reads a source and writes a target."""
-    value = config.get("is_encoder_decoder") if isinstance(config, Mapping) else config.is_encoder_decoder
-    return bool(value)
+    if isinstance(config, Mapping):
+        return bool(config.get("is_encoder_decoder")) or cpm2.says(config)
+    return bool(config.is_encoder_decoder)
 
 
 def raw_config(name: str, local: bool) -> Mapping[str, Any]:
@@ -194,7 +196,23 @@ def check_tokenizer(model: Any, tokenizer: Any, name: str | Path) -> None:
     Raises:
         ModelError: with both numbers.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    check_rows(model.get_input_embeddings().weight.shape[0], tokenizer, name)
+
+
+def check_vocabulary(raw: Mapping[str, Any], tokenizer: Any, name: str | Path) -> None:
+    """`check_tokenizer` by config.json, before the weights are read.
+
+    Raises:
+        ModelError: with both numbers.
+    """
+    sizes = [raw.get(key) for key in ("vocab_size", "padded_vocab_size")]
+    rows = max((size for size in sizes if isinstance(size, int)), default=0)
+    if rows:
+        check_rows(rows, tokenizer, name)
+
+
+def check_rows(rows: int, tokenizer: Any, name: str | Path) -> None:
+    """See `check_tokenizer`."""
     ids = max(tokenizer.get_vocab().values(), default=0) + 1
     if ids > rows:
         raise ModelError(

@@ -14,6 +14,8 @@ def scalar_class(config: Any) -> Any:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
 
     kind: Any = type(config)
+    if not hasattr(config, "pad_token_id"):
+        config.pad_token_id = None  # the generic part asks for it; rows are never padded here
     return KNOWN[kind] if kind in KNOWN else _made(kind)
 
 
