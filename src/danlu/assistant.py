@@ -11,13 +11,15 @@ import torch
 
 from danlu.config import EngineSettings
 from danlu.exceptions import ModelError
+from danlu.generation.encoder_decoder import EncoderDecoderEngine
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import FinishReason, Request, SamplingParams, TopLogprobs, generate
 from danlu.generation.speculative import drafter_of
-from danlu.models.load import load_model
+from danlu.models.load import check_tokenizer, load_model
 from danlu.models.places import resolve
 from danlu.models.quantize import is_quantized, load_quantized, quantize_model
 from danlu.text.chat_template import ChatTemplate
+from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
 from danlu.types import Message
 
@@ -37,6 +39,20 @@ class Reply:
     finish_reason: FinishReason
     prompt_ids: tuple[int, ...]
     top_logprobs: tuple[TopLogprobs, ...] = ()
+
+
+def _engine_of(model: Any, tokenizer: Any | None, used: EngineSettings) -> LocalEngine | EncoderDecoderEngine:
+    if model.config.is_encoder_decoder:
+        if used.speculate != "off":
+            raise ModelError("encoder-decoders do not guess tokens ahead", hint="leave speculate off")
+        return EncoderDecoderEngine(model, tokenizer, max_slots=used.slots)
+    return LocalEngine(
+        model,
+        tokenizer,
+        max_slots=used.slots,
+        memory=int(used.cache_gib * 2**30) or None,
+        drafter=drafter_of(used.speculate, used.guesses, model),
+    )
 
 
 class Assistant:
@@ -62,15 +78,9 @@ class Assistant:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.template = ChatTemplate(tokenizer) if tokenizer is not None else None
-        used = engine or EngineSettings()
-        self.engine = LocalEngine(
-            model,
-            tokenizer,
-            max_slots=used.slots,
-            memory=int(used.cache_gib * 2**30) or None,
-            drafter=drafter_of(used.speculate, used.guesses, model),
-        )
+        paired = bool(model.config.is_encoder_decoder)
+        self.template = seam_of(tokenizer, encoder_decoder=paired) if tokenizer is not None else None
+        self.engine = _engine_of(model, tokenizer, engine or EngineSettings())
         self.defaults = defaults or SamplingParams(max_new_tokens=512, temperature=0.7, top_p=0.9)
 
     @property
@@ -247,4 +257,6 @@ def load(
         model = load_model(folder, dtype=chosen)
         if bits == 8:
             model = quantize_model(model)
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer, folder)
     return Assistant(model.to(place), tokenizer, name=str(path), engine=engine)

@@ -113,10 +113,9 @@ def evaluate(
         from danlu.evals import perplexity
         from danlu.training.templates import tokenizer_of
 
-        trees = perplexity.encode(data, tokenizer_of(model, stage="eval"), max_length, limit)
-        assistant = danlu.load(model, bits=bits)
-        result["perplexity"] = perplexity.perplexity(assistant.model, trees)
-        result["tokens"] = int(sum(sum(n.loss_weights) for item in trees.items for n in item))
+        tokenizer = tokenizer_of(model, stage="eval")
+        loaded = danlu.load(model, bits=bits).model
+        result["perplexity"], result["tokens"] = perplexity.measure(loaded, data, tokenizer, max_length, limit)
     else:
         from danlu.evals.generation import evaluate as score
 

@@ -26,9 +26,8 @@ from danlu.pipeline import gates
 from danlu.pipeline.gates import Gate
 from danlu.rewards.model import store_verdict
 from danlu.synth.compare import collect
-from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
-from danlu.text.tokenizer import load_tokenizer, train_tokenizer
+from danlu.text.tokenizer import train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
 from danlu.trainers import dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
 from danlu.training import distributed
@@ -36,7 +35,7 @@ from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
 from danlu.training.setup import records_of
 from danlu.training.step import TrainResult
-from danlu.training.templates import template_of, tokenizer_of
+from danlu.training.templates import served_template, template_of, tokenizer_of
 from danlu.types import Comparison, Conversation, Prompt, Unpaired
 
 S = TypeVar("S", bound=StageSettings)
@@ -133,7 +132,7 @@ def _answers_learnt(
     """The outcome of a stage that learns given answers, with the gates on their text."""
     sample = random.Random(f"{settings.seed}/render").sample(records, min(RENDER_SAMPLE, len(records)))
     training = template_of(settings.model, settings, stage=stage)
-    serving = ChatTemplate(load_tokenizer(result.model))
+    serving = served_template(result.model)
     verdicts = [gates.stop(result.facts), gates.truncated(result.facts), gates.render(training, serving, sample)]
     example = serving.render(sample[0].messages) if sample else ""
     return Outcome(result.metrics, {**result.facts, "rendered_example": example}, verdicts)
@@ -202,11 +201,11 @@ def run_eval(settings: EvalSettings) -> Outcome:
     if settings.task == "perplexity":
         metrics = {}
         for model in settings.models:
-            loaded = danlu.load(model).model
-            trees = perplexity.encode(
-                settings.data, tokenizer_of(model, stage="eval"), settings.max_length, settings.limit
+            tokenizer = tokenizer_of(model, stage="eval")
+            found_perplexity, _ = perplexity.measure(
+                danlu.load(model).model, settings.data, tokenizer, settings.max_length, settings.limit
             )
-            metrics[f"{label(model)}_perplexity"] = perplexity.perplexity(loaded, trees)
+            metrics[f"{label(model)}_perplexity"] = found_perplexity
         return Outcome(metrics)
     prompts = _questions(settings.data, settings)[: settings.limit]
     found: dict[str, Evaluation] = {}
