@@ -35,13 +35,12 @@ from danlu.models.chatglm_heads import (
     CausalHead,
     ScoreHead,
     cache_of,
-    freeze_all_but_prefix,
     load_folder,
     open_quantized,
     with_prefix,
 )
 from danlu.models.chatglm_positions import Rules, hidden_keys, positions_after, step_inputs
-from danlu.models.chatglm_prefix import LoadsPrefix, PrefixEncoder
+from danlu.models.chatglm_prefix import LoadsPrefix, PrefixEncoder, freeze_all_but_prefix
 from danlu.models.registry import Family
 from danlu.text.chatglm_tokenizers import ChatGLMTokenizer, open_first
 
@@ -266,8 +265,7 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        if self.transformer.prefix_length:
-            self.lm_head.requires_grad_(False)
+        freeze_all_but_prefix(self)
 
     @property
     def blocks(self) -> nn.Module:
@@ -280,6 +278,14 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value  # type: ignore[assignment]
 
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers' own; takes the mask that the original's tokenizer makes, bool `[B, 1, T, T]`, too."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            ids = inputs if inputs is not None else kwargs["input_ids"]
+            kwargs |= {"full_attention_mask": mask, "attention_mask": torch.ones_like(ids)}
+        return super().generate(inputs, **kwargs)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
         return positions_after(self.transformer.rules, inputs_tensor, model_kwargs.get("attention_mask"), 0)
 
@@ -290,6 +296,7 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        full_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What one step of `generate` reads: all ids at first, the last one with a cache."""
@@ -300,13 +307,11 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
             # A single step takes the mask's place in one dimension, whatever positions went before (a quirk of the original).
             position_ids = positions_after(rules, input_ids, attention_mask, known, whole=True)
         new = input_ids.shape[1] - known
-        if attention_mask is not None and attention_mask.dim() == 4:
-            attention_mask = attention_mask[:, :, -new:]
         chosen = {key: kwargs[key] for key in ("output_hidden_states", "return_dict", "logits_to_keep") if key in kwargs}
         return {
             "input_ids": input_ids[:, -new:],
             "position_ids": position_ids[..., -new:],
-            "attention_mask": attention_mask,
+            "attention_mask": attention_mask if full_attention_mask is None else full_attention_mask[:, :, -new:],
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             **chosen,
@@ -315,25 +320,27 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> dict[str, Any]:
-        mask, positions = model_kwargs.pop("attention_mask", None), model_kwargs.pop("position_ids", None)
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
+        positions = model_kwargs.pop("position_ids", None)
+        masks = {k: model_kwargs.pop(k, None) for k in ("attention_mask", "full_attention_mask")}
+        found = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
         for _ in range(num_new_tokens):
-            if mask is not None and mask.dim() == 4:
-                # The new token sees what the last one saw, and itself; nobody before saw it.
-                mask = torch.cat([mask, mask.new_ones(*mask.shape[:3], 1)], dim=3)
-                row = mask[:, :, -1:].clone()
-                row[..., -1] = 0
-                mask = torch.cat([mask, row], dim=2)
-            elif mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            masks = {k: m if m is None else _grown(m) for k, m in masks.items()}
             if positions is not None:
                 step = positions[..., -1:].clone()
                 if positions.dim() == 3:
                     step[:, 1] += 1
                 positions = torch.cat([positions, step], dim=-1)
-        return {**model_kwargs, "attention_mask": mask, "position_ids": positions}
+        return {**found, **masks, "position_ids": positions}
+
+
+def _grown(mask: Tensor) -> Tensor:
+    """A mask with one token more: it sees what the last one sees, and itself; no token before sees it."""
+    if mask.dim() == 2:
+        return torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    mask = torch.cat([mask, mask.new_ones(*mask.shape[:3], 1)], dim=3)
+    row = mask[:, :, -1:].clone()
+    row[..., -1] = 0
+    return torch.cat([mask, row], dim=2)
 
 
 class ChatGLMForSequenceClassification(ScoreHead, ChatGLMPreTrainedModel):

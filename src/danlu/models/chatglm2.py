@@ -36,12 +36,11 @@ from danlu.models.chatglm_heads import (
     CausalHead,
     ScoreHead,
     cache_of,
-    freeze_all_but_prefix,
     load_folder,
     open_quantized,
     with_prefix,
 )
-from danlu.models.chatglm_prefix import LoadsPrefix, PrefixEncoder
+from danlu.models.chatglm_prefix import LoadsPrefix, PrefixEncoder, freeze_all_but_prefix
 from danlu.models.registry import Family
 from danlu.text.chatglm_tokenizers import ChatGLM2Tokenizer, open_later
 

@@ -40,13 +40,6 @@ def with_prefix(key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor] | None
     return torch.cat([prefix[0].to(key.dtype), key], dim=2), torch.cat([prefix[1].to(value.dtype), value], dim=2)
 
 
-def freeze_all_but_prefix(model: Any) -> None:
-    """With a prefix nothing else learns, as in the original; without one all does."""
-    if model.prefix_length:
-        model.requires_grad_(False)
-        model.prefix_encoder.requires_grad_(True)
-
-
 def open_quantized(config: Any, blocks: nn.Module) -> None:
     """Makes the blocks ready for quantised weights if config.json says so."""
     if config.quantization_bit:

@@ -104,26 +104,36 @@ class LoadsPrefix:
         load: Callable[..., Any] = super().from_pretrained  # type: ignore[misc]
         folder = Path(str(pretrained_model_name_or_path))
         file = prefix_file(folder) if folder.is_dir() else None
-        if file is None:
-            return load(pretrained_model_name_or_path, *args, **kwargs)
-        state = read_prefix(file)
-        config = kwargs.pop("config", None)
-        if config is None or isinstance(config, str | Path):
-            config = cls.config_class.from_pretrained(config or folder)  # type: ignore[attr-defined]
-        for name in [n for n in ("pre_seq_len", "prefix_projection", "quantization_bit") if n in kwargs]:
-            setattr(config, name, kwargs.pop(name))
-        fit_config(config, state, file)
-        loaded = load(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        encoder = model.base_model.prefix_encoder
-        try:
-            encoder.load_state_dict(dict(state))
-        except RuntimeError as error:
-            raise ModelError(
-                f"the prefix encoder was made for another model: {str(error).splitlines()[-1].strip()}", file=file
-            ) from error
-        if isinstance(loaded, tuple):
-            missing = loaded[1]["missing_keys"]
-            keep = [key for key in missing if NAME not in key]
-            loaded[1]["missing_keys"] = type(missing)(keep)
+        state = read_prefix(file) if file is not None else None
+        if file is not None and state is not None:
+            config = kwargs.pop("config", None)
+            if config is None or isinstance(config, str | Path):
+                config = cls.config_class.from_pretrained(config or folder)  # type: ignore[attr-defined]
+            for name in [n for n in ("pre_seq_len", "prefix_projection", "quantization_bit") if n in kwargs]:
+                setattr(config, name, kwargs.pop(name))
+            fit_config(config, state, file)
+            kwargs["config"] = config
+        loaded = load(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
+        if file is not None and state is not None:
+            _put(model, state, file)
+            if info is not None:
+                missing = info["missing_keys"]
+                info["missing_keys"] = type(missing)(key for key in missing if NAME not in key)
+        freeze_all_but_prefix(model)  # loading makes new parameters
         return loaded
+
+
+def freeze_all_but_prefix(model: Any) -> None:
+    """With a prefix nothing else learns, as in the original; without one all does."""
+    if model.base_model.prefix_length:
+        model.requires_grad_(False)
+        model.base_model.prefix_encoder.requires_grad_(True)
+
+
+def _put(model: Any, state: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        model.base_model.prefix_encoder.load_state_dict(dict(state))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ModelError(f"the prefix encoder was made for another model: {reason}", file=file) from error

@@ -48,11 +48,8 @@ def punctuated(answer: str) -> str:
 
 def settled(answer: str, finish: Any) -> str:
     """As much of an unfinished answer, after `finish`, as what follows cannot change."""
-    bare = answer.rstrip()
-    cut = bare.rfind("[[")
-    if cut >= 0 and TRAINED_AT[0].startswith(bare[cut:]) or bare.endswith("["):
-        bare = bare[: cut if cut >= 0 else -1]
-    text: str = finish(bare.rstrip(",!:;? \n\t["))
+    begun = max(n for n in range(len(TRAINED_AT[0])) if answer.endswith(TRAINED_AT[0][:n]))
+    text: str = finish(answer[: len(answer) - begun].rstrip().rstrip(",!:;?"))
     return text
 
 
