@@ -149,7 +149,7 @@ class Assistant:
         try:
             for token in tokens:
                 ids.append(token.id)
-                text = template.decode(ids)
+                text = template.decode(ids, final=False)
                 # A character may be cut between tokens, and the tail may become a stop text: wait for the rest.
                 safe = _hold_back(cut_at_stop(text.rstrip("\ufffd"), stop), stop)
                 if len(safe) > len(shown) and safe.startswith(shown):

@@ -231,7 +231,7 @@ class LocalEngine(StepwiseEngine[_Row]):
                     if next_ids in begun:
                         continue
                     begun.add(next_ids)
-            end = min(row.prompt, lane.length + room)
+            end = row.prompt if self._runner().whole_prompts else min(row.prompt, lane.length + room)
             ids = list(row.request.prompt_ids[lane.length : end])
             whole = row.search is not None and row.search.all_hidden
             reads.append(Read(lane, ids, True, len(ids) if whole else int(end == row.prompt)))

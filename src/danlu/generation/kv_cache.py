@@ -57,7 +57,7 @@ class Lane:
     """One sequence in the cache: how many positions it may need, how many are written, and its place.
 
     `claim`: positions that are kept free for it, and for the lanes that will be forked from it. `past`: transformers' own cache
-    of the lane, where a family's attention takes no plan (`past.py`).
+    of the lane, where a family's attention takes no plan (`past.py`); `ids`: what it has read, where positions depend on that.
     """
 
     reserved: int
@@ -66,6 +66,7 @@ class Lane:
     arena: Arena | None = None
     slot: int = -1
     past: Any = None
+    ids: list[int] = field(default_factory=list)
 
 
 class Arena:

@@ -2,6 +2,11 @@
 
 Lanes that decode together are one batch padded on the left, kept from step to step and made anew when lanes join or leave.
 Prompts of one length are read together. Results equal those of one lane at a time up to rounding.
+
+A trunk may say more of itself (ChatGLM's do):
+    prefix_length       virtual tokens that it puts in front of the cache, and that masks and positions leave out
+    derives_positions   masks and positions are a function of the whole text: `inputs_of(rows, new)` makes them, and a prompt is
+                        read in one piece, since its tokens may see what follows
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ class PastRunner:
         self.model = model
         self.device = next(model.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self._prefix = int(getattr(model.base_model, "prefix_length", 0))
+        self.whole_prompts = bool(getattr(model.base_model, "derives_positions", False))
         self._batch: tuple[list[Lane], Any] = ([], None)
         self._reserved = 0
         self._limit = memory // self._bytes_per_position()
@@ -63,14 +70,15 @@ class PastRunner:
         self._spread()
         share = arena_length(lane.reserved)
         lane.claim -= share
-        return Lane(lane.reserved, lane.length, share, past=_copy(lane.past))
+        return Lane(lane.reserved, lane.length, share, past=_copy(lane.past), ids=list(lane.ids))
 
     def reorder(self, lanes: Sequence[Lane], parents: Sequence[int], start: int) -> None:
         """See `CachedRunner.reorder`."""
         self._spread()
-        pasts = [lanes[p].past for p in parents]
-        for lane, past, parent in zip(lanes, pasts, parents, strict=True):
-            lane.past = past if lanes[parent] is lane else _copy(past)
+        taken = [(lanes[p].past, lanes[p].ids) for p in parents]
+        for lane, (past, ids), parent in zip(lanes, taken, parents, strict=True):
+            if lanes[parent] is not lane:
+                lane.past, lane.ids = _copy(past), list(ids)
 
     def close(self, lane: Lane) -> None:
         """See `CachedRunner.close`."""
@@ -119,15 +127,22 @@ class PastRunner:
         """Hidden states `[B, n, D]` of n new tokens of each lane."""
         if self._batch[0] != lanes:
             self._spread()
-            self._batch = (lanes, _merge([x.past for x in lanes]))
+            self._batch = (lanes, _merge([x.past for x in lanes], self._prefix))
         longest, new = max(x.length for x in lanes), len(ids[0])
-        starts = torch.tensor([longest - x.length for x in lanes], device=self.device)
-        place = torch.arange(longest + new, device=self.device)
-        positions = torch.tensor([[x.length + n for n in range(new)] for x in lanes], device=self.device)
-        arguments = {"position_ids": positions} if self._takes_positions else {}
+        arguments: dict[str, Tensor] = {}
+        if self.whole_prompts:
+            for lane, read in zip(lanes, ids, strict=True):
+                lane.ids += read
+            arguments = self.model.base_model.inputs_of([x.ids for x in lanes], new)
+        else:
+            starts = torch.tensor([longest - x.length for x in lanes], device=self.device)
+            place = torch.arange(longest + new, device=self.device)
+            arguments["attention_mask"] = (place[None] >= starts[:, None]).long()
+            if self._takes_positions:
+                positions = [[x.length + n for n in range(new)] for x in lanes]
+                arguments["position_ids"] = torch.tensor(positions, device=self.device)
         output = self.model.base_model(
             input_ids=torch.tensor(ids, device=self.device),
-            attention_mask=(place[None] >= starts[:, None]).long(),
             past_key_values=self._batch[1],
             use_cache=True,
             **arguments,
@@ -148,11 +163,16 @@ class PastRunner:
                 if len(lanes) == 1
                 else _cache(
                     [
-                        (layer.keys[row : row + 1, :, -lane.length :], layer.values[row : row + 1, :, -lane.length :])
+                        (self._of(layer.keys[row : row + 1], lane), self._of(layer.values[row : row + 1], lane))
                         for layer in past.layers
                     ]
                 )
             )
+
+    def _of(self, states: Tensor, lane: Lane) -> Tensor:
+        """The prefix and the lane's own positions of a row that is padded between them."""
+        own = states[:, :, states.shape[2] - lane.length :]
+        return torch.cat([states[:, :, : self._prefix], own], dim=2) if self._prefix else own
 
     def _is_plain(self, lane: Lane) -> bool:
         """Whether the lane's cache is keys and values of all positions, which can be padded and put together."""
@@ -163,7 +183,7 @@ class PastRunner:
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         past = self.model.base_model(input_ids=tokens, use_cache=True).past_key_values
         states = [x for layer in past.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
-        return max(1, sum(x.nbytes for x in states))
+        return max(1, sum(x.nbytes // x.shape[2] for x in states))
 
 
 def _cache(states: States) -> DynamicCache:
@@ -177,8 +197,8 @@ def _copy(past: Any) -> DynamicCache:
     return _cache([(layer.keys.clone(), layer.values.clone()) for layer in past.layers])
 
 
-def _merge(pasts: Sequence[Any]) -> Any:
-    """One cache of several, padded on the left."""
+def _merge(pasts: Sequence[Any], prefix: int) -> Any:
+    """One cache of several, padded on the left, behind the prefix that all have."""
     if len(pasts) == 1 or pasts[0] is None:
         return pasts[0]
     longest = max(p.layers[0].keys.shape[2] for p in pasts)
@@ -186,8 +206,16 @@ def _merge(pasts: Sequence[Any]) -> Any:
     for layer in range(len(pasts[0].layers)):
         pairs = [(p.layers[layer].keys, p.layers[layer].values) for p in pasts]
         keys, values = (
-            torch.cat([torch.nn.functional.pad(x, (0, 0, longest - x.shape[2], 0)) for x in side])
+            torch.cat([_padded(x, longest, prefix) for x in side])
             for side in zip(*pairs, strict=True)
         )
         states.append((keys, values))
     return _cache(states)
+
+
+def _padded(states: Tensor, length: int, prefix: int) -> Tensor:
+    missing = length - states.shape[2]
+    if not prefix:
+        return torch.nn.functional.pad(states, (0, 0, missing, 0))
+    own = torch.nn.functional.pad(states[:, :, prefix:], (0, 0, missing, 0))
+    return torch.cat([states[:, :, :prefix], own], dim=2)

@@ -28,6 +28,8 @@ class CachedRunner:
         memory: bytes for keys and values: a quarter for read prompts, the rest for running lanes.
     """
 
+    whole_prompts = False  # they may be read in pieces
+
     def __init__(self, model: Any, memory: int) -> None:
         self.model = model
         self.shape = _shape(model)

@@ -30,7 +30,9 @@ def run_trunk(trunk: nn.Module, tree: TreeBatch) -> Tensor:
         place[path[new]] = row * longest + torch.arange(length)[new]
     index, mask, place = index.to(device), mask.to(device), place.to(device)
     arguments = {"input_ids": tree.input_ids_T[index] * mask, "attention_mask": mask, "use_cache": False}
-    if "position_ids" in inspect.signature(trunk.forward).parameters:
+    # Some families (GLM) make positions of the ids themselves, and their prompts see what follows.
+    derived = getattr(trunk, "derives_positions", False)
+    if not derived and "position_ids" in inspect.signature(trunk.forward).parameters:
         arguments["position_ids"] = tree.position_ids_T[index] * mask
     hidden: Tensor = trunk(**arguments).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, place)

@@ -19,6 +19,7 @@ from typing import Any
 
 from danlu.exceptions import TemplateError
 from danlu.text.calls import AnswerReader
+from danlu.text.chatglm_text import settled
 from danlu.text.layout import Layout, lay_out
 from danlu.text.pieces import LONGEST_TOKEN, Piece, PieceEncoder
 from danlu.text.rendering import Renderer, first_difference
@@ -180,13 +181,22 @@ class ChatTemplate:
             return [list(messages)]
         return [[*(_context(m) for m in messages[:n]), messages[n]] for n in answers] or [list(messages)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, final: bool = True) -> str:
         """The text of an answer: what stands before the first stop token, without other special tokens.
 
-        The space that the template puts around an answer is not part of it.
+        The space that the template puts around an answer is not part of it. A tokenizer may finish answers for showing
+        (ChatGLM's `process_response`).
+
+        Args:
+            final: nothing follows; else what could still be finished otherwise is left out.
         """
         kept = self._before_stop(ids)
-        return self._bare(self._pieces.decode(kept), stopped=len(kept) < len(ids))
+        text = self._bare(self._pieces.decode(kept), stopped=len(kept) < len(ids))
+        finish = getattr(self.tokenizer, "process_response", None)
+        if finish is None:
+            return text
+        shown: str = finish(text) if final else settled(text, finish)
+        return shown
 
     def decode_message(self, ids: Sequence[int]) -> Message:
         """The assistant message that these sampled ids are, with its thoughts and calls of tools (see `calls`).

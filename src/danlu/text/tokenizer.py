@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from danlu.exceptions import ModelError, SettingsError
+from danlu.text.own_tokenizers import tokenizer_class_of
 
 DOCUMENT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -107,6 +108,9 @@ def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:
 
     quiet()
     folder = Path(model)
+    own = tokenizer_class_of(folder)
+    if own is not None:
+        return own(folder)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     own = mapped_tokenizer(folder) if folder.is_dir() else None
     if own is not None:

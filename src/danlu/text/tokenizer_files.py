@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from danlu.exceptions import ModelError
+from danlu.text.own_tokenizers import tokenizer_class_of
 from danlu.text.sentencepiece import open_model
 from danlu.text.tokenizer import load_tokenizer, quiet
 
@@ -72,6 +73,9 @@ def _byte_level_files(folder: Path) -> tuple[Path, Path] | None:
 
 def _from_folder(folder: Path) -> Any:
     for place in (folder, folder / "model"):
+        own = tokenizer_class_of(place)
+        if own is not None:
+            return own(place)
         raw = _raw(place)
         if _is_transformers(place):
             if not (place / "tokenizer.json").is_file() and raw is not None and len(raw) == 1:
