@@ -19,6 +19,7 @@ POLICIES = {
     "dolly": ["pretrain", "sft"],
     "moss": ["pretrain", "sft"],
     "wenzhong-gpt2": ["pretrain", "sft"],
+    "belle-chinese": ["english", "chinese", "sft"],
     "pmc-llama": ["general", "domain", "sft"],
 }
 CASES = [*((name, "") for name in POLICIES), ("huatuo", "family=bloom")]

@@ -49,7 +49,7 @@ FROZEN = {
     "TrainSettings": f"{STAGE} {TRAIN}",
     "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",
     "Starter": "family hidden_size layers heads kv_heads context",
-    "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter",
+    "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter new_words",
     "SftSettings": f"{STAGE} {TRAIN}",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
     "EngineSettings": "slots cache_gib speculate guesses",

@@ -64,6 +64,9 @@ class PretrainSettings(TrainSettings):
 
     tokenizer: str = Field("", description="tokenizer folder for a starter; a given model brings its own")
     starter: Starter = Field(default_factory=lambda: Starter())
+    new_words: int = Field(
+        0, ge=0, description="frequent words of `data` that a given model's tokenizer learns first, at most"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only")
 

@@ -254,7 +254,9 @@ def cut_out(
         DataError: a span holds the end of a document.
     """
     if any(ids.eos in text[start:end] for start, end in spans):
-        raise DataError("a span that is cut out holds the end of a document", hint="give texts without their last token")
+        raise DataError(
+            "a span that is cut out holds the end of a document", hint="give texts without their last token"
+        )
     own = {"blank": ids.mask, "sentence": ids.sentence_mask, "document": ids.document_mask}
     mask = own[task] if mix.own_masks else ids.mask
     order = list(spans)

@@ -21,6 +21,7 @@ from danlu.text.text_to_text import TextToText
 from danlu.train_config import Sources
 from danlu.training.compute import Compute
 from danlu.training.step import heldout_loss
+from danlu.types import Document
 
 MICRO_TOKENS = 4096
 
@@ -65,6 +66,19 @@ def measure(model: Any, data: Sources, tokenizer: Any, max_length: int, limit: i
             total -= float(target_logprobs(model, PairBatch.of([pair], start).to(model.device)).sum())
     tokens = int(pairs.weights.sum())
     return math.exp(total / max(tokens, 1)), tokens
+
+
+def characters(data: Sources, limit: int | None = None) -> int:
+    """Characters of a file of documents; 0 for one of conversations.
+
+    Perplexity per character, `perplexity ** (tokens / characters)`, can be compared between tokenizers.
+    """
+    try:
+        read_sources(data, "conversation")
+    except DataError:
+        records = read_sources(data, "document").records[:limit]
+        return sum(len(r.text) for r in records if isinstance(r, Document))
+    return 0
 
 
 def perplexity(model: Any, trees: Trees) -> float:

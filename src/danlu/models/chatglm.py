@@ -307,7 +307,9 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
             # A single step takes the mask's place in one dimension, whatever positions went before (a quirk of the original).
             position_ids = positions_after(rules, input_ids, attention_mask, known, whole=True)
         new = input_ids.shape[1] - known
-        chosen = {key: kwargs[key] for key in ("output_hidden_states", "return_dict", "logits_to_keep") if key in kwargs}
+        chosen = {
+            key: kwargs[key] for key in ("output_hidden_states", "return_dict", "logits_to_keep") if key in kwargs
+        }
         return {
             "input_ids": input_ids[:, -new:],
             "position_ids": position_ids[..., -new:],

@@ -148,9 +148,7 @@ class SelfAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
-        mixed, _ = attend(
-            self, query, key, value, attention_mask, scaling=self.width**-0.5, dropout=dropout, **kwargs
-        )
+        mixed, _ = attend(self, query, key, value, attention_mask, scaling=self.width**-0.5, dropout=dropout, **kwargs)
         return self.dense(mixed.reshape(*x.shape[:2], -1))  # type: ignore[no-any-return]
 
     def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,7 +369,9 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLM2Chat, ChatGLM2PreTrain
         """What one step of `generate` reads: all ids at first, the last one with a cache."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         new = input_ids.shape[1] - max(seen - self.transformer.prefix_length, 0)
-        chosen = {key: kwargs[key] for key in ("output_hidden_states", "return_dict", "logits_to_keep") if key in kwargs}
+        chosen = {
+            key: kwargs[key] for key in ("output_hidden_states", "return_dict", "logits_to_keep") if key in kwargs
+        }
         return {
             "input_ids": input_ids[:, -new:],
             "position_ids": position_ids[..., -new:] if position_ids is not None else None,

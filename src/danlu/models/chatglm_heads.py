@@ -197,4 +197,3 @@ def load_folder(kind: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any
     if any(key.startswith("score.") for key in info["missing_keys"]):
         nn.init.zeros_(model.score.weight)
     return model
-

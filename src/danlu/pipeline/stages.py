@@ -200,12 +200,15 @@ def run_eval(settings: EvalSettings) -> Outcome:
     folder = Path(settings.out)
     if settings.task == "perplexity":
         metrics = {}
+        characters = perplexity.characters(settings.data, settings.limit)
         for model in settings.models:
             tokenizer = tokenizer_of(model, stage="eval")
-            found_perplexity, _ = perplexity.measure(
+            mean, tokens = perplexity.measure(
                 danlu.load(model).model, settings.data, tokenizer, settings.max_length, settings.limit
             )
-            metrics[f"{label(model)}_perplexity"] = found_perplexity
+            metrics[f"{label(model)}_perplexity"] = mean
+            if characters:
+                metrics[f"{label(model)}_perplexity_per_character"] = mean ** (tokens / characters)
         return Outcome(metrics)
     prompts = _questions(settings.data, settings)[: settings.limit]
     found: dict[str, Evaluation] = {}

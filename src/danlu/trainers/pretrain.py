@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from danlu.config import PretrainSettings
 from danlu.data.collate import encode_documents, require_items
@@ -24,6 +25,8 @@ from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import tokenizer_of
 from danlu.training.tokens import trees_of
+from danlu.training.vocabulary import learn_words
+from danlu.types import Document
 
 
 @within_limits
@@ -31,12 +34,16 @@ def train(settings: PretrainSettings) -> TrainResult:
     """Trains and writes `out/model`; resumes from the last checkpoint in `out`.
 
     Raises:
-        SettingsError: neither a model nor a tokenizer for a starter is given.
+        SettingsError: neither a model nor a tokenizer for a starter is given; or a starter is to learn new words.
     """
     distributed.start()
     if not settings.model and not settings.tokenizer:
         raise SettingsError(
             "neither a model nor a tokenizer for a starter is given", field="model", hint="--model or --tokenizer"
+        )
+    if settings.new_words and not settings.model:
+        raise SettingsError(
+            "a starter has a tokenizer of its own text already", field="new_words", hint="new_words: 0, or give a model"
         )
     tokenizer = tokenizer_of(settings.model or settings.tokenizer, stage="pretrain")
     if settings.model:
@@ -50,6 +57,10 @@ def train(settings: PretrainSettings) -> TrainResult:
         model = starter(len(tokenizer), **settings.starter.model_dump(), seed=settings.seed, ids=ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     train_records, heldout_records, dataset = records_of(settings, "document")
+    words: dict[str, Any] = {}
+    if settings.new_words:
+        texts = (r.text for r in train_records if isinstance(r, Document))
+        tokenizer, words = learn_words(model, tokenizer, texts, settings.new_words)
     trees = trees_of(encode_documents, train_records, tokenizer, stage="pretrain", max_length=settings.max_length)
     heldout = trees_of(encode_documents, heldout_records, tokenizer, stage="pretrain", max_length=settings.max_length)
     require_items(trees, "document", settings.max_length)
@@ -97,6 +108,7 @@ def train(settings: PretrainSettings) -> TrainResult:
         "windows": len(trees.items),
         "dropped": dataset.left_out,
         "origins": dataset.origins,
+        **words,
         **session.facts,
     }
     return TrainResult(folder, metrics, facts)
