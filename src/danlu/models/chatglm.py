@@ -29,6 +29,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from danlu.exceptions import ModelError
 from danlu.models.chatglm_chat import ChatGLMChat
 from danlu.models.chatglm_config import ChatGLMConfig, is_first_generation
 from danlu.models.chatglm_heads import (
@@ -235,6 +236,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         parts = 2 if self.config.position_encoding_2d else 1
         if position_ids.dim() == 2:
             position_ids = position_ids[:, None]
+        if position_ids.shape[1] < parts:
+            raise ModelError("position_ids have one row, expected two: [B, 2, T]", hint="leave them out: they are derived")
         rotary = rotation(position_ids[:, :parts], self.config.hidden_size // self._heads, parts, first.dtype)
         bias = None if hidden is None else torch.zeros_like(hidden, dtype=first.dtype).masked_fill_(hidden, HIDDEN)
         x, states = first, [first]
@@ -288,6 +291,14 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
         return positions_after(self.transformer.rules, inputs_tensor, model_kwargs.get("attention_mask"), 0)
+
+    def _expand_inputs_for_generation(self, *args: Any, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """For several answers to a prompt; transformers takes positions `[B, 2, T]` for another family's `[3, B, T]`."""
+        positions = kwargs.pop("position_ids", None)
+        ids, found = super()._expand_inputs_for_generation(*args, expand_size=expand_size, **kwargs)
+        if positions is not None:
+            found["position_ids"] = positions.repeat_interleave(expand_size, dim=0)
+        return ids, found
 
     def prepare_inputs_for_generation(
         self,
