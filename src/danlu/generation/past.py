@@ -205,10 +205,7 @@ def _merge(pasts: Sequence[Any], prefix: int) -> Any:
     states: States = []
     for layer in range(len(pasts[0].layers)):
         pairs = [(p.layers[layer].keys, p.layers[layer].values) for p in pasts]
-        keys, values = (
-            torch.cat([_padded(x, longest, prefix) for x in side])
-            for side in zip(*pairs, strict=True)
-        )
+        keys, values = (torch.cat([_padded(x, longest, prefix) for x in side]) for side in zip(*pairs, strict=True))
         states.append((keys, values))
     return _cache(states)
 

@@ -82,7 +82,9 @@ class ChatGLMChat:
 
 def _first_inputs(model: Any, tokenizer: Any, query: str, history: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     found = tokenizer([chatglm_text.rounds_from_0(query, history)], return_tensors="pt")
-    names = list(found) if model.config.position_encoding_2d else ["input_ids"]  # the tokenizer's positions have two rows
+    names = (
+        list(found) if model.config.position_encoding_2d else ["input_ids"]
+    )  # the tokenizer's positions have two rows
     return {name: found[name].to(model.device) for name in names}
 
 

@@ -14,7 +14,8 @@ import torch
 
 @dataclass(frozen=True)
 class Family:
-    """name: as users know it; says: whether a config.json (as a dict) is of it; load: folder, dtype, scalar head -> model; tokenizer: folder -> tokenizer, or None for transformers' own."""
+    """name: as users know it; says: whether a config.json (as a dict) is of it; load: folder, dtype, scalar head -> model;
+    tokenizer: folder -> tokenizer, or None for transformers' own."""
 
     name: str
     says: Callable[[Mapping[str, Any]], bool]

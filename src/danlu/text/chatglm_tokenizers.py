@@ -29,7 +29,7 @@ LATER_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 
-class _SentencePieceTokenizer(PreTrainedTokenizer):
+class _SentencePieceTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     """Pieces of one SentencePiece file; ids of pieces are moved by `offset`."""
 
     padding_side = "left"
@@ -94,7 +94,7 @@ class _SentencePieceTokenizer(PreTrainedTokenizer):
         found: list[str] = []
         cursor = 0
         for hit in control.finditer(text):
-            found += self._tokenize(text[cursor : hit.start()]) + [hit.group()]
+            found += [*self._tokenize(text[cursor : hit.start()]), hit.group()]
             cursor = hit.end()
         return found + self._tokenize(text[cursor:])
 
@@ -256,7 +256,9 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
         kept = [i for i in ids if i != self.pad_token_id]
         return self.convert_tokens_to_string(self.convert_ids_to_tokens(kept, skip_special_tokens=skip_special_tokens))
 
-    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
@@ -333,7 +335,9 @@ class ChatGLM2Tokenizer(_SentencePieceTokenizer):
         """The id of a control token, as the original's method."""
         named = {"<bos>": self.bos_token_id, "<eos>": self.eos_token_id, "<pad>": self.pad_token_id}
         if token not in named and token not in self.special_tokens:
-            raise ModelError(f"'{token}' is no control token of this tokenizer", hint=f"known: {', '.join(self._texts.values())}")
+            raise ModelError(
+                f"'{token}' is no control token of this tokenizer", hint=f"known: {', '.join(self._texts.values())}"
+            )
         return int(named[token] if token in named else self.special_tokens[token])
 
     def _as_published(self, text: str) -> list[str]:
@@ -365,7 +369,9 @@ class ChatGLM2Tokenizer(_SentencePieceTokenizer):
         """What every input begins with."""
         return [self.special_tokens["[gMASK]"], self.special_tokens["sop"]]
 
-    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         ids = [*self.get_prefix_tokens(), *token_ids_0]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, int(self.eos_token_id)]
 
