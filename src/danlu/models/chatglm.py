@@ -29,9 +29,11 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from danlu.exceptions import ModelError
 from danlu.models.chatglm_chat import ChatGLMChat
 from danlu.models.chatglm_config import ChatGLMConfig, is_first_generation
 from danlu.models.chatglm_heads import (
+    PASSED,
     CausalHead,
     ScoreHead,
     cache_of,
@@ -50,7 +52,7 @@ ALPHA = math.sqrt(2 * 28)
 HIDDEN = -10000.0  # what the score of a hidden key becomes less
 
 
-class ChatGLMPreTrainedModel(LoadsPrefix, PreTrainedModel):
+class ChatGLMPreTrainedModel(LoadsPrefix, PreTrainedModel):  # type: ignore[misc]
     """What the classes of ChatGLM-6B share."""
 
     config_class = ChatGLMConfig
@@ -84,7 +86,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x `[B, H, T, K]`, each part of its width rotated by its own positions, halves against each other."""
     parts = x.unflatten(-1, cos.shape[-2:])
     low, high = parts.chunk(2, dim=-1)
-    return (parts * cos + torch.cat([-high, low], dim=-1) * sin).flatten(-2)
+    turned: Tensor = parts * cos + torch.cat([-high, low], dim=-1) * sin
+    return turned.flatten(-2)
 
 
 class SelfAttention(nn.Module):
@@ -133,7 +136,7 @@ class GLU(nn.Module):
         return self.dense_4h_to_h(inner)  # type: ignore[no-any-return]
 
 
-class GLMBlock(GradientCheckpointingLayer):
+class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]
     """The residual is the normalised input, times alpha."""
 
     def __init__(self, config: ChatGLMConfig, layer: int) -> None:
@@ -235,6 +238,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         parts = 2 if self.config.position_encoding_2d else 1
         if position_ids.dim() == 2:
             position_ids = position_ids[:, None]
+        if position_ids.shape[1] < parts:
+            raise ModelError(
+                "position_ids have one row, expected two: [B, 2, T]", hint="leave them out: they are derived"
+            )
         rotary = rotation(position_ids[:, :parts], self.config.hidden_size // self._heads, parts, first.dtype)
         bias = None if hidden is None else torch.zeros_like(hidden, dtype=first.dtype).masked_fill_(hidden, HIDDEN)
         x, states = first, [first]
@@ -255,7 +262,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return int(self.config.num_attention_heads)
 
 
-class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """ChatGLM-6B as it was published; `chat`, `stream_chat` and `quantize` are as they were there."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
@@ -289,6 +296,16 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
         return positions_after(self.transformer.rules, inputs_tensor, model_kwargs.get("attention_mask"), 0)
 
+    def _expand_inputs_for_generation(
+        self, *args: Any, expand_size: int = 1, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """For several answers to a prompt; transformers takes positions `[B, 2, T]` for another family's `[3, B, T]`."""
+        positions = kwargs.pop("position_ids", None)
+        ids, found = super()._expand_inputs_for_generation(*args, expand_size=expand_size, **kwargs)
+        if positions is not None:
+            found["position_ids"] = positions.repeat_interleave(expand_size, dim=0)
+        return ids, found
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -307,16 +324,14 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLMChat, ChatGLMPreTrained
             # A single step takes the mask's place in one dimension, whatever positions went before (a quirk of the original).
             position_ids = positions_after(rules, input_ids, attention_mask, known, whole=True)
         new = input_ids.shape[1] - known
-        chosen = {
-            key: kwargs[key] for key in ("output_hidden_states", "return_dict", "logits_to_keep") if key in kwargs
-        }
+        passed = {key: value for key, value in kwargs.items() if key in PASSED}
         return {
             "input_ids": input_ids[:, -new:],
             "position_ids": position_ids[..., -new:],
             "attention_mask": attention_mask if full_attention_mask is None else full_attention_mask[:, :, -new:],
             "past_key_values": past_key_values,
             "use_cache": use_cache,
-            **chosen,
+            **passed,
         }
 
     def _update_model_kwargs_for_generation(

@@ -33,6 +33,7 @@ from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.chatglm_chat import ChatGLM2Chat
 from danlu.models.chatglm_config import ChatGLM2Config
 from danlu.models.chatglm_heads import (
+    PASSED,
     CausalHead,
     ScoreHead,
     cache_of,
@@ -47,7 +48,7 @@ from danlu.text.chatglm_tokenizers import ChatGLM2Tokenizer, open_later
 BASE = 10000.0
 
 
-class ChatGLM2PreTrainedModel(LoadsPrefix, PreTrainedModel):
+class ChatGLM2PreTrainedModel(LoadsPrefix, PreTrainedModel):  # type: ignore[misc]
     """What the classes of ChatGLM2-6B and ChatGLM3-6B share."""
 
     config_class = ChatGLM2Config
@@ -174,7 +175,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(nn.functional.silu(gate) * up)  # type: ignore[no-any-return]
 
 
-class GLMBlock(GradientCheckpointingLayer):
+class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]
     """Norms before; the residual is the input, or (apply_residual_connection_post_layernorm) the normalised input."""
 
     def __init__(self, config: ChatGLM2Config, layer: int) -> None:
@@ -334,7 +335,7 @@ def hidden_keys(attention_mask: Tensor | None, tokens: int, seen: int, device: t
     return (hidden | columns[:, None, None]) & ~padding[:, None, -tokens:, None]
 
 
-class ChatGLMForConditionalGeneration(CausalHead, ChatGLM2Chat, ChatGLM2PreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(CausalHead, ChatGLM2Chat, ChatGLM2PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """ChatGLM2-6B or ChatGLM3-6B as published; `chat`, `stream_chat` and `quantize` are as they were there."""
 
     _tied_weights_keys = {  # noqa: RUF012
@@ -369,16 +370,14 @@ class ChatGLMForConditionalGeneration(CausalHead, ChatGLM2Chat, ChatGLM2PreTrain
         """What one step of `generate` reads: all ids at first, the last one with a cache."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         new = input_ids.shape[1] - max(seen - self.transformer.prefix_length, 0)
-        chosen = {
-            key: kwargs[key] for key in ("output_hidden_states", "return_dict", "logits_to_keep") if key in kwargs
-        }
+        passed = {key: value for key, value in kwargs.items() if key in PASSED}
         return {
             "input_ids": input_ids[:, -new:],
             "position_ids": position_ids[..., -new:] if position_ids is not None else None,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
-            **chosen,
+            **passed,
         }
 
 

@@ -22,7 +22,7 @@ def is_first_generation(config: Mapping[str, Any]) -> bool:
     return not any(key in config for key in LATER_KEYS)
 
 
-class ChatGLMConfig(PretrainedConfig):
+class ChatGLMConfig(PretrainedConfig):  # type: ignore[misc]
     """ChatGLM-6B. Defaults are the published model's; names are its own.
 
     Attributes:
@@ -79,11 +79,12 @@ class ChatGLMConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers' own; a ChatGLM2's dictionary makes a `ChatGLM2Config`, since both have one `model_type`."""
-        kind = cls if is_first_generation(config_dict) or cls is not ChatGLMConfig else ChatGLM2Config
-        return super(ChatGLMConfig, kind).from_dict(_known(config_dict), **kwargs)
+        if not is_first_generation(config_dict):
+            return ChatGLM2Config.from_dict(config_dict, **kwargs)
+        return super().from_dict(_known(config_dict), **kwargs)
 
 
-class ChatGLM2Config(PretrainedConfig):
+class ChatGLM2Config(PretrainedConfig):  # type: ignore[misc]
     """ChatGLM2-6B and ChatGLM3-6B. Defaults are the published models'; names are their own.
 
     Attributes:

@@ -16,6 +16,7 @@ from danlu.models.chatglm_quantized import LARGEST, put_empty, quantize_blocks
 from danlu.text.tokenizer import quiet
 
 IGNORED = -100  # labels that take no loss
+PASSED = ("output_hidden_states", "return_dict", "logits_to_keep")  # from `generate` to each step
 
 
 def cache_of(past_key_values: Any, use_cache: bool) -> Any:

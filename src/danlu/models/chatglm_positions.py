@@ -152,7 +152,8 @@ def hidden_keys(
     hidden = (row[None, :] > row[:, None]).expand(batch, -1, -1)
     own = real[:, -tokens:] if real is not None else None
     if not known:
-        hidden = hidden & ~(row < _marks(rules, ids, own).bos_column)[:, None]
+        marks = _marks(rules, ids, own)
+        hidden = hidden & ~(row < marks.bos_column * marks.has_bos)[:, None]
     if own is not None:
         hidden = hidden | ~own[:, :, None]
     hidden = _wider(hidden[:, None], total)

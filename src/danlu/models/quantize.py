@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
+from danlu.models.registry import family_of
 
 KEY = "danlu_quantization"
 FILE = "model.safetensors"
@@ -104,6 +105,7 @@ def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    family_of(json.loads((Path(folder) / "config.json").read_text("utf-8")))  # registers danlu's own
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     state = load_file(Path(folder) / FILE)
     with torch.device("meta"):

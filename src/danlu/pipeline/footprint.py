@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, RolloutSettings
 from danlu.config import Starter
 from danlu.losses.logprobs import CHUNK_ENTRIES
+from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
 from danlu.models.starters import starter_config
@@ -90,6 +92,7 @@ def shape_of_folder(model: str) -> Shape | None:
 
     if not model or not (Path(model) / "config.json").is_file():
         return None
+    family_of(json.loads((Path(model) / "config.json").read_text("utf-8")))  # registers danlu's own
     try:
         return _shape(transformers.AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False))
     except (ValueError, KeyError, AttributeError):

@@ -21,6 +21,7 @@ from danlu.exceptions import ModelError
 from danlu.text import chatglm_text
 from danlu.text.chatglm_text import Pairs, Turn
 
+FIRST_FILE, LATER_FILE = "ice_text.model", "tokenizer.model"
 FRONT = "\ue0ff"  # ordinary text that no piece goes across
 BLANKS = range(80, 1, -1)
 FIRST_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>", "</s>")
@@ -28,12 +29,24 @@ LATER_CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 
-class _SentencePieceTokenizer(PreTrainedTokenizer):
+class _SentencePieceTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     """Pieces of one SentencePiece file; ids of pieces are moved by `offset`."""
 
     padding_side = "left"
     model_input_names = ("input_ids", "attention_mask", "position_ids")
     offset = 0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own. The published generations call their classes alike: a folder's files say which it is."""
+        folder, kind = Path(str(pretrained_model_name_or_path)), cls
+        if folder.is_dir():
+            if (folder / FIRST_FILE).is_file():
+                kind = ChatGLMTokenizer
+            elif (folder / LATER_FILE).is_file():
+                kind = ChatGLM2Tokenizer
+                kwargs.setdefault("roles", has_roles(folder))
+        return super(_SentencePieceTokenizer, kind).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _open(self, vocab_file: str | Path) -> None:
         try:
@@ -81,7 +94,7 @@ class _SentencePieceTokenizer(PreTrainedTokenizer):
         found: list[str] = []
         cursor = 0
         for hit in control.finditer(text):
-            found += self._tokenize(text[cursor : hit.start()]) + [hit.group()]
+            found += [*self._tokenize(text[cursor : hit.start()]), hit.group()]
             cursor = hit.end()
         return found + self._tokenize(text[cursor:])
 
@@ -157,7 +170,7 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
         remove_space, do_lower_case: what is done to a text before it is read.
     """
 
-    vocab_files_names = {"vocab_file": "ice_text.model"}  # noqa: RUF012
+    vocab_files_names = {"vocab_file": FIRST_FILE}  # noqa: RUF012
 
     def __init__(
         self,
@@ -183,6 +196,7 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
             num_image_tokens=num_image_tokens,
             **(named | kwargs),
         )
+        self.split_special_tokens = None  # a call that does not say reads as published
 
     @property
     def gmask_token_id(self) -> int:
@@ -283,7 +297,7 @@ class ChatGLM2Tokenizer(_SentencePieceTokenizer):
         encode_special_tokens: read the tokens of roles in a text as such (ChatGLM3's own setting).
     """
 
-    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
+    vocab_files_names = {"vocab_file": LATER_FILE}  # noqa: RUF012
 
     def __init__(
         self,
@@ -310,6 +324,7 @@ class ChatGLM2Tokenizer(_SentencePieceTokenizer):
             **named,
             **kwargs,
         )
+        self.split_special_tokens = None  # a call that does not say reads as published
 
     @property
     def vocab_size(self) -> int:
@@ -428,7 +443,7 @@ def open_first(folder: Path) -> ChatGLMTokenizer:
 
 def open_later(folder: Path) -> ChatGLM2Tokenizer:
     """ChatGLM2-6B's or ChatGLM3-6B's tokenizer in a folder."""
-    return ChatGLM2Tokenizer.from_pretrained(str(folder), roles=has_roles(folder), local_files_only=True)  # type: ignore[no-any-return]
+    return ChatGLM2Tokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-any-return]
 
 
 def _json(file: Path) -> dict[str, Any]:
