@@ -131,7 +131,7 @@ def examine(folder: Path, where: Path) -> dict[str, str]:
         from danlu.data.feedback import FeedbackDatabase
         from danlu.serve.app import create_app
 
-        app = create_app(danlu.load(folder), FeedbackDatabase(where / "votes.db"), local=False)
+        app = create_app(danlu.load(folder), FeedbackDatabase(where / "votes.sqlite3", create=True), local=False)
         body = {"model": "x", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         answer = TestClient(app).post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text

@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "stages",
         "GRPO: align a policy with a reward model, a verifier or other rewards, by groups of answers",
     ),
+    "base": ("base", "Which base model? Size, licence, tokens per character, memory, perplexity; the published ones"),
     "convert-model": ("convert", "Any model that danlu loads as a plain transformers folder"),
     "quantize": ("stages", "Make a model small: int8 weights"),
     "chat": ("chat", "Talk to a model in the terminal"),

@@ -78,7 +78,7 @@ def gpt2_config(config: Mapping[str, Any]) -> Any:
         n_layer=config["num_layers"],
         n_head=config["num_attention_heads"],
         embd_pdrop=config.get("embedding_dropout_prob", 0.1),
-        attn_pdrop=config.get("attention_dropout_prob", 0.1),
+        attn_pdrop=0.0,  # token trees know no dropout of attention; that of embeddings and outputs stays
         resid_pdrop=config.get("output_dropout_prob", 0.1),
         layer_norm_epsilon=config.get("layernorm_epsilon", 1e-5),
         activation_function="gelu_new",

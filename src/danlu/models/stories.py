@@ -78,7 +78,8 @@ def _shape(file: Path) -> Shape:
             file=file,
             hint="export it with llama2.c's export.py --version 0",
         )
-    shape = Shape(*numbers[:5], abs(numbers[5]), numbers[6], numbers[5] > 0)
+    dim, hidden, layers, heads, key_heads, vocabulary, length = numbers
+    shape = Shape(dim, hidden, layers, heads, key_heads, abs(vocabulary), length, shared=vocabulary > 0)
     whole = all(n > 0 for n in (*numbers[:5], shape.vocab_size, shape.seq_len)) and max(numbers[:5]) < 1 << 20
     if not whole or shape.dim % shape.n_heads or shape.n_heads % shape.n_kv_heads:
         said = ", ".join(f"{name} {value}" for name, value in zip(NAMES, numbers, strict=True))

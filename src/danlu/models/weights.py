@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -98,9 +100,11 @@ def read_pickle(file: Path) -> Any:
         ModelError: it is damaged, or asks for something that reading weights does not need.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickles' protocols
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        wanted = _globals(file)
+        wanted = re.findall(r"GLOBAL (\S+) was not an allowed global", str(error)) or _globals(file)
         if wanted:
             raise ModelError(
                 f"this file is refused: it wants to run {', '.join(wanted[:3])}, which reading weights never needs",
@@ -114,8 +118,6 @@ def read_pickle(file: Path) -> Any:
 
 def _globals(file: Path) -> list[str]:
     """What a pickle asks for beyond tensors: found by reading its operations, not by running them."""
-    import pickletools
-
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
     if zipfile.is_zipfile(file):
@@ -124,7 +126,7 @@ def _globals(file: Path) -> list[str]:
     strings: list[str] = []
     try:
         with file.open("rb") as opened:
-            for operation, argument, _ in pickletools.genops(opened):
+            for operation, argument, _ in _operations(opened):
                 if operation.name == "GLOBAL":
                     found.add(str(argument).replace(" ", "."))
                 elif operation.name == "STACK_GLOBAL" and len(strings) > 1:
@@ -134,6 +136,14 @@ def _globals(file: Path) -> list[str]:
     except ValueError:
         pass  # what was found up to the place where it stops being a pickle is enough for the sentence
     return sorted(name for name in found if not name.startswith(("torch.", "collections.OrderedDict")))
+
+
+def _operations(opened: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Of all pickles in a file, one after another, as older files of torch have several."""
+    import pickletools
+
+    while True:
+        yield from pickletools.genops(opened)
 
 
 def _damaged(file: Path, error: Exception) -> ModelError:

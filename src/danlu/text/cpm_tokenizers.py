@@ -81,7 +81,7 @@ class CpmTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return self._ids.get(token, self._ids[str(self.unk_token)])
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._pieces[index]
+        return self._pieces[index] if index < len(self._pieces) else str(self.unk_token)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Spaces between words go, the blocks become spaces and line ends again."""
@@ -164,7 +164,7 @@ class Cpm2Tokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return self._ids.get(token, self._ids.get(str(self.unk_token), 0))
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._pieces[index]
+        return self._pieces[index] if index < len(self._pieces) else str(self.unk_token)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """The blocks become spaces and line ends again."""

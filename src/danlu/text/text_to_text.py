@@ -59,11 +59,21 @@ class TextToText(ChatTemplate):
 
     def encode(self, messages: Sequence[Message], *, tools: Tools = ()) -> Encoded:
         """Source and target of the last answer, one behind the other, loss on the target."""
-        source = self.encode_prompt(messages[:-1], tools=tools)
-        target = self.target_ids(messages[-1]["content"])
+        last = max((n for n, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        source = self.encode_prompt(messages[:last], tools=tools)
+        if last == len(messages):
+            return Encoded(source, [0.0] * len(source), [])
+        target = self.target_ids(messages[last]["content"])
         ids = [*source, *target]
         answer = Answer(len(source), len(ids), ids[-1] in self.stop_ids)
         return Encoded(ids, [0.0] * len(source) + [1.0] * len(target), [answer])
+
+    def encode_many(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools] | None = None
+    ) -> list[Encoded]:
+        """`encode` of each."""
+        offered = tools if tools is not None else [()] * len(conversations)
+        return [self.encode(m, tools=t) for m, t in zip(conversations, offered, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens and the space around it."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from danlu.config import SftSettings
-from danlu.data.collate import require_items
 from danlu.data.pairs import Pairs, encode_pairs
-from danlu.exceptions import SettingsError
+from danlu.exceptions import DataError, SettingsError
 from danlu.models.load import check_tokenizer, load_model
 from danlu.models.seq2seq import PairBatch, Seq2SeqRoot, start_id
 from danlu.text.text_to_text import Pair, TextToText
@@ -42,7 +41,11 @@ def train(settings: SftSettings) -> TrainResult:
     train_records, heldout_records, dataset = records_of(settings, "conversation")
     pairs = encode_pairs(train_records, template, limits_of(settings))  # type: ignore[arg-type]
     heldout = encode_pairs(heldout_records, template, limits_of(settings))  # type: ignore[arg-type]
-    require_items(pairs, "conversation", settings.max_length)
+    if not pairs.items:
+        raise DataError(
+            f"no conversation is left to train on (dropped: {pairs.dropped or 'none'})",
+            hint=f"raise max_length (now {settings.max_length})",
+        )
     lengths, weights = pairs.lengths, pairs.weights
     steps = plan_of(lengths, settings)
 
