@@ -40,14 +40,20 @@ NODES = forest(
     [
         conversation(ids(1, 13), [1.0] * 13),
         branches(ids(2, 9), [ids(3, 4), ids(4, 1)], [1.0, -0.5]),
-        [Node(ids(5, 5), [0.0, 1.0, 0.0, 1.0, 1.0]), Node(ids(6, 3), [1.0, 0.0, 0.5], 0), Node(ids(7, 4), [1.0] * 4, 1)],
+        [
+            Node(ids(5, 5), [0.0, 1.0, 0.0, 1.0, 1.0]),
+            Node(ids(6, 3), [1.0, 0.0, 0.5], 0),
+            Node(ids(7, 4), [1.0] * 4, 1),
+        ],
     ]
 )
 TREE = TreeBatch.of(NODES)
 TOTAL = float(TREE.loss_weight_T.sum())
 
 
-def roles_of(family: str, kind: Any = "ptuning", *, shift: bool = True, std: float = 1.0, **options: Any) -> PrefixRoles:
+def roles_of(
+    family: str, kind: Any = "ptuning", *, shift: bool = True, std: float = 1.0, **options: Any
+) -> PrefixRoles:
     """Policy and critic whose prefixes are large enough to show."""
     model = make(family)
     model.base_model.danlu_prefix_shift = shift
@@ -324,7 +330,11 @@ def test_ref_reads_the_base_and_what_it_carries(near: Near) -> None:
 def test_what_learns_and_first_weights() -> None:
     roles = PrefixRoles(make("llama"), ["policy", "ref", "critic", "reward"], tokens=4, seed=1)
     learns = {n for n, p in roles.named_parameters() if p.requires_grad}
-    assert learns == {"encoders.policy.embedding.weight", "encoders.critic.embedding.weight", "scalar_heads.critic.weight"}
+    assert learns == {
+        "encoders.policy.embedding.weight",
+        "encoders.critic.embedding.weight",
+        "scalar_heads.critic.weight",
+    }
     assert torch.count_nonzero(roles.scalar_heads["critic"].weight) == 0
     torch.manual_seed(9)
     again = PrefixRoles(make("llama"), ["policy"], tokens=4, seed=1)
@@ -359,7 +369,9 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="at least one role beside ref"):
         PrefixRoles(make("gpt2"), ["ref"], tokens=4)
     long = TreeBatch.of(conversation([3] * 61, [1.0] * 61))
-    with pytest.raises(ModelError, match=r"61 tokens behind a prefix of 4 exceed the model's 64 positions\n.*60 or less"):
+    with pytest.raises(
+        ModelError, match=r"61 tokens behind a prefix of 4 exceed the model's 64 positions\n.*60 or less"
+    ):
         RootModel(roles)(long, "policy", lambda out: out.hidden_TD)
     RootModel(PrefixRoles(make("llama"), ["policy"], tokens=4))(long, "policy", lambda out: out.hidden_TD)
     carrying = attach(make("gpt2"), roles.encoder("policy"))
@@ -396,13 +408,15 @@ def test_an_encoder_of_chatglm_with_a_projection() -> None:
         assert torch.allclose(root.keys[layer], slots[2 * layer], atol=1e-6)
         assert torch.allclose(root.values[layer], slots[2 * layer + 1], atol=1e-6)
     assert root.offset == 0
-    with pytest.raises(ModelError, match="64 numbers a token .*2 \\* 3 layers"):
+    with pytest.raises(ModelError, match=r"64 numbers a token .*2 \* 3 layers"):
         PrefixEncoder.from_chatglm(state, layers=3, kv_heads=4, head_dim=4)
     with pytest.raises(ModelError, match="a prefix encoder has the tensors"):
         PrefixEncoder.from_chatglm({"x": torch.zeros(1)}, layers=3, kv_heads=4, head_dim=4)
 
 
-@pytest.mark.parametrize(("name", "heads", "case"), [("chatglm_v1_ptuning", 4, "step0"), ("chatglm2_ptuning", 2, "step0")])
+@pytest.mark.parametrize(
+    ("name", "heads", "case"), [("chatglm_v1_ptuning", 4, "step0"), ("chatglm2_ptuning", 2, "step0")]
+)
 def test_recorded_prefixes_of_chatglm(name: str, heads: int, case: str, shared_data: Any) -> None:
     """The first six positions of the recorded caches are the prefix: `[layer, key or value, position, 1, head, K]`."""
     from safetensors.torch import load_file

@@ -8,8 +8,8 @@ Whatever else is in the batch must not change a lane's bits (fp32 on a CPU): eve
 of the lane alone. A decoded token attends to its arena's positions by a product of its own; a prompt is read in blocks on a
 fixed grid of positions, and a block that is partly known or ends early is padded to the whole.
 
-What a model carries before every text (P-Tuning v2) is held once: each product with a lane's positions has one with the root's beside
-it, and their scores share a softmax. Positions of lanes and of remembered prompts count the text alone.
+What a model carries before every text (P-Tuning v2) is held once: each product with a lane's positions has one with the root's
+beside it, and their scores share a softmax. Positions of lanes and of remembered prompts count the text alone.
 """
 
 from __future__ import annotations

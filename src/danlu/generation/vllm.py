@@ -211,7 +211,9 @@ def _without_prefix(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tup
     """The tensors; raises EngineError for a prefix (P-Tuning v2), which vLLM cannot read before a text."""
     for name, tensor in named_tensors:
         if name.startswith(f"{PREFIX}."):
-            raise EngineError("vLLM takes no prefix", hint="generate with danlu's own engine, or train with adapter: lora")
+            raise EngineError(
+                "vLLM takes no prefix", hint="generate with danlu's own engine, or train with adapter: lora"
+            )
         yield name, tensor
 
 

@@ -1,7 +1,7 @@
 """P-Tuning v2 and prompt tuning: what learns, the roles that hold it, and its files.
 
-P-Tuning v2 (Liu et al. 2021) learns keys and values of virtual tokens in every layer, prompt tuning (Lester et al. 2021) their input
-embeddings. How they are read is in `virtual_root.py`. Folders are PEFT's (PREFIX_TUNING, PROMPT_TUNING).
+P-Tuning v2 (Liu et al. 2021) learns keys and values of virtual tokens in every layer, prompt tuning (Lester et al. 2021) their
+input embeddings. How they are read is in `virtual_root.py`. Folders are PEFT's (PREFIX_TUNING, PROMPT_TUNING).
 """
 
 from __future__ import annotations
@@ -364,7 +364,9 @@ def load_prefix(folder: str | Path, model: Any) -> Prefix:
     kind = kinds.get(config.get("peft_type"))
     if kind is None or "prompt_embeddings" not in tensors:
         raise ModelError(
-            f"this folder holds a '{config.get('peft_type')}' adapter, not a prefix", file=path, hint="see docs/adapters.md"
+            f"this folder holds a '{config.get('peft_type')}' adapter, not a prefix",
+            file=path,
+            hint="see docs/adapters.md",
         )
     prepare(model)
     states, shape = tensors["prompt_embeddings"].float(), shape_of(model.base_model)

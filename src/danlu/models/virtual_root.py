@@ -26,7 +26,9 @@ from danlu.models.families import context_of
 from danlu.tree import Node, TreeBatch
 
 PrefixKind = Literal["ptuning", "prompt"]
-NAME = "danlu_prefix"  # the attribute of a trunk that holds its prefix, and the first part of the name in weight updates
+NAME = (
+    "danlu_prefix"  # the attribute of a trunk that holds its prefix, and the first part of the name in weight updates
+)
 
 
 @dataclass(frozen=True)
