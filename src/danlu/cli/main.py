@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "GRPO: align a policy with a reward model, a verifier or other rewards, by groups of answers",
     ),
     "quantize": ("stages", "Make a model small: int8 weights"),
+    "export": ("export", "Ship a model: a folder for transformers and vLLM, or GGUF for llama.cpp and Ollama"),
     "chat": ("chat", "Talk to a model in the terminal"),
     "serve": ("serve", "Serve a model: OpenAI-compatible API and a chat page"),
     "feedback": ("feedback", "Votes from the chat page: export as preference data, statistics"),
