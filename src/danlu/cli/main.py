@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "base": ("base", "Which base model? Size, licence, tokens per character, memory, perplexity; the published ones"),
     "convert-model": ("convert", "Any model that danlu loads as a plain transformers folder"),
     "quantize": ("stages", "Make a model small: int8 weights"),
+    "export": ("export", "Ship a model: a folder for transformers and vLLM, or GGUF for llama.cpp and Ollama"),
     "chat": ("chat", "Talk to a model in the terminal"),
     "serve": ("serve", "Serve a model: OpenAI-compatible API and a chat page"),
     "feedback": ("feedback", "Votes from the chat page: export as preference data, statistics"),
