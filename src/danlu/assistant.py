@@ -221,6 +221,7 @@ def load(
     bits: int | None = None,
     device: str | None = None,
     engine: EngineSettings | None = None,
+    patches: bool = True,
 ) -> Assistant:
     """Loads a model folder, a hub id or a run and makes it ready to chat.
 
@@ -230,14 +231,17 @@ def load(
         bits: 8 quantises the weights while loading; None keeps what the folder holds.
         device: "cpu", "cuda", ... Default: CUDA if there is one.
         engine: slots, memory and speculation; None: the defaults.
+        patches: whether the facts that were taught to this model (`danlu teach`) apply.
 
     Returns:
         An `Assistant`. Without tokenizer files `.tokenizer` is None, and `chat` says what is missing.
 
     Raises:
         ModelError: no such model, an incomplete one, or a setting that cannot be honoured.
+        KnowledgeError: its patches are damaged or belong to another base.
     """
-    from danlu.training.runs import resolve_model
+    from danlu.models.patches import apply_patches
+    from danlu.training.runs import patches_folder, resolve_model
 
     folder = resolve_model(str(path))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -255,6 +259,8 @@ def load(
         model = load_quantized(name, dtype=chosen)
     else:
         model = load_model(folder, dtype=chosen)
+        if patches:
+            apply_patches(model, patches_folder(name, local=local), str(path))
         if bits == 8:
             model = quantize_model(model)
     if tokenizer is not None:

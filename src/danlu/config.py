@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.knowledge_config import TeachSettings
 from danlu.train_config import Settings, Sources, StageSettings, TrainSettings
 
 
@@ -117,5 +118,6 @@ KINDS: dict[str, type[StageSettings]] = {
     "grpo": GrpoSettings,
     "eval": EvalSettings,
     "quantize": QuantizeSettings,
+    "teach": TeachSettings,
 }
-POLICY_KINDS = ("pretrain", "sft", "dpo", "ppo", "grpo")
+POLICY_KINDS = ("pretrain", "sft", "dpo", "ppo", "grpo", "teach")

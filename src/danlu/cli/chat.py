@@ -39,8 +39,15 @@ def command(verb: str) -> click.Command:
 @sampling_options(searches=False)
 @click.option("--seed", type=int, help="The same seed gives the same answers. Default: another one each turn.")
 @click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 def chat(
-    model: str, prompt: str | None, system: str | None, seed: int | None, bits: str | None, **sampling: Any
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    seed: int | None,
+    bits: str | None,
+    no_patches: bool,
+    **sampling: Any,
 ) -> None:
     """Talk to MODEL (a folder, a run or a hub id)."""
     from danlu import assistant
@@ -48,7 +55,7 @@ def chat(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
-    loaded = assistant.load(model, bits=int(bits) if bits else None)
+    loaded = assistant.load(model, bits=int(bits) if bits else None, patches=not no_patches)
     params = chosen(loaded.defaults, sampling)
     conversation = Conversation(loaded, params, system=system, seed=seed)
     if prompt is not None:

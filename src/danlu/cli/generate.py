@@ -30,9 +30,18 @@ def command(verb: str) -> click.Command:
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same answers.")
 @click.option("--limit", default=None, type=int, help="Only the first so many prompts.")
 @click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def generate(
-    model: str, data: str, out: str, seed: int, limit: int | None, bits: int | None, force: bool, **sampling: Any
+    model: str,
+    data: str,
+    out: str,
+    seed: int,
+    limit: int | None,
+    bits: int | None,
+    no_patches: bool,
+    force: bool,
+    **sampling: Any,
 ) -> None:
     """Answers for a file of prompts, the likeliest ones unless a temperature is given; n rows in a row where --n asks for n."""
     target = Path(out)
@@ -61,7 +70,7 @@ def generate(
             prompts.append(record)
             labels.append(record.reference.get("answers"))
     params = chosen(SamplingParams(max_new_tokens=256, temperature=0.0), sampling)
-    assistant = danlu.load(model, bits=bits)
+    assistant = danlu.load(model, bits=bits, patches=not no_patches)
     rows: list[dict[str, Any]] = []
     with Bar("generate", len(prompts)) as bar:
         for start in range(0, len(prompts), TOGETHER):
@@ -90,6 +99,7 @@ def generate(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--limit", default=None, type=int, help="Only the first so many records.")
 @click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def evaluate(
     model: str,
@@ -101,6 +111,7 @@ def evaluate(
     seed: int,
     limit: int | None,
     bits: int | None,
+    no_patches: bool,
     as_json: bool,
 ) -> None:
     """Perplexity, exact match or rubric score of a model on a file; means with 95% bootstrap intervals."""
@@ -114,14 +125,14 @@ def evaluate(
         from danlu.training.templates import tokenizer_of
 
         tokenizer = tokenizer_of(model, stage="eval")
-        loaded = danlu.load(model, bits=bits).model
+        loaded = danlu.load(model, bits=bits, patches=not no_patches).model
         result["perplexity"], result["tokens"] = perplexity.measure(loaded, data, tokenizer, max_length, limit)
     else:
         from danlu.evals.generation import evaluate as score
 
         prompts = [r for r in read(data, "prompt").records if isinstance(r, Prompt)][:limit]
         found = score(
-            danlu.load(model, bits=bits),
+            danlu.load(model, bits=bits, patches=not no_patches),
             prompts,
             task=task,
             temperature=temperature,

@@ -39,6 +39,7 @@ def command(verb: str) -> click.Command:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where votes go. Default: feedback.sqlite3 in the run's folder, else here.",
 )
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 def serve(
     model: str,
     host: str,
@@ -49,6 +50,7 @@ def serve(
     cache_gib: float,
     speculate: str,
     database: Path | None,
+    no_patches: bool,
 ) -> None:
     """Serve MODEL (a folder, a run or a hub id): an OpenAI-compatible API and a chat page."""
     from rich.markup import escape
@@ -66,7 +68,7 @@ def serve(
         feedback = FeedbackDatabase(database or default_database(model), create=True)
         people.print(f"[dim]loading {escape(model)} ...[/dim]")
         engine = EngineSettings(slots=slots, cache_gib=cache_gib, speculate=speculate)
-        loaded = assistant.load(model, bits=int(bits) if bits else None, engine=engine)
+        loaded = assistant.load(model, bits=int(bits) if bits else None, engine=engine, patches=not no_patches)
         app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host))
         name = f"[{host.strip('[]')}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"

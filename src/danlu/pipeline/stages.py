@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from danlu.data.sources import read_sources
 from danlu.evals import perplexity
 from danlu.evals.generation import Evaluation, evaluate
 from danlu.exceptions import DataError, SettingsError
+from danlu.knowledge import lessons
+from danlu.knowledge_config import TeachSettings
 from danlu.models.load import load_model
 from danlu.models.places import resolve
 from danlu.models.quantize import quantize_model, save_quantized
@@ -161,7 +164,11 @@ def _collect(settings: RewardSettings, path: Path) -> int:
     count = min(options.count, len(prompts)) * options.samples
     with Bar("reward: collecting answers", count, quiet=not distributed.is_main()) as bar:
         rows = collect(
-            danlu.load(settings.model), prompts, options, seed=settings.seed, on_done=lambda done: _to(bar, done)
+            danlu.load(settings.model, patches=False),
+            prompts,
+            options,
+            seed=settings.seed,
+            on_done=lambda done: _to(bar, done),
         )
     if not rows:
         raise DataError(
@@ -203,9 +210,8 @@ def run_eval(settings: EvalSettings) -> Outcome:
         characters = perplexity.characters(settings.data, settings.limit)
         for model in settings.models:
             tokenizer = tokenizer_of(model, stage="eval")
-            mean, tokens = perplexity.measure(
-                danlu.load(model).model, settings.data, tokenizer, settings.max_length, settings.limit
-            )
+            loaded = danlu.load(model, patches=False).model
+            mean, tokens = perplexity.measure(loaded, settings.data, tokenizer, settings.max_length, settings.limit)
             metrics[f"{label(model)}_perplexity"] = mean
             if characters:
                 metrics[f"{label(model)}_perplexity_per_character"] = mean ** (tokens / characters)
@@ -216,7 +222,7 @@ def run_eval(settings: EvalSettings) -> Outcome:
         name = label(model)
         with Bar(f"eval {name}", len(prompts)) as bar:
             found[name] = evaluate(
-                danlu.load(model),
+                danlu.load(model, patches=False),
                 prompts,
                 task=settings.task,
                 temperature=settings.temperature,
@@ -297,6 +303,18 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
     return outcome
 
 
+def run_teach(settings: TeachSettings) -> Outcome:
+    """Teaches facts one by one, see `knowledge/lessons.py`; decides G-FACT and G-LOCAL."""
+    found = lessons.stage(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+    recalled = {f"recall_{name}": value for name, value in found["recall"].items() if value is not None}
+    moved = {f"locality_{name}": value for name, value in found["locality"].items()}
+    verdicts = [
+        gates.facts_recalled(found["recall"], len(found["facts"])),
+        gates.facts_local(found["locality"], settings),
+    ]
+    return Outcome({**recalled, **moved}, {"taught": found["facts"]}, verdicts)
+
+
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
     "pretrain": Kind(run_pretrain, 2, models=("model", "tokenizer")),
@@ -307,4 +325,5 @@ STAGES: dict[str, Kind] = {
     "grpo": Kind(run_grpo, 2, models=("model", "reward_model"), judges=("reward_model",)),
     "eval": Kind(run_eval, 2, ("data",), ("models",)),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
+    "teach": Kind(run_teach, 1, ("file", "replay")),
 }
