@@ -83,9 +83,12 @@ class EvalSettings(StageSettings):
         default_factory=list, description="folders or stages; none: every policy of the run so far"
     )
     data: Sources = Field(
-        "", description="prompts with references (rubric, exact) or conversations or documents (perplexity)"
+        "",
+        description="prompts with references (rubric, exact), conversations (overlap), conversations or documents (perplexity)",
     )
-    task: Literal["rubric", "exact", "perplexity"] = Field("rubric", description="how answers are judged")
+    task: Literal["rubric", "exact", "overlap", "perplexity"] = Field(
+        "rubric", description="how answers are judged; overlap: BLEU-4 and ROUGE with the written ones"
+    )
     temperature: float = Field(1.0, ge=0, description="0 takes the most likely token")
     max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     limit: int | None = Field(None, ge=1, description="use only the first so many questions")

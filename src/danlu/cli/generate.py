@@ -90,9 +90,13 @@ def generate(
 @click.command("eval")
 @click.argument("model")
 @click.option(
-    "--data", required=True, help="Questions with references (rubric, exact), conversations or documents (perplexity)."
+    "--data",
+    required=True,
+    help="Questions with references (rubric, exact), conversations (overlap), conversations or documents (perplexity).",
 )
-@click.option("--task", type=click.Choice(["perplexity", "exact", "rubric"]), default="perplexity", show_default=True)
+@click.option(
+    "--task", type=click.Choice(["perplexity", "exact", "overlap", "rubric"]), default="perplexity", show_default=True
+)
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--max-new-tokens", default=128, show_default=True)
 @click.option("--max-length", default=512, show_default=True, help="Tokens of one text (perplexity).")
@@ -100,6 +104,7 @@ def generate(
 @click.option("--limit", default=None, type=int, help="Only the first so many records.")
 @click.option("--bits", default=None, type=int, help="8: quantise while loading.")
 @click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Predictions: a JSON Lines file (overlap).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def evaluate(
     model: str,
@@ -112,9 +117,13 @@ def evaluate(
     limit: int | None,
     bits: int | None,
     no_patches: bool,
+    out: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity, exact match or rubric score of a model on a file; means with 95% bootstrap intervals."""
+    """Perplexity, exact match, overlap or rubric score of a model on a file; means with 95% bootstrap intervals.
+
+    Overlap is BLEU-4 over characters and ROUGE-1, -2, -L over jieba's words with the written answers, as ChatGLM measures ADGEN.
+    """
     import danlu
     from danlu.data.read import read
     from danlu.types import Prompt
@@ -127,6 +136,18 @@ def evaluate(
         tokenizer = tokenizer_of(model, stage="eval")
         loaded = danlu.load(model, bits=bits, patches=not no_patches).model
         result["perplexity"], result["tokens"] = perplexity.measure(loaded, data, tokenizer, max_length, limit)
+    elif task == "overlap":
+        from danlu import atomic
+        from danlu.evals import overlap
+
+        overlap.require()
+        asked, labels = overlap.labelled(data, limit)
+        options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        assistant = danlu.load(model, bits=bits, patches=not no_patches)
+        compared = overlap.evaluate(assistant, asked, labels, **options)
+        result |= compared.summary
+        if out is not None:
+            atomic.write_jsonl(out, compared.rows)
     else:
         from danlu.evals.generation import evaluate as score
 

@@ -17,7 +17,7 @@ from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings, SftSe
 from danlu.data.corpus import stream_texts
 from danlu.data.problems import Collected
 from danlu.data.sources import read_sources
-from danlu.evals import perplexity
+from danlu.evals import overlap, perplexity
 from danlu.evals.generation import Evaluation, evaluate
 from danlu.exceptions import DataError, SettingsError
 from danlu.knowledge import lessons
@@ -63,6 +63,7 @@ class Kind:
 
     version: raised whenever the same settings and inputs would give another result; part of the stage's key.
     inputs: fields that name data files; models: fields that name models; judges: those of them that name reward models.
+    require: refuses settings that could not be met at their turn, before any stage of a run begins.
     """
 
     run: Callable[[Any], Outcome]
@@ -70,6 +71,7 @@ class Kind:
     inputs: tuple[str, ...] = ("data", "eval_data")
     models: tuple[str, ...] = ("model",)
     judges: tuple[str, ...] = ()
+    require: Callable[[Any], None] | None = None
 
 
 def run_tokenizer(settings: TokenizerSettings) -> Outcome:
@@ -202,6 +204,7 @@ def run_grpo(settings: GrpoSettings) -> Outcome:
 
 def run_eval(settings: EvalSettings) -> Outcome:
     """Scores one or several models on the same questions with the same draws."""
+    _require_metrics(settings)
     if not settings.models:
         raise SettingsError("no model is given", field="models")
     folder = Path(settings.out)
@@ -216,26 +219,40 @@ def run_eval(settings: EvalSettings) -> Outcome:
             if characters:
                 metrics[f"{label(model)}_perplexity_per_character"] = mean ** (tokens / characters)
         return Outcome(metrics)
-    prompts = _questions(settings.data, settings)[: settings.limit]
+    prompts, labels = _asked(settings)
     found: dict[str, Evaluation] = {}
     for model in settings.models:
         name = label(model)
         with Bar(f"eval {name}", len(prompts)) as bar:
-            found[name] = evaluate(
-                danlu.load(model, patches=False),
-                prompts,
-                task=settings.task,
-                temperature=settings.temperature,
-                max_new_tokens=settings.max_new_tokens,
-                seed=settings.seed,
-                on_done=lambda done, b=bar: _to(b, done),  # type: ignore[misc]
-            )
+            options: dict[str, Any] = {
+                "temperature": settings.temperature,
+                "max_new_tokens": settings.max_new_tokens,
+                "seed": settings.seed,
+                "on_done": lambda done, b=bar: _to(b, done),
+            }
+            assistant = danlu.load(model, patches=False)
+            if settings.task == "overlap":
+                found[name] = overlap.evaluate(assistant, prompts, labels, **options)
+            else:
+                found[name] = evaluate(assistant, prompts, task=settings.task, **options)
         atomic.write_jsonl(folder / f"answers-{name}.jsonl", found[name].rows)
     table = [{"model": n, **e.summary} for n, e in found.items()]
-    metrics = {f"{n}_correct": e.summary["correct"]["mean"] for n, e in found.items()}
-    metrics |= {f"{n}_rubric": e.summary["rubric"]["mean"] for n, e in found.items() if "rubric" in e.summary}
+    scored = ("correct", "rubric", *overlap.METRICS)
+    metrics = {f"{n}_{k}": e.summary[k]["mean"] for k in scored for n, e in found.items() if k in e.summary}
     atomic.write_jsonl(folder / "samples.jsonl", _samples(found, prompts, settings))
     return Outcome(metrics, table=table)
+
+
+def _require_metrics(settings: EvalSettings) -> None:
+    if settings.task == "overlap":
+        overlap.require()
+
+
+def _asked(settings: EvalSettings) -> tuple[list[Prompt], list[str]]:
+    """Questions, and for task overlap the answers that were written to them."""
+    if settings.task == "overlap":
+        return overlap.labelled(settings.data, settings.limit)
+    return _questions(settings.data, settings)[: settings.limit], []
 
 
 def _questions(sources: Sources, settings: StageSettings) -> list[Prompt]:
@@ -323,7 +340,7 @@ STAGES: dict[str, Kind] = {
     "dpo": Kind(run_dpo, 1),
     "ppo": Kind(run_ppo, 5, ("data", "eval_data", "ptx.data"), ("model", "reward_model"), judges=("reward_model",)),
     "grpo": Kind(run_grpo, 2, models=("model", "reward_model"), judges=("reward_model",)),
-    "eval": Kind(run_eval, 2, ("data",), ("models",)),
+    "eval": Kind(run_eval, 2, ("data",), ("models",), require=_require_metrics),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
     "teach": Kind(run_teach, 1, ("file", "replay")),
 }
