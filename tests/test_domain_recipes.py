@@ -18,11 +18,13 @@ POLICIES = {
     "huatuo": ["pretrain", "graph", "literature"],
     "dolly": ["pretrain", "sft"],
     "moss": ["pretrain", "sft"],
+    "chatglm-adgen-ptuning": ["pretrain", "sft"],
+    "chatglm-alpaca-lora": ["pretrain", "sft"],
     "wenzhong-gpt2": ["pretrain", "sft"],
     "belle-chinese": ["english", "chinese", "sft"],
     "pmc-llama": ["general", "domain", "sft"],
 }
-CASES = [*((name, "") for name in POLICIES), ("huatuo", "family=bloom")]
+CASES = [*((name, "") for name in POLICIES), ("huatuo", "family=bloom"), ("huatuo", "family=chatglm2")]
 
 
 @pytest.mark.parametrize(("name", "change"), CASES)

@@ -43,18 +43,20 @@ class EngineSettings(Settings):
 class Starter(Settings):
     """The small model that is pre-trained from nothing when no model is given."""
 
-    family: Literal["llama", "mistral", "qwen2", "gpt2", "codegen", "bloom", "gpt_neox", "opt"] = Field(
-        "llama", description="whose layers it has (MOSS: codegen, CPM-1 and Wenzhong: gpt2)"
+    family: Literal["llama", "mistral", "qwen2", "gpt2", "codegen", "bloom", "gpt_neox", "opt", "chatglm2"] = Field(
+        "llama", description="whose layers it has (MOSS: codegen; CPM-1 and Wenzhong: gpt2; ChatGLM2 and 3: chatglm2)"
     )
     hidden_size: int = Field(192, ge=16, description="width D")
     layers: int = Field(4, ge=1, description="transformer blocks")
     heads: int = Field(6, ge=1, description="query heads")
-    kv_heads: int = Field(3, ge=1, description="key and value heads (grouped-query attention: llama, mistral, qwen2)")
+    kv_heads: int = Field(
+        3, ge=1, description="key and value heads (grouped-query attention: llama, mistral, qwen2, chatglm2)"
+    )
     context: int = Field(512, ge=32, description="positions")
 
     @model_validator(mode="after")
     def _divides(self) -> Starter:
-        grouped = self.family in ("llama", "mistral", "qwen2")
+        grouped = self.family in ("llama", "mistral", "qwen2", "chatglm2")
         if self.hidden_size % (2 * self.heads) or (grouped and self.heads % self.kv_heads):
             raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of kv_heads")
         return self

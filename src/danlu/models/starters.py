@@ -11,7 +11,7 @@ from danlu.exceptions import ModelError
 from danlu.text.tokenizer import quiet
 
 # Products that lead back into the residual stream, by the ends of their names in all families.
-BACK = ("o_proj", "down_proj", "c_proj", "out_proj", "fc_out", "fc2", "dense", "dense_4h_to_h")
+BACK = ("o_proj", "down_proj", "c_proj", "out_proj", "fc_out", "fc2", ".dense", "dense_4h_to_h")
 
 
 def starter(
@@ -83,9 +83,12 @@ def starter_config(
     if family not in FAMILIES:
         raise ModelError(f"there is no starter of the family '{family}'", hint=f"one of {', '.join(FAMILIES)}")
     named = FAMILIES[family](hidden_size, layers, heads, kv_heads, context)
-    return transformers.AutoConfig.for_model(
-        family, vocab_size=vocab_size, tie_word_embeddings=True, attn_implementation="eager", **named, **ids
-    )
+    named |= {"vocab_size": vocab_size, "attn_implementation": "eager", **ids}
+    if family == "chatglm2":
+        from danlu.models.chatglm2 import ChatGLM2Config
+
+        return ChatGLM2Config(**named)
+    return transformers.AutoConfig.for_model(family, tie_word_embeddings=True, **named)
 
 
 def _llama(width: int, layers: int, heads: int, kv_heads: int, context: int) -> dict[str, Any]:
@@ -130,6 +133,20 @@ def _opt(width: int, layers: int, heads: int, kv_heads: int, context: int) -> di
     return {k: v for k, v in _neox(width, layers, heads, kv_heads, context).items() if k != "intermediate_size"} | own
 
 
+def _chatglm2(width: int, layers: int, heads: int, kv_heads: int, context: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "ffn_hidden_size": -(-width * 8 // 3 // 32) * 32,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "kv_channels": width // heads,
+        "multi_query_attention": True,
+        "multi_query_group_num": kv_heads,
+        "add_qkv_bias": True,
+        "seq_length": context,
+    }
+
+
 FAMILIES: dict[str, Callable[[int, int, int, int, int], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _llama,
@@ -139,5 +156,6 @@ FAMILIES: dict[str, Callable[[int, int, int, int, int], dict[str, Any]]] = {
     "bloom": _bloom,
     "gpt_neox": _neox,
     "opt": _opt,
+    "chatglm2": _chatglm2,
 }
 """What width, layers, heads, key/value heads and context are called in each family's configuration."""
