@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "stages",
         "GRPO: align a policy with a reward model, a verifier or other rewards, by groups of answers",
     ),
+    "merge": ("merge", "Make one model of adapters and the model that they were trained on"),
     "quantize": ("stages", "Make a model small: int8 weights"),
     "chat": ("chat", "Talk to a model in the terminal"),
     "serve": ("serve", "Serve a model: OpenAI-compatible API and a chat page"),

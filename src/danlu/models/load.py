@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from danlu.exceptions import ModelError
-from danlu.models.places import resolve
+from danlu.models.places import is_adapter, resolve
 from danlu.text.tokenizer import quiet
 
 
 def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model, or (scalar) the same trunk with a one-number head for rewards and values.
 
-    A scalar head that the folder does not hold starts at zero.
+    A scalar head that the folder does not hold starts at zero. An adapter folder is its base with the adapter in it.
 
     Raises:
         ModelError: the folder is incomplete, its family unknown, or its weights do not fit its configuration.
@@ -27,6 +27,10 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
 
     quiet()
     name, local = resolve(model)
+    if local and is_adapter(name):
+        from danlu.models.adapter_files import load_adapted
+
+        return load_adapted(name, scalar=scalar, dtype=dtype)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"num_labels": 1} if scalar else {}
     try:
