@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "base": ("base", "Which base model? Size, licence, tokens per character, memory, perplexity; the published ones"),
     "convert-model": ("convert", "Any model that danlu loads as a plain transformers folder"),
+    "merge": ("merge", "Make one model of adapters and the model that they were trained on"),
     "quantize": ("stages", "Make a model small: int8 weights"),
     "export": ("export", "Ship a model: a folder for transformers and vLLM, or GGUF for llama.cpp and Ollama"),
     "teach": ("knowledge", "Teach a model a fact; each becomes a patch beside it"),

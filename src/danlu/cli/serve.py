@@ -23,6 +23,13 @@ def command(verb: str) -> click.Command:
 @click.option("--api-key", envvar="DANLU_API_KEY", show_envvar=True, help="Wanted from clients as a bearer token.")
 @click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
 @click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="An adapter of MODEL, served as a model of this name.",
+)
+@click.option(
     "--slots", type=click.IntRange(1), default=64, show_default=True, help="Answers that are written at once."
 )
 @click.option(
@@ -46,6 +53,7 @@ def serve(
     port: int,
     api_key: str | None,
     bits: str | None,
+    adapters: tuple[str, ...],
     slots: int,
     cache_gib: float,
     speculate: str,
@@ -55,12 +63,14 @@ def serve(
     """Serve MODEL (a folder, a run or a hub id): an OpenAI-compatible API and a chat page."""
     from rich.markup import escape
 
+    from danlu.cli.chat import adapter_places
     from danlu.config import EngineSettings
     from danlu.data.feedback import FeedbackDatabase, default_database
     from danlu.serve.app import create_app, listen, make_server
     from danlu.serve.guard import check_exposure, is_loopback
 
     check_exposure(host, api_key)
+    places = adapter_places(adapters)
     listener = listen(host, port)
     with listener:
         from danlu import assistant
@@ -69,7 +79,8 @@ def serve(
         people.print(f"[dim]loading {escape(model)} ...[/dim]")
         engine = EngineSettings(slots=slots, cache_gib=cache_gib, speculate=speculate)
         loaded = assistant.load(model, bits=int(bits) if bits else None, engine=engine, patches=not no_patches)
-        app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host))
+        voices = {name: loaded.with_adapter(place, name) for name, place in places.items()}
+        app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host), adapters=voices)
         name = f"[{host.strip('[]')}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"
         people.print(

@@ -98,7 +98,7 @@ def evaluate(
     )
     rows: list[dict[str, Any]] = []
     for prompt, label, reply in zip(prompts, labels, replies, strict=True):
-        row = {"prompt": prompt.prompt, "label": label, "prediction": reply.text}
+        row: dict[str, Any] = {"prompt": prompt.prompt, "label": label, "prediction": reply.text}
         row |= {"finished": reply.finish_reason == "stop", "tokens": len(reply.ids)}
         rows.append(row | scores(reply.text, label))
     summary: dict[str, Any] = {name: interval([r[name] for r in rows], seed) for name in METRICS}

@@ -15,7 +15,7 @@ from torch import nn
 
 from danlu.exceptions import ModelError
 from danlu.models import cpm2
-from danlu.models.places import resolve
+from danlu.models.places import is_adapter, resolve
 from danlu.models.registry import families, family_of
 from danlu.models.scalar import scalar_class
 from danlu.models.weights import check_weights, checked
@@ -33,13 +33,17 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
     """A language model (decoder or encoder-decoder), or (scalar) the same trunk with a one-number head for rewards and values.
 
     A scalar head that the folder does not hold starts at zero. Nothing in a model folder is run: families that transformers
-    lacks are danlu's own classes (`models/registry.py`).
+    lacks are danlu's own classes (`models/registry.py`). An adapter folder is its base with the adapter in it.
 
     Raises:
         ModelError: the folder is incomplete or damaged, its family unknown, or its weights do not fit its configuration.
     """
     quiet()
     name, local = resolve(model)
+    if local and is_adapter(name):
+        from danlu.models.adapter_files import load_adapted
+
+        return load_adapted(name, scalar=scalar, dtype=dtype)
     raw = raw_config(name, local)
     family = family_of(raw)
     _note_code(name, "auto_map" in raw)

@@ -9,7 +9,6 @@ from danlu.config import PretrainSettings
 from danlu.data.collate import encode_documents, require_items
 from danlu.exceptions import SettingsError
 from danlu.models.load import load_model
-from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.models.starters import starter
 from danlu.text.chat_template import ChatTemplate
@@ -20,7 +19,7 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import lora_roles, plan_of, records_of
+from danlu.training.setup import plan_of, policy_roles, records_of
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import tokenizer_of
@@ -67,11 +66,7 @@ def train(settings: PretrainSettings) -> TrainResult:
     lengths, weights = trees.lengths, trees.weights
     steps = plan_of(lengths, settings)
 
-    roles = (
-        lora_roles(model, ["policy"], settings)
-        if settings.adapter == "lora"
-        else SeparateModels({"policy": model}, ["policy"])
-    )
+    roles, _ = policy_roles(settings, updates=len(steps), model=model)
     root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     with Session(settings, "pretrain", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:

@@ -36,7 +36,7 @@ def train(settings: SftSettings) -> TrainResult:
     lengths, weights = trees.lengths, trees.weights
     steps = plan_of(lengths, settings)
 
-    roles, model = policy_roles(settings)
+    roles, model = policy_roles(settings, updates=len(steps), stop_ids=template.stop_ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
     optimizer = optimizer_of(root, settings.learning_rate, settings)

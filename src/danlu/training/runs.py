@@ -38,7 +38,7 @@ class StageFolder:
     def model(self) -> Path | None:
         """The model folder the stage left, if it is there."""
         folder = self.folder / "model"
-        return folder if (folder / "config.json").is_file() else None
+        return folder if any((folder / n).is_file() for n in ("config.json", "adapter_config.json")) else None
 
 
 def runs_root() -> Path:
