@@ -127,7 +127,7 @@ def check_room(trunk: nn.Module, longest: int, root: VirtualRoot) -> None:
         return
     raise ModelError(
         f"{longest} tokens behind a prefix of {root.offset} exceed the model's {context} positions",
-        hint=f"set max_length to {context - root.offset} or less, or prefix.tokens to {max(context - longest, 0)}",
+        hint=f"max_length and prefix.tokens together can be {context} at most",
     )
 
 
