@@ -110,7 +110,7 @@ def _class_of(config: Any, name: str, *, scalar: bool) -> Any:
         known = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     else:
         known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in known and hasattr(config, "vision_config"):
+    if hasattr(config, "vision_config"):
         text = getattr(config.get_text_config(), "model_type", "its text model")
         raise ModelError(
             f"'{kind}' reads pictures, too; danlu loads models of text alone",
