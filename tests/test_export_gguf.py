@@ -150,8 +150,9 @@ def test_own_byte_level_tokenizer() -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
-    with pytest.raises(ModelError, match="420 tokens and the model embeddings for 400"):
-        vocabulary_of(small.tokenizer(), 400, frozenset())
+    tokenizer = small.tokenizer()
+    with pytest.raises(ModelError, match=f"the tokenizer has {len(tokenizer)} tokens and the model embeddings for 100"):
+        vocabulary_of(tokenizer, 100, frozenset())
 
 
 def test_own_sentencepiece_tokenizers() -> None:
@@ -257,5 +258,4 @@ def test_braces_in_templates_stay_text(monkeypatch: pytest.MonkeyPatch) -> None:
     found = around(ChatTemplate(tokenizer))
     assert found is not None
     text = go_template(found)
-    # What Go would print for its quoted strings.
-    assert "{{ `{{` }}user{{ `}}` }}" in text
+    assert '{{ "{{" }}user}}' in text  # Go prints a quoted string as it is
