@@ -16,7 +16,12 @@ from danlu.data.blanks import BlankMix, BlankRow, PieceIds, build, span_weights,
 from danlu.exceptions import DataError
 
 IDS = PieceIds(300, 302, 301, sop=303, eop=304, eos=306, pad=0, cls=305, blocked=307)
-NAMES = {"bert_prob": "blank", "gap_sentence_prob": "sentence", "block_mask_prob": "blocked", "gpt_min_ratio": "rest_min"}
+NAMES = {
+    "bert_prob": "blank",
+    "gap_sentence_prob": "sentence",
+    "block_mask_prob": "blocked",
+    "gpt_min_ratio": "rest_min",
+}
 NAMES |= {"task_mask": "own_masks"}
 ORIGINAL = {"blank": 1.0, "sentence": 0.0, "blocked": 0.0, "rest_min": 0.5, "short": 0.0, "own_masks": False}
 
@@ -126,7 +131,14 @@ def test_documents_keep_their_spans_and_the_end_of_one_is_never_cut_out() -> Non
             assert row.ids[: row.context].count(306) == 2 and row.ids[: row.context].count(305) == 2
     with pytest.raises(DataError, match="end of a document"):
         for seed in range(50):
-            build([[305, 1, 2, 17, 4, 306]], IDS, BlankMix(blank=0.0, sentence=1.0, ratio=0.9, short=0.0), random.Random(seed), ends=lambda t: t in (17, 306), max_length=64)
+            build(
+                [[305, 1, 2, 17, 4, 306]],
+                IDS,
+                BlankMix(blank=0.0, sentence=1.0, ratio=0.9, short=0.0),
+                random.Random(seed),
+                ends=lambda t: t in (17, 306),
+                max_length=64,
+            )
 
 
 def test_a_suffix_ends_with_the_texts_own_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from danlu.exceptions import ModelError
 from danlu.models.places import resolve
+from danlu.models.registry import family_of
 from danlu.text.tokenizer import quiet
 
 
@@ -27,6 +29,9 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
 
     quiet()
     name, local = resolve(model)
+    family = family_of(json.loads((Path(name) / "config.json").read_text("utf-8"))) if local else None
+    if family is not None:
+        return family.load(Path(name), dtype, scalar)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"num_labels": 1} if scalar else {}
     try:

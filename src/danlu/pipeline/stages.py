@@ -30,7 +30,7 @@ from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import load_tokenizer, train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
-from danlu.trainers import dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
+from danlu.trainers import denoise, dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
 from danlu.training import distributed
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
@@ -105,8 +105,8 @@ def run_tokenizer(settings: TokenizerSettings) -> Outcome:
 
 
 def run_pretrain(settings: PretrainSettings) -> Outcome:
-    """See `trainers/pretrain.py`."""
-    result = pretrain.train(settings)
+    """See `trainers/pretrain.py`, for objectives that corrupt texts `trainers/denoise.py`."""
+    result = (pretrain if settings.objective == "causal" else denoise).train(settings)
     return Outcome(result.metrics, result.facts)
 
 
