@@ -49,8 +49,9 @@ FROZEN = {
     "TrainSettings": f"{STAGE} {TRAIN}",
     "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",
     "Starter": "hidden_size layers heads kv_heads context",
-    "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter",
-    "SftSettings": f"{STAGE} {TRAIN}",
+    "Blanks": "blank sentence ratio mean_span single short blocked rest_min infill",
+    "PretrainSettings": f"{STAGE} {TRAIN} objective preset blanks instruction_data instruction_share tokenizer starter",
+    "SftSettings": f"{STAGE} {TRAIN} task",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
     "EngineSettings": "slots cache_gib speculate guesses",
     "RewardSettings": f"{STAGE} {TRAIN} loss level pairs margin label_smoothing centring score_range balance collect "

@@ -127,17 +127,17 @@ def test_folders_heads_and_refusals(model: Any, tmp_path: Path) -> None:
     assert classes(IDS, labels=torch.tensor([2])).logits.shape == (1, 3)
     config = UniLmConfig.from_pretrained(tmp_path, num_labels=2)
     assert UniLmForTokenClassification(config)(IDS).logits.shape == (1, 6, 2)
-    for keys, words in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"type_vocab_size": 3}, "known: 6, 2, 1"),
         ({"hidden_act": "relu"}, "relu"),
         ({"num_attention_heads": 5}, "multiple"),
-    ):
+    ]
+    for keys, words in wrong:
         with pytest.raises(ModelError, match=words):
             UniLmConfig(**keys)
     with pytest.raises(ModelError, match="32 positions"):
         model(torch.zeros(1, 33, dtype=torch.int64))
     with pytest.raises(ModelError, match="mask token"):
-        UniLmForMaskedLM(UniLmConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).score(
-            IDS[0], MODES[0]
-        )
+        small = UniLmConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+        UniLmForMaskedLM(small).score(IDS[0], MODES[0])
     assert family_of({"model_type": "bert", "type_vocab_size": 2}) is None

@@ -81,9 +81,13 @@ def generate(
 @click.command("eval")
 @click.argument("model")
 @click.option(
-    "--data", required=True, help="Questions with references (rubric, exact), conversations or documents (perplexity)."
+    "--data",
+    required=True,
+    help="Questions with references (rubric, exact), conversations or documents (perplexity), blanks (cloze).",
 )
-@click.option("--task", type=click.Choice(["perplexity", "exact", "rubric"]), default="perplexity", show_default=True)
+@click.option(
+    "--task", type=click.Choice(["perplexity", "exact", "rubric", "cloze"]), default="perplexity", show_default=True
+)
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--max-new-tokens", default=128, show_default=True)
 @click.option("--max-length", default=512, show_default=True, help="Tokens of one text (perplexity).")
@@ -103,7 +107,7 @@ def evaluate(
     bits: int | None,
     as_json: bool,
 ) -> None:
-    """Perplexity, exact match or rubric score of a model on a file; means with 95% bootstrap intervals."""
+    """Perplexity, exact match, rubric score or cloze accuracy of a model on a file; means with 95% bootstrap intervals."""
     import danlu
     from danlu.data.read import read
     from danlu.types import Prompt
@@ -117,6 +121,15 @@ def evaluate(
         assistant = danlu.load(model, bits=bits)
         result["perplexity"] = perplexity.perplexity(assistant.model, trees)
         result["tokens"] = int(sum(sum(n.loss_weights) for item in trees.items for n in item))
+    elif task == "cloze":
+        from danlu.data.labelled_text import read_cloze
+        from danlu.evals.cloze import cloze
+        from danlu.models.load import load_model
+        from danlu.training.runs import resolve_model
+        from danlu.training.templates import tokenizer_of
+
+        filler = load_model(resolve_model(model))
+        result |= cloze(filler, tokenizer_of(model, stage="eval"), read_cloze(data)[:limit], seed).summary
     else:
         from danlu.evals.generation import evaluate as score
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -14,14 +15,17 @@ from danlu import atomic
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings, SftSettings, TokenizerSettings
 from danlu.data.corpus import stream_texts
+from danlu.data.labelled_text import read_cloze
 from danlu.data.problems import Collected
 from danlu.data.sources import read_sources
 from danlu.evals import perplexity
+from danlu.evals.cloze import cloze
 from danlu.evals.generation import Evaluation, evaluate
 from danlu.exceptions import DataError, SettingsError
 from danlu.models.load import load_model
 from danlu.models.places import resolve
 from danlu.models.quantize import quantize_model, save_quantized
+from danlu.models.unilm import is_unilm
 from danlu.pipeline import gates
 from danlu.pipeline.gates import Gate
 from danlu.rewards.model import store_verdict
@@ -30,7 +34,20 @@ from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import load_tokenizer, train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
-from danlu.trainers import denoise, dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
+from danlu.trainers import (
+    classify,
+    denoise,
+    dpo,
+    grpo,
+    kto,
+    mask_sft,
+    online_dpo,
+    ppo,
+    pretrain,
+    raft,
+    reward_model,
+    sft,
+)
 from danlu.training import distributed
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
@@ -111,10 +128,18 @@ def run_pretrain(settings: PretrainSettings) -> Outcome:
 
 
 def run_sft(settings: SftSettings) -> Outcome:
-    """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER."""
-    result = sft.train(settings)
+    """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER. Classifiers (`trainers/classify.py`) have no answers."""
+    if settings.task != "chat":
+        labelled = classify.train(settings)
+        return Outcome(labelled.metrics, labelled.facts)
+    result = (mask_sft if _is_unilm(settings.model) else sft).train(settings)
     records, _, _ = records_of(settings, "conversation")
     return _answers_learnt(result, settings, [r for r in records if isinstance(r, Conversation)], stage="sft")
+
+
+def _is_unilm(model: str) -> bool:
+    config = Path(resolve_model(model)) / "config.json"
+    return config.is_file() and is_unilm(json.loads(config.read_text("utf-8")))
 
 
 def run_dpo(settings: DpoSettings) -> Outcome:
@@ -208,6 +233,18 @@ def run_eval(settings: EvalSettings) -> Outcome:
             )
             metrics[f"{label(model)}_perplexity"] = perplexity.perplexity(loaded, trees)
         return Outcome(metrics)
+    if settings.task == "cloze":
+        rows = read_cloze(settings.data)[: settings.limit]
+        chosen = {
+            label(m): cloze(load_model(resolve_model(m)), tokenizer_of(m, stage="eval"), rows, settings.seed)
+            for m in settings.models
+        }
+        for name, result in chosen.items():
+            atomic.write_jsonl(folder / f"answers-{name}.jsonl", result.rows)
+        return Outcome(
+            {f"{n}_correct": e.summary["correct"]["mean"] for n, e in chosen.items()},
+            table=[{"model": n, **e.summary} for n, e in chosen.items()],
+        )
     prompts = _questions(settings.data, settings)[: settings.limit]
     found: dict[str, Evaluation] = {}
     for model in settings.models:
