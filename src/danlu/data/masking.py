@@ -71,7 +71,7 @@ def unilm_row(
         whole = [*whole[:source], end, *whole[source:]]
         source += 1
     kept = set(never) - {end}
-    ids, loss = mask_tokens(whole, mask, vocabulary, rng, never=kept)
+    ids, loss = mask_tokens(whole, mask, vocabulary, rng, never=kept, first=1)  # the beginning is given
     return MaskRow(ids, whole, loss, mode, source)
 
 

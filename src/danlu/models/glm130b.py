@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 
 from danlu.exceptions import ModelError
-from danlu.models.blank import BlankIds, context_lengths, mask_places, visible_prefix
+from danlu.models.blank import BlankIds, Choices, choice_logprobs, context_lengths, mask_places, visible_prefix
 from danlu.models.own import classify_loss, load_own, own_keys, read_config, token_ids
 from danlu.models.registry import Family
 
@@ -367,6 +367,19 @@ class Glm130bForCausalLM(Glm130bPreTrainedModel, GenerationMixin):  # type: igno
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache", True),
         }
+
+    @torch.no_grad()
+    def choose(self, choices: Choices) -> list[Tensor]:
+        """Log-probabilities of the choices of each row (`blank.choice_inputs`): cloze classification."""
+        inputs = {name: value.to(self.device) for name, value in choices.inputs.items()}
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        if not self.config.position_encoding_2d:
+            first, inside = positions.unbind(1)
+            generic = (ids == self.config.gmask_token_id).any(1, keepdim=True) & (inside > 0)
+            context = (ids == self.config.sop_token_id).int().argmax(1, keepdim=True)
+            positions = torch.where(generic, context + inside - 1, first)
+        logits = self(ids, positions, ~inputs["attention_mask"].bool()).logits
+        return [found.cpu() for found in choice_logprobs(logits, choices)]
 
 
 class Glm130bForSequenceClassification(Glm130bPreTrainedModel):

@@ -29,7 +29,7 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
 
     quiet()
     name, local = resolve(model)
-    family = family_of(json.loads((Path(name) / "config.json").read_text("utf-8"))) if local else None
+    family = family_of(_config_of(Path(name))) if local else None
     if family is not None:
         return family.load(Path(name), dtype, scalar)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
@@ -59,6 +59,15 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
     if scalar and info["missing_keys"]:
         nn.init.zeros_(loaded.get_parameter(sorted(info["missing_keys"])[0]))
     return loaded
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """config.json, or nothing where it is no JSON object: transformers says what is wrong with it."""
+    try:
+        found = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def starter(

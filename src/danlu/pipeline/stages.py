@@ -334,7 +334,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
 
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
-    "pretrain": Kind(run_pretrain, 2, models=("model", "tokenizer")),
+    "pretrain": Kind(run_pretrain, 2, ("data", "eval_data", "instruction_data"), ("model", "tokenizer")),
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),

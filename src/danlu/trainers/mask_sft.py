@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a UniLM (Dong et al. 2019, section 2.4): masked tokens of the answer are predicted, its stop among them."""
+"""Supervised fine-tuning of a UniLM (Dong et al. 2019, section 2.4): masked tokens of answers are predicted, stops among them."""
 
 from __future__ import annotations
 
