@@ -78,7 +78,9 @@ def slowly(net: Any, ids: Sequence[int]) -> Tensor:
         weight = state[f"{name}.weight"]
         if config.rmsnorm:
             return x / (x.pow(2).mean() + config.layernorm_epsilon).sqrt() * weight
-        return (x - x.mean()) / (x.var(unbiased=False) + config.layernorm_epsilon).sqrt() * weight + state[f"{name}.bias"]
+        return (x - x.mean()) / (x.var(unbiased=False) + config.layernorm_epsilon).sqrt() * weight + state[
+            f"{name}.bias"
+        ]
 
     def product(x: Tensor, name: str) -> Tensor:
         bias = state.get(f"{name}.bias")
@@ -213,7 +215,9 @@ def test_the_engine_writes_what_generate_writes(kind: str) -> None:
     for n, prompt in enumerate(prompts):
         for beams in (1, 3):
             ids = torch.tensor([prompt])
-            written = net.generate(ids, max_new_tokens=4 + n, do_sample=False, num_beams=beams, pad_token_id=0, eos_token_id=0)
+            written = net.generate(
+                ids, max_new_tokens=4 + n, do_sample=False, num_beams=beams, pad_token_id=0, eos_token_id=0
+            )
             wanted.append(written[0, len(prompt) :].tolist())
     engine = LocalEngine(net, max_slots=7)
     requests = [

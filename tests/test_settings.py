@@ -49,8 +49,9 @@ FROZEN = {
     "TrainSettings": f"{STAGE} {TRAIN}",
     "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",
     "Starter": "family hidden_size layers heads kv_heads context",
-    "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter new_words",
-    "SftSettings": f"{STAGE} {TRAIN}",
+    "Blanks": "blank sentence ratio mean_span single short blocked rest_min infill",
+    "PretrainSettings": f"{STAGE} {TRAIN} objective preset blanks instruction_data instruction_share tokenizer starter new_words",
+    "SftSettings": f"{STAGE} {TRAIN} task",
     "TeachSettings": "out seed model facts file replay adapter rank alpha dropout target learning_rate max_steps phrasings "
     "both_languages varied replay_pool replay_batch kl_weight earlier_batch stop confidence kept min_agreement max_kl "
     "max_perplexity_ratio probes dtype",

@@ -92,10 +92,14 @@ def generate(
 @click.option(
     "--data",
     required=True,
-    help="Questions with references (rubric, exact), conversations (overlap), conversations or documents (perplexity).",
+    help="Questions with references (rubric, exact), conversations (overlap), conversations or documents (perplexity), "
+    "blanks (cloze).",
 )
 @click.option(
-    "--task", type=click.Choice(["perplexity", "exact", "overlap", "rubric"]), default="perplexity", show_default=True
+    "--task",
+    type=click.Choice(["perplexity", "exact", "overlap", "rubric", "cloze"]),
+    default="perplexity",
+    show_default=True,
 )
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--max-new-tokens", default=128, show_default=True)
@@ -120,7 +124,7 @@ def evaluate(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity, exact match, overlap or rubric score of a model on a file; means with 95% bootstrap intervals.
+    """Perplexity, exact match, overlap, rubric score or cloze accuracy of a model on a file; means with 95% bootstrap intervals.
 
     Overlap is BLEU-4 over characters and ROUGE-1, -2, -L over jieba's words with the written answers, as ChatGLM measures ADGEN.
     """
@@ -148,6 +152,15 @@ def evaluate(
         result |= compared.summary
         if out is not None:
             atomic.write_jsonl(out, compared.rows)
+    elif task == "cloze":
+        from danlu.data.labelled_text import read_cloze
+        from danlu.evals.cloze import cloze
+        from danlu.models.load import load_model
+        from danlu.training.runs import resolve_model
+        from danlu.training.templates import tokenizer_of
+
+        filler = load_model(resolve_model(model))
+        result |= cloze(filler, tokenizer_of(model, stage="eval"), read_cloze(data)[:limit], seed).summary
     else:
         from danlu.evals.generation import evaluate as score
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections import Counter
@@ -15,9 +16,11 @@ from danlu import atomic
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings, SftSettings, TokenizerSettings
 from danlu.data.corpus import stream_texts
+from danlu.data.labelled_text import read_cloze
 from danlu.data.problems import Collected
 from danlu.data.sources import read_sources
 from danlu.evals import overlap, perplexity
+from danlu.evals.cloze import cloze
 from danlu.evals.generation import Evaluation, evaluate
 from danlu.exceptions import DataError, SettingsError
 from danlu.knowledge import lessons
@@ -25,6 +28,7 @@ from danlu.knowledge_config import TeachSettings
 from danlu.models.load import load_model
 from danlu.models.places import resolve
 from danlu.models.quantize import quantize_model, save_quantized
+from danlu.models.unilm import is_unilm
 from danlu.pipeline import gates
 from danlu.pipeline.gates import Gate
 from danlu.rewards.model import store_verdict
@@ -32,7 +36,20 @@ from danlu.synth.compare import collect
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
-from danlu.trainers import dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
+from danlu.trainers import (
+    classify,
+    denoise,
+    dpo,
+    grpo,
+    kto,
+    mask_sft,
+    online_dpo,
+    ppo,
+    pretrain,
+    raft,
+    reward_model,
+    sft,
+)
 from danlu.training import distributed
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
@@ -109,16 +126,24 @@ def run_tokenizer(settings: TokenizerSettings) -> Outcome:
 
 
 def run_pretrain(settings: PretrainSettings) -> Outcome:
-    """See `trainers/pretrain.py`."""
-    result = pretrain.train(settings)
+    """See `trainers/pretrain.py`, for objectives that corrupt texts `trainers/denoise.py`."""
+    result = (pretrain if settings.objective == "causal" else denoise).train(settings)
     return Outcome(result.metrics, result.facts)
 
 
 def run_sft(settings: SftSettings) -> Outcome:
-    """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER."""
-    result = sft.train(settings)
+    """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER. Classifiers (`trainers/classify.py`) have no answers."""
+    if settings.task != "chat":
+        labelled = classify.train(settings)
+        return Outcome(labelled.metrics, labelled.facts)
+    result = (mask_sft if _is_unilm(settings.model) else sft).train(settings)
     records, _, _ = records_of(settings, "conversation")
     return _answers_learnt(result, settings, [r for r in records if isinstance(r, Conversation)], stage="sft")
+
+
+def _is_unilm(model: str) -> bool:
+    config = Path(resolve_model(model)) / "config.json"
+    return config.is_file() and is_unilm(json.loads(config.read_text("utf-8")))
 
 
 def run_dpo(settings: DpoSettings) -> Outcome:
@@ -219,6 +244,18 @@ def run_eval(settings: EvalSettings) -> Outcome:
             if characters:
                 metrics[f"{label(model)}_perplexity_per_character"] = mean ** (tokens / characters)
         return Outcome(metrics)
+    if settings.task == "cloze":
+        rows = read_cloze(settings.data)[: settings.limit]
+        chosen = {
+            label(m): cloze(load_model(resolve_model(m)), tokenizer_of(m, stage="eval"), rows, settings.seed)
+            for m in settings.models
+        }
+        for name, result in chosen.items():
+            atomic.write_jsonl(folder / f"answers-{name}.jsonl", result.rows)
+        return Outcome(
+            {f"{n}_correct": e.summary["correct"]["mean"] for n, e in chosen.items()},
+            table=[{"model": n, **e.summary} for n, e in chosen.items()],
+        )
     prompts, labels = _asked(settings)
     found: dict[str, Evaluation] = {}
     for model in settings.models:
@@ -334,7 +371,7 @@ def run_teach(settings: TeachSettings) -> Outcome:
 
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
-    "pretrain": Kind(run_pretrain, 2, models=("model", "tokenizer")),
+    "pretrain": Kind(run_pretrain, 2, ("data", "eval_data", "instruction_data"), ("model", "tokenizer")),
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
