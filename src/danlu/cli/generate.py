@@ -29,10 +29,10 @@ def command(verb: str) -> click.Command:
 @sampling_options(searches=True)
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same answers.")
 @click.option("--limit", default=None, type=int, help="Only the first so many prompts.")
-@click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--bits", default=None, type=click.Choice(["16", "8", "4"]), help="8, 4: quantise while loading.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def generate(
-    model: str, data: str, out: str, seed: int, limit: int | None, bits: int | None, force: bool, **sampling: Any
+    model: str, data: str, out: str, seed: int, limit: int | None, bits: str | None, force: bool, **sampling: Any
 ) -> None:
     """Answers for a file of prompts, the likeliest ones unless a temperature is given; n rows in a row where --n asks for n."""
     target = Path(out)
@@ -61,7 +61,7 @@ def generate(
             prompts.append(record)
             labels.append(record.reference.get("answers"))
     params = chosen(SamplingParams(max_new_tokens=256, temperature=0.0), sampling)
-    assistant = danlu.load(model, bits=bits)
+    assistant = danlu.load(model, bits=int(bits) if bits else None)
     rows: list[dict[str, Any]] = []
     with Bar("generate", len(prompts)) as bar:
         for start in range(0, len(prompts), TOGETHER):
@@ -89,7 +89,7 @@ def generate(
 @click.option("--max-length", default=512, show_default=True, help="Tokens of one text (perplexity).")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--limit", default=None, type=int, help="Only the first so many records.")
-@click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--bits", default=None, type=click.Choice(["16", "8", "4"]), help="8, 4: quantise while loading.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def evaluate(
     model: str,
@@ -100,7 +100,7 @@ def evaluate(
     max_length: int,
     seed: int,
     limit: int | None,
-    bits: int | None,
+    bits: str | None,
     as_json: bool,
 ) -> None:
     """Perplexity, exact match or rubric score of a model on a file; means with 95% bootstrap intervals."""
@@ -110,11 +110,15 @@ def evaluate(
 
     result: dict[str, Any] = {"model": model, "data": data, "task": task}
     if task == "perplexity":
+        import torch
+
         from danlu.evals import perplexity
         from danlu.training.templates import tokenizer_of
 
         trees = perplexity.encode(data, tokenizer_of(model, stage="eval"), max_length, limit)
-        assistant = danlu.load(model, bits=bits)
+        # Perplexity is taken in float32 where it can be, also of what would answer in bfloat16.
+        dtype = None if torch.cuda.is_available() else "float32"
+        assistant = danlu.load(model, dtype=dtype, bits=int(bits) if bits else None)
         result["perplexity"] = perplexity.perplexity(assistant.model, trees)
         result["tokens"] = int(sum(sum(n.loss_weights) for item in trees.items for n in item))
     else:
@@ -122,7 +126,7 @@ def evaluate(
 
         prompts = [r for r in read(data, "prompt").records if isinstance(r, Prompt)][:limit]
         found = score(
-            danlu.load(model, bits=bits),
+            danlu.load(model, bits=int(bits) if bits else None),
             prompts,
             task=task,
             temperature=temperature,

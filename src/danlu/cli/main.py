@@ -29,7 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "stages",
         "GRPO: align a policy with a reward model, a verifier or other rewards, by groups of answers",
     ),
-    "quantize": ("stages", "Make a model small: int8 weights"),
+    "quantize": ("stages", "Make a model small: weights in 8 or 4 bits"),
     "chat": ("chat", "Talk to a model in the terminal"),
     "serve": ("serve", "Serve a model: OpenAI-compatible API and a chat page"),
     "feedback": ("feedback", "Votes from the chat page: export as preference data, statistics"),
