@@ -85,8 +85,8 @@ FROZEN = {
     "Raft": "keep min_score unfinished train",
     "GrpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} method grpo online_dpo raft",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
-    "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
-    "max_length",
+    "QuantizeSettings": f"{STAGE} model bits method calibration group_size symmetric layout max_shard_size eval_data questions "
+    "max_perplexity_increase temperature max_new_tokens max_length",
 }
 
 
@@ -164,7 +164,8 @@ def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, fie
         ("ppo", {"ppo": {"dual_clip": 1.0}}, "ppo.ppo.dual_clip", "greater than 1"),
         ("ppo", {"ppo": {"importance_clip": 0.5}}, "ppo.ppo.importance_clip", "greater than or equal to 1"),
         ("ppo", {"ema": 1.0}, "ppo.ema", "less than 1"),
-        ("quantize", {"bits": 4}, "quantize.bits", "8"),
+        ("quantize", {"bits": 5}, "quantize.bits", "4"),
+        ("quantize", {"bits": 4, "method": "gptq"}, "quantize", "calibration"),
         ("tokenizer", {"vocab_size": 10}, "tokenizer.vocab_size", "260"),
         ("eval", {"task": "bleu"}, "eval.task", "'bleu'"),
         ("reward", {"collect": {"samples": 1}}, "reward.collect.samples", "2"),

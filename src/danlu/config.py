@@ -167,18 +167,46 @@ class EvalSettings(StageSettings):
 
 
 class QuantizeSettings(StageSettings):
-    """Weight-only int8."""
+    """Weights in 8 or 4 bits, rounded to nearest or calibrated on text."""
 
     model: str = Field("", description="folder or stage")
-    bits: Literal[8] = Field(8, description="of a weight")
+    bits: Literal[8, 4] = Field(8, description="of a weight")
+    method: Literal["rtn", "gptq"] = Field(
+        "rtn", description="rtn: rounded to nearest; gptq: calibrated on text (4 bits)"
+    )
+    calibration: Sources | None = Field(None, description="text or conversations that gptq calibrates on")
+    group_size: Literal[32, 64, 128] = Field(64, description="weights of a row that share a scale (4 bits)")
+    symmetric: bool = Field(False, description="4 bits without zeros: a little smaller and coarser")
+    layout: Literal["danlu", "gptq"] = Field(
+        "danlu", description="of the files; gptq: symmetric, for vLLM and transformers"
+    )
+    max_shard_size: str = Field("", description="of a weight file, as 2GB; none: one file")
     eval_data: Sources | None = Field(
         None, description="text or conversations for perplexity before and after (G-QUANT)"
     )
     questions: Sources | None = Field(None, description="prompts with references: scored by the rubric for the table")
-    max_perplexity_increase: float = Field(0.01, ge=0, description="G-QUANT: allowed relative increase")
+    max_perplexity_increase: float | None = Field(
+        None, ge=0, description="G-QUANT: allowed relative increase; none: 0.01 for 8 bits, 0.1 for 4"
+    )
     temperature: float = Field(1.0, ge=0, description="for the questions; 0 takes the most likely token")
     max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
-    max_length: int = Field(512, ge=8, description="tokens of one text (perplexity)")
+    max_length: int = Field(512, ge=8, description="tokens of one text (perplexity), of a row of calibration text")
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> QuantizeSettings:
+        if self.method == "gptq" and self.bits != 4:
+            raise ValueError("method gptq is for bits: 4; 8 bits are rounded to nearest (method: rtn)")
+        if self.method == "gptq" and self.calibration is None:
+            raise ValueError("method gptq needs calibration: text or conversations like those the model is for")
+        if self.method == "rtn" and self.calibration is not None:
+            raise ValueError("calibration is read by method: gptq only")
+        return self
+
+    @property
+    def perplexity_limit(self) -> float:
+        """What G-QUANT allows."""
+        default = 0.01 if self.bits == 8 else 0.1
+        return default if self.max_perplexity_increase is None else self.max_perplexity_increase
 
 
 KINDS: dict[str, type[StageSettings]] = {
