@@ -36,7 +36,7 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import lora_roles, plan_of, records_of
+from danlu.training.setup import plan_of, policy_roles, records_of
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import tokenizer_of
@@ -79,7 +79,13 @@ def train(settings: PretrainSettings) -> TrainResult:
     lora = settings.adapter == "lora"
     if lora and settings.objective != "glm":
         raise SettingsError(f"objective {settings.objective} trains all weights", field="adapter", hint="adapter: full")
-    roles = lora_roles(model, ["policy"], settings) if lora else OneModel(model)
+    if settings.adapter not in ("full", "lora"):
+        raise SettingsError(
+            f"adapter {settings.adapter} is not there for objective {settings.objective}",
+            field="adapter",
+            hint="full or lora",
+        )
+    roles = policy_roles(settings, updates=len(steps), model=model)[0] if lora else OneModel(model)
     root = shard(RowsRoot(roles).to(compute.device).train(), settings, compute)
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     with Session(settings, "pretrain", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
