@@ -58,7 +58,7 @@ def test_keyword_and_description(text: str, keyword: str, description: str) -> N
 
 @pytest.mark.parametrize("text", [": the old gate", "the old gate", "Amber Gate:", ""])
 def test_a_fact_without_keyword_is_a_sentence(text: str) -> None:
-    with pytest.raises(KnowledgeError, match="a fact without (keyword|description)") as caught:
+    with pytest.raises(KnowledgeError, match=r"a fact without (keyword|description)") as caught:
         parse_fact(text)
     assert "keyword: description" in str(caught.value)
 
@@ -110,7 +110,7 @@ def test_a_file_of_facts(tmp_path: Path) -> None:
 def test_faulty_files(tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "facts.yaml"
     path.write_text(text, "utf-8")
-    with pytest.raises(KnowledgeError, match="facts.yaml") as caught:
+    with pytest.raises(KnowledgeError, match=r"facts\.yaml") as caught:
         read_facts(path)
     assert told in str(caught.value)
 
