@@ -29,7 +29,8 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
 
     quiet()
     name, local = resolve(model)
-    family = family_of(json.loads((Path(name) / "config.json").read_text("utf-8"))) if local else None
+    # Without a match, too, this registers danlu's own classes with transformers.
+    family = family_of(json.loads((Path(name) / "config.json").read_text("utf-8")) if local else {})
     if family is not None:
         return family.load(Path(name), dtype, scalar)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
