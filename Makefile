@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup check test demo bench learning docs slow browser seeds clean
+.PHONY: setup check test demo bench learning docs slow browser seeds families clean
 
 setup: $(DEV_STAMP)
 
@@ -47,7 +47,7 @@ docs: $(DEV_STAMP)
 
 # The peers' environments are made once; DATA_ROOT holds alpaca-en and hh-rlhf. Preparing data has its own: `benchmarks data`.
 DATA_ROOT ?= ../shared/data
-bench: $(STAMP)
+bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks peers
 	$(BIN)/python -m benchmarks core --data-root $(DATA_ROOT)
 
@@ -64,6 +64,11 @@ browser: $(DEV_STAMP)
 
 seeds: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks seeds
+
+# What each model family can do, for the table in docs/families.md.
+families: $(DEV_STAMP)
+	$(BIN)/python tests/family_table.py docs/families.json
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) site build dist *.egg-info

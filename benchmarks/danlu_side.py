@@ -31,7 +31,7 @@ def work(job: dict[str, Any], meter: Meter) -> None:
         _generate(job, meter)
     elif job["work"] == "gemm":
         _gemm(job, meter)
-    elif job["work"] in ("ppo", "grpo"):
+    elif job["kind"] in ("ppo", "grpo"):
         _roll_out_and_train(job, meter)
     else:
         _train_rows(job, meter)

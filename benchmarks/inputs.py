@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 from danlu.data.collate import encode_comparisons, encode_conversations
 from danlu.data.read import read
-from danlu.models.load import load_model, save_model, starter
+from danlu.models.load import load_model, save_model
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
+from danlu.models.starters import starter
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import train_tokenizer
 from danlu.tree import TreeBatch, conversation

@@ -36,6 +36,8 @@ SETTINGS = DOCS / "settings.md"
 HEALTH = DOCS / "health.md"
 FORMATS_PAGE = DOCS / "formats.md"
 FORMAT_PAGES = DOCS / "formats"
+FAMILIES_PAGE = DOCS / "families.md"
+FAMILIES_RUN = DOCS / "families.json"  # written by `make families`
 
 HEAD = """\
 # Settings
@@ -71,6 +73,7 @@ A list of objects; the `kind` of each says which settings it has. [Rewards](rewa
 def main(arguments: list[str]) -> int:
     """Writes the pages, or compares them with `--check`; returns the exit status."""
     pages = {SETTINGS: settings_page(), HEALTH: health_page(), FORMATS_PAGE: formats_page()}
+    pages[FAMILIES_PAGE] = families_page()
     pages |= {FORMAT_PAGES / f"{entry.name}.md": format_page(entry) for entry in FORMATS}
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text("utf-8") != text]
     stale += [path for path in sorted(FORMAT_PAGES.glob("*.md")) if path not in pages]
@@ -89,6 +92,23 @@ def main(arguments: list[str]) -> int:
     names = ", ".join(str(path.relative_to(DOCS)) for path in stale)
     print(f"written: {names or 'nothing, all pages are up to date'}")
     return 0
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+
+def families_page() -> str:
+    """docs/families.md with its table: what each family did in the last run of `make families`."""
+    text = FAMILIES_PAGE.read_text("utf-8")
+    before, begin, rest = text.partition("<!-- families: begin")
+    head, _, rest = rest.partition("-->\n")
+    _, end, after = rest.partition("<!-- families: end -->")
+    found = json.loads(FAMILIES_RUN.read_text("utf-8")) if FAMILIES_RUN.is_file() else {}
+    columns = list(next(iter(found.values()), {}))
+    lines = [f"| family | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    lines += [f"| {name} | {' | '.join(row.get(c, '') for c in columns)} |" for name, row in found.items()]
+    table = "\n".join(lines) + "\n" if found else ""
+    return f"{before}{begin}{head}-->\n{table}{end}{after}"
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -57,7 +57,9 @@ def recorded(name: str) -> Recorded:
     shared = Path(os.environ.get("DANLU_SHARED", Path(__file__).parents[2] / "shared"))
     folder = shared / "fixtures" / name
     if not folder.is_dir():
-        pytest.skip(f"RECORDED {name} NOT TESTED: {folder} is missing; set DANLU_SHARED to the folder that holds fixtures/")
+        pytest.skip(
+            f"RECORDED {name} NOT TESTED: {folder} is missing; set DANLU_SHARED to the folder that holds fixtures/"
+        )
     texts = json.loads((folder / "cases.json").read_text("utf-8")) if (folder / "cases.json").is_file() else {}
     return Recorded(folder, load_file(folder / "cases.safetensors"), texts)
 

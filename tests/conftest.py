@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import first_rows
 from torch import Tensor
 
 # Two torch processes with two threads each on two cores slow one another down a hundredfold (pytest-xdist starts two).
@@ -96,3 +97,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"REAL DATA NOT TESTED: {folder} is missing; set DANLU_SHARED to the folder that holds data/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def published_data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginnings of the published files that recipes read; a `data_root`."""
+    return first_rows(shared_data, tmp_path_factory.mktemp("published"))

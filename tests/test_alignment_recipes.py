@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import yaml
+from published import FEW, overrides
 
 from danlu.cli.main import run
 from danlu.exceptions import SettingsError
@@ -19,83 +18,16 @@ from danlu.pipeline.plan import estimate
 from danlu.pipeline.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SHAPE = "{hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, context: 512}"
-FEW: dict[str, dict[str, Any]] = {
-    "tokenizer": {"vocab_size": 600, "data": "${data_root}/pretrain-en/tinystories_sample.txt"},
-    "pretrain": {"max_records": 60, "max_steps": 3, "tokens_per_step": 2048, "starter": SHAPE},
-    "sft": {"max_records": 60, "max_steps": 3, "tokens_per_step": 2048, "overlength": "drop"},
-    "dpo": {"max_steps": 3, "tokens_per_step": 2048},
-    "reward": {
-        "max_records": 60,
-        "max_steps": 3,
-        "tokens_per_step": 2048,
-        "min_accuracy": 0,
-        "max_length_correlation": 1,
-    },
-    "ppo": {"max_records": 60, "max_steps": 2, "rollout.batch": 4, "rollout.max_new_tokens": 8},
-    "grpo": {"max_records": 60, "max_steps": 2, "rollout.batch": 8, "rollout.max_new_tokens": 8, "grpo.group_size": 4},
-    "eval": {"limit": 8},
-    "quantize": {"eval_data": "${data_root}/alpaca-en/seed_tasks.jsonl"},
-}
-
-
-FILES = (
-    "hh-rlhf/helpful-base/train.jsonl.gz",
-    "hh-rlhf/helpful-rejection-sampled/train.jsonl.gz",
-    "hh-rlhf/harmless-base/train.jsonl.gz",
-    "gsm8k/train.jsonl.gz",
-    "alpaca-en/alpaca_data.json.gz",
-    "alpaca-en/seed_tasks.jsonl",
-    "alpaca-zh/alpaca_chinese_zh.json.gz",
-    "alpaca-eval-prefs/vicuna-13b/annotations.json",
-    "oasst/oaast_rm_zh.json",
-    "oasst/en_100_tree.jsonl",
-    "oasst/oaast_sft_zh.json",
-    "instruction-wild/data/seed_prompts_en.jsonl",
-    "instruction-wild/data/seed_prompts_ch.jsonl",
-)
-ROWS = 80
-
-
-def first_rows(data: Path, folder: Path) -> Path:
-    """The beginnings of the published files under their own names: reading all of them takes longer than the stages."""
-    for name in FILES:
-        source, target = data / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        opened = gzip.open if name.endswith(".gz") else open
-        with opened(source, "rt", encoding="utf-8") as file, opened(target, "wt", encoding="utf-8") as copy:
-            if ".jsonl" in name:
-                copy.writelines(islice(file, ROWS))
-            else:
-                json.dump(json.load(file)[: 2 * ROWS], copy, ensure_ascii=False)
-    english, chinese = data / "pretrain-en", data / "pretrain-zh" / "novels"
-    books = [next((english / "gutenberg").glob("*.txt")), *english.glob("*.txt"), next(chinese.glob("*.txt.gz"))]
-    for book in books:
-        target = folder / book.relative_to(data)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        opened = gzip.open if book.suffix == ".gz" else open
-        with opened(book, "rt", encoding="utf-8") as file, opened(target, "wt", encoding="utf-8") as copy:
-            copy.write(file.read(60_000))
-    return folder
-
-
-def overrides(path: Path, data: Path) -> list[str]:
-    """`--set` for a tiny run."""
-    found = [f"data_root={data}"]
-    for stage in load_recipe(path).stages:
-        few = FEW[stage.kind] | ({} if stage.kind in ("tokenizer", "eval", "quantize") else {"dtype": "float32"})
-        found += [f"{stage.name}.{key}={value}" for key, value in few.items()]
-    return [x for text in found for x in ("--set", text)]
 
 
 @pytest.mark.parametrize("name", ["dpo", "gsm8k-grpo"])
 def test_the_published_files_go_through(
-    name: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str, published_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
     path = RECIPES / f"{name}.yaml"
     # --force: gates judge quality, which a few steps do not give.
-    status = run(["run", str(path), *overrides(path, first_rows(shared_data, tmp_path / "data")), "--force"])
+    status = run(["run", str(path), *overrides(path, published_data), "--force"])
     assert status == 0, capfd.readouterr().err
     folder = tmp_path / "runs" / name
     stages = {s["kind"]: s for s in describe(folder)["stages"]}
@@ -116,11 +48,11 @@ def test_the_published_files_go_through(
 
 @pytest.mark.parametrize("name", ["chatllama", "colossalchat", "deepspeed-chat"])
 def test_the_recipes_of_others_go_through(
-    name: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str, published_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
     path = RECIPES / f"{name}.yaml"
-    status = run(["run", str(path), *overrides(path, first_rows(shared_data, tmp_path / "data")), "--force"])
+    status = run(["run", str(path), *overrides(path, published_data), "--force"])
     assert status == 0, capfd.readouterr().err
     folder = tmp_path / "runs" / name
     stages = {s["name"]: s for s in describe(folder)["stages"]}
@@ -140,11 +72,11 @@ def test_the_recipes_of_others_go_through(
 
 
 def test_votes_become_a_model_in_two_ways(
-    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    published_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
     path = RECIPES / "feedback.yaml"
-    votes = first_rows(shared_data, tmp_path / "data") / "alpaca-eval-prefs"
+    votes = published_data / "alpaca-eval-prefs"
     given = [f"model={tiny.model()}", f"votes={votes}"]
     for kind in ("reward", "ppo", "dpo"):
         given += [f"{kind}.{key}={value}" for key, value in {**FEW[kind], "dtype": "float32"}.items()]

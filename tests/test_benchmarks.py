@@ -18,7 +18,8 @@ from benchmarks.peers import environments
 from benchmarks.turns import Side, SideFailed, take_turns
 from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRL, WORKS, Work
 from danlu.config import KINDS
-from danlu.models.load import load_model, starter
+from danlu.models.load import load_model
+from danlu.models.starters import starter
 from danlu.parsing import parse
 
 KEYS = {"work", "size", "ours", "peer", "peer_setting", "peer_value", "unit", "ratio", "low", "high", "goal"}

@@ -19,7 +19,8 @@ import danlu.assistant
 from danlu.assistant import Assistant
 from danlu.cli.chat import interruptible, lines, visible
 from danlu.cli.main import run
-from danlu.models.load import save_model, starter
+from danlu.models.load import save_model
+from danlu.models.starters import starter
 from danlu.text.tokenizer import train_tokenizer
 from danlu.types import Message
 

@@ -229,7 +229,9 @@ def test_a_stream_goes_on_from_its_cache() -> None:
 
 def test_recorded_stream_continuation() -> None:
     case = recorded("chatglm2").texts["stream_continuation"]
-    found = model("chatglm2").build_stream_inputs(tokenizer("chatglm2"), case["query"], [("a", "b")] * case["history_len"])
+    found = model("chatglm2").build_stream_inputs(
+        tokenizer("chatglm2"), case["query"], [("a", "b")] * case["history_len"]
+    )
     assert found["input_ids"].tolist() == [case["ids"]]
 
 
@@ -289,7 +291,9 @@ def test_packed_weights_stay_packed_and_mean_what_was_recorded(name: str, tmp_pa
         with torch.no_grad():
             real = real_tokens(one.given, net.config.pad_token_id)
             expected = one.found["logits"][real]
-            assert (again(**one.given).logits[real] - expected).norm() < 0.1 * expected.norm()  # bf16 norms and embeddings
+            assert (
+                again(**one.given).logits[real] - expected
+            ).norm() < 0.1 * expected.norm()  # bf16 norms and embeddings
 
 
 @pytest.mark.parametrize("name", ["chatglm_v1", "chatglm2"])

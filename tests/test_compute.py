@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from danlu.exceptions import SettingsError
-from danlu.models.load import starter
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
+from danlu.models.starters import starter
 from danlu.training import compute
 from danlu.training.compute import Compute, choose
 from danlu.training.step import accumulate, language_loss

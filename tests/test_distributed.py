@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from danlu.config import KINDS, SftSettings
 from danlu.data.collate import Trees
-from danlu.models.load import starter
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
+from danlu.models.starters import starter
 from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
 from danlu.training import checkpoint, distributed, sharding
@@ -36,7 +36,7 @@ from danlu.tree import Node, TreeBatch, branches, forest
 COUNTS = {"five": 5, "one": 1}
 CPU = Compute("cpu", "float32", 1)
 ONE = (1, "ddp")
-TWO = {"ddp": (2, "ddp"), "fsdp2": (2, "fsdp2")}
+TWO = {"ddp": (2, "ddp"), "zero2": (2, "zero2"), "fsdp2": (2, "fsdp2")}
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +142,22 @@ def test_one_process_is_the_identity() -> None:
 # -- sharded weights ----------------------------------------------------------------------------------------------------
 
 
-def save_from_shards(folder: Path) -> tuple[list[tuple[int, ...]], float, dict[str, Tensor] | None]:
+def save_from_shards(task: tuple[Path, str]) -> tuple[list[tuple[int, ...]], float, dict[str, Tensor] | None]:
     """Shapes of this rank's shards, a held-out loss, and the whole state, after a checkpoint was written."""
-    root = root_of("fsdp2", False)
+    folder, strategy = task
+    root = root_of(strategy, False)
     model: Any = root.trunks.models["policy"]
-    checkpoint.save(folder, 1, root, {}, {})
     items = Trees(items=trees(3))
     loss = heldout_loss(root, items, 8, CPU)
+    checkpoint.save(folder, 1, root, {}, {})
     shapes = [tuple(p.to_local().shape) for p in root.parameters()]
     return shapes, loss, whole_state(model, root.trunks, "policy")
 
 
-def test_each_rank_holds_a_part_and_leaves_the_whole(crew: Crew, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_each_rank_holds_a_part_and_leaves_the_whole(strategy: str, crew: Crew, tmp_path: Path) -> None:
     one = root_of("ddp", False)
-    (shapes, loss, state), (other_shapes, other_loss, nothing) = crew.run(save_from_shards, tmp_path)
+    (shapes, loss, state), (other_shapes, other_loss, nothing) = crew.run(save_from_shards, (tmp_path, strategy))
     sizes = [p.numel() for p in one.parameters()]
     parts = [torch.Size(a).numel() + torch.Size(b).numel() for a, b in zip(shapes, other_shapes, strict=True)]
     assert parts == sizes and sum(torch.Size(s).numel() for s in shapes) < 0.6 * sum(sizes)
@@ -277,6 +279,7 @@ def half_done(whole: Path, out: Path, step: int) -> Path:
         ("sft", ONE, TWO["fsdp2"]),
         ("reward", TWO["fsdp2"], TWO["ddp"]),
         ("ppo", TWO["fsdp2"], ONE),
+        pytest.param("ppo", TWO["zero2"], ONE, marks=pytest.mark.slow),
         pytest.param("sft", ONE, TWO["ddp"], marks=pytest.mark.slow),
         pytest.param("sft", TWO["fsdp2"], TWO["ddp"], marks=pytest.mark.slow),
         pytest.param("reward", TWO["fsdp2"], ONE, marks=pytest.mark.slow),

@@ -188,15 +188,15 @@ def test_a_store_knows_only_what_is_true_and_keeps_to_its_memory(prompts: list[l
 
 @pytest.mark.parametrize(
     ("positions", "length"),
-    [(1, 64), (64, 64), (65, 128), (129, 192), (193, 256), (257, 384), (385, 512), (513, 768), (1025, 1536)],
+    [(1, 128), (128, 128), (129, 256), (256, 256), (257, 384), (385, 512), (513, 768), (769, 1024), (1025, 1536)],
 )
 def test_arena_lengths(positions: int, length: int) -> None:
     assert arena_length(positions) == length
 
 
 def test_slots_follow_from_the_memory(model: Any) -> None:
-    """Two layers, two key heads, 8 wide, keys and values, fp32: 256 bytes a position. Three arenas of 64 fit, not four."""
-    memory = math.ceil(3.5 * 64 * 256 / 0.75)  # a quarter is for prompts
+    """Two layers, two key heads, 8 wide, keys and values, fp32: 256 bytes a position. Three arenas of 128 fit, not four."""
+    memory = math.ceil(3.5 * 128 * 256 / 0.75)  # a quarter is for prompts
     engine = LocalEngine(model, memory=memory)
     requests = [ask(ids(n, 20), seed=n) for n in range(7)]
     running = []

@@ -18,7 +18,8 @@ from benchmarks.proofs.bench import Bench, Job, Town, Trained, Verdict
 from benchmarks.proofs.optimum import Language
 from danlu.config import KINDS
 from danlu.data.read import read
-from danlu.models.load import load_model, starter
+from danlu.models.load import load_model
+from danlu.models.starters import starter
 from danlu.parsing import parse
 from danlu.pipeline.recipe import load_recipe
 from danlu.rewards.verifiers import number

@@ -316,3 +316,13 @@ def test_without_defence_the_first_bad_number_is_the_end(
     call = [*command(tmp_path / "out", poisoned(tmp_path)), "--no-defence.on"]
     assert run(call) == 1
     assert "loss is nan at step" in capfd.readouterr().err
+
+
+def test_a_critic_is_judged_by_the_size_of_its_loss() -> None:
+    """Its squared error falls to nearly nothing; thirty times of that is no spike, a number that is none is."""
+    monitor = Monitor(Defence(window=16))
+    for step in range(16):
+        monitor.begin_step(step)
+        assert monitor.check("critic", 0.001 * (1 + step % 3 / 10), 1.0)
+    assert monitor.check("critic", 0.05, 1.0)
+    assert not monitor.check("critic", math.nan, 1.0) and not monitor.check("critic", 1e6, 1.0)

@@ -17,8 +17,9 @@ from conftest import make_tiny
 
 from danlu.cli.main import run
 from danlu.config import SftSettings, Starter
-from danlu.models.load import load_model, save_model, starter
+from danlu.models.load import load_model, save_model
 from danlu.models.roles import AdapterRoles
+from danlu.models.starters import starter
 from danlu.pipeline import footprint, plan
 from danlu.pipeline.footprint import adapter_parameters, kept, shape_of_folder, shape_of_starter, stage_memory
 from danlu.pipeline.plan import estimate
@@ -72,6 +73,13 @@ def test_seconds_are_work_over_rate(tmp_path: Path) -> None:
     row = rows(tiny.recipe(tmp_path))["pretrain"]
     assert row["tokens"] == 4 * 512
     assert row["seconds"] == pytest.approx(2 + 6 * row["parameters"] * 4 * 512 / (1e11 * plan.EFFICIENCY))
+
+
+def test_records_are_limited(tmp_path: Path) -> None:
+    """Each of half the greatest length: 3 records, 2 epochs."""
+    path = tiny.recipe(tmp_path)
+    limit = ["sft.max_steps=null", "sft.max_records=3", "sft.epochs=2", "sft.max_length=40"]
+    assert rows(path, *limit)["sft"]["tokens"] == 3 * 20 * 2
 
 
 def test_parameters_of_a_given_model(tmp_path: Path) -> None:

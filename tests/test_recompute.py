@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from danlu.cli.main import run
 from danlu.exceptions import ModelError
-from danlu.models.load import starter
 from danlu.models.recompute import recompute_layers
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RoleName, RootModel
+from danlu.models.starters import starter
 from danlu.training.step import language_loss
 from danlu.tree import Node, TreeBatch, branches, conversation, forest
 

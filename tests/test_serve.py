@@ -23,7 +23,7 @@ from danlu.cli.main import run
 from danlu.data.feedback import FeedbackDatabase
 from danlu.data.read import read
 from danlu.exceptions import DanluError, UsageError
-from danlu.models.load import starter
+from danlu.models.starters import starter
 from danlu.serve.app import create_app, listen, make_server
 from danlu.serve.guard import check_exposure, is_loopback
 from danlu.text.tokenizer import train_tokenizer

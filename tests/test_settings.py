@@ -48,9 +48,12 @@ FROZEN = {
     "StageSettings": STAGE,
     "TrainSettings": f"{STAGE} {TRAIN}",
     "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",
-    "Starter": "hidden_size layers heads kv_heads context",
-    "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter",
+    "Starter": "family hidden_size layers heads kv_heads context",
+    "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter new_words",
     "SftSettings": f"{STAGE} {TRAIN}",
+    "TeachSettings": "out seed model facts file replay adapter rank alpha dropout target learning_rate max_steps phrasings "
+    "both_languages varied replay_pool replay_batch kl_weight earlier_batch stop confidence kept min_agreement max_kl "
+    "max_perplexity_ratio probes dtype",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
     "EngineSettings": "slots cache_gib speculate guesses",
     "RewardSettings": f"{STAGE} {TRAIN} loss level pairs margin label_smoothing centring score_range balance collect "

@@ -164,11 +164,15 @@ def deepseek3(system: str, done: list[Pair], ask: str) -> str:
     )
 
 
+def text2text(system: str, done: list[Pair], ask: str) -> str:
+    return "".join(f"{text}\n" for text in [*([system] if system else []), *(t for pair in done for t in pair), ask])
+
+
 BUILDERS: dict[str, Builder] = {
     f.__name__: f
     for f in (
         *(chatml, plain, hh, alpaca, vicuna, llama2, llama3, chatglm, chatglm2, chatglm3, moss, belle, dolly, huatuo),
-        *(chatdoctor, baichuan, baichuan2, qwen, deepseek, deepseek3),
+        *(chatdoctor, baichuan, baichuan2, qwen, deepseek, deepseek3, text2text),
     )
 }
 # What follows an answer, up to its stop token. ChatGLM3 writes nothing: the seam adds the end of the sequence.

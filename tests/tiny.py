@@ -20,7 +20,8 @@ import torch
 import yaml
 
 from danlu.cli.main import main, run
-from danlu.models.load import save_model, starter
+from danlu.models.load import save_model
+from danlu.models.starters import starter
 from danlu.synth.town.write import write_town
 from danlu.text.tokenizer import train_tokenizer
 

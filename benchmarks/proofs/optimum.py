@@ -294,7 +294,8 @@ def verdict(
 
 def _reference(bench: Bench, folder: Path, language: Language) -> Path:
     """A starter that has learnt the language by SFT."""
-    from danlu.models.load import save_model, starter
+    from danlu.models.load import save_model
+    from danlu.models.starters import starter
     from danlu.text.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["?"], 260, context=SHAPE["context"])

@@ -183,7 +183,8 @@ def _comparisons(town: Town, policy: str, folder: Path, count: int, seed: int) -
 
 def _small(town: Town, folder: Path, seed: int) -> Path:
     """A trunk that has read nothing but what the reward stage shows it."""
-    from danlu.models.load import save_model, starter
+    from danlu.models.load import save_model
+    from danlu.models.starters import starter
     from danlu.text.tokenizer import load_tokenizer
 
     tokenizer: Any = load_tokenizer(town.model("sft"))

@@ -378,7 +378,7 @@ class PpoSettings(RolloutSettings):
 
     @model_validator(mode="after")
     def _critic(self) -> PpoSettings:
-        if self.ppo.critic_init == "reward" and self.adapter == "lora":
+        if self.ppo.critic_init == "reward" and self.adapted:
             raise ValueError(
                 "ppo.critic_init: reward needs adapter: full (an adapter's critic stands on the policy's base)"
             )

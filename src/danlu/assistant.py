@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,16 @@ import torch
 
 from danlu.config import EngineSettings
 from danlu.exceptions import ModelError
+from danlu.generation.encoder_decoder import EncoderDecoderEngine
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import FinishReason, Request, SamplingParams, TopLogprobs, generate
 from danlu.generation.speculative import drafter_of
-from danlu.models.load import load_model
-from danlu.models.places import resolve
+from danlu.models.adapter_files import load_adapted, put_on, read_info, settle
+from danlu.models.load import check_tokenizer, load_model
+from danlu.models.places import is_adapter, resolve, tokenizer_place
 from danlu.models.quantize import is_quantized, load_quantized, quantize_model
 from danlu.text.chat_template import ChatTemplate
+from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
 from danlu.types import Message
 
@@ -37,6 +41,20 @@ class Reply:
     finish_reason: FinishReason
     prompt_ids: tuple[int, ...]
     top_logprobs: tuple[TopLogprobs, ...] = ()
+
+
+def _engine_of(model: Any, tokenizer: Any | None, used: EngineSettings) -> LocalEngine | EncoderDecoderEngine:
+    if model.config.is_encoder_decoder:
+        if used.speculate != "off":
+            raise ModelError("encoder-decoders do not guess tokens ahead", hint="leave speculate off")
+        return EncoderDecoderEngine(model, tokenizer, max_slots=used.slots)
+    return LocalEngine(
+        model,
+        tokenizer,
+        max_slots=used.slots,
+        memory=int(used.cache_gib * 2**30) or None,
+        drafter=drafter_of(used.speculate, used.guesses, model),
+    )
 
 
 class Assistant:
@@ -62,16 +80,43 @@ class Assistant:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.template = ChatTemplate(tokenizer) if tokenizer is not None else None
-        used = engine or EngineSettings()
-        self.engine = LocalEngine(
-            model,
-            tokenizer,
-            max_slots=used.slots,
-            memory=int(used.cache_gib * 2**30) or None,
-            drafter=drafter_of(used.speculate, used.guesses, model),
-        )
+        paired = bool(model.config.is_encoder_decoder)
+        self.template = seam_of(tokenizer, encoder_decoder=paired) if tokenizer is not None else None
+        self._settings = engine or EngineSettings()
+        self.engine = _engine_of(model, tokenizer, self._settings)
         self.defaults = defaults or SamplingParams(max_new_tokens=512, temperature=0.7, top_p=0.9)
+
+    def with_adapter(self, folder: str | Path, name: str = "") -> Assistant:
+        """An assistant that answers by an adapter of this one's model; both share the model's weights in memory.
+
+        The adapter stays beside the weights. It has an engine of its own, so both can answer at the same time.
+
+        Args:
+            folder: an adapter folder, or a run whose model is one.
+
+        Raises:
+            ModelError: the folder is none, or was trained on another model.
+        """
+        from danlu.training.runs import resolve_model
+
+        place = resolve_model(str(folder))
+        if not is_adapter(place):
+            raise ModelError(
+                "this is not an adapter folder (no adapter_config.json)", file=place, hint="give out/adapter"
+            )
+        info = read_info(place)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        shared = copy.deepcopy(self.model, {id(t): t for t in tensors})
+        model = settle(put_on(shared, info, named=self.name), info)
+        where = tokenizer_place(place)
+        own = load_tokenizer(where, local=Path(where).is_dir())
+        return Assistant(
+            model,
+            own if own is not None else self.tokenizer,
+            name=name or str(folder),
+            defaults=self.defaults,
+            engine=self._settings.model_copy(update={"speculate": "off"}),
+        )
 
     @property
     def context(self) -> int:
@@ -211,6 +256,7 @@ def load(
     bits: int | None = None,
     device: str | None = None,
     engine: EngineSettings | None = None,
+    patches: bool = True,
 ) -> Assistant:
     """Loads a model folder, a hub id or a run and makes it ready to chat.
 
@@ -220,14 +266,17 @@ def load(
         bits: 8 quantises the weights while loading; None keeps what the folder holds.
         device: "cpu", "cuda", ... Default: CUDA if there is one.
         engine: slots, memory and speculation; None: the defaults.
+        patches: whether the facts that were taught to this model (`danlu teach`) apply.
 
     Returns:
         An `Assistant`. Without tokenizer files `.tokenizer` is None, and `chat` says what is missing.
 
     Raises:
         ModelError: no such model, an incomplete one, or a setting that cannot be honoured.
+        KnowledgeError: its patches are damaged or belong to another base.
     """
-    from danlu.training.runs import resolve_model
+    from danlu.models.patches import apply_patches
+    from danlu.training.runs import patches_folder, resolve_model
 
     folder = resolve_model(str(path))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -238,13 +287,21 @@ def load(
     if bits not in (None, 8, 16):
         raise ModelError(f"bits={bits} is not available", hint="use 8, or 16 for unquantised weights")
     name, local = resolve(folder)
-    tokenizer = load_tokenizer(name, local=local)
-    if is_quantized(name):
+    tokenizer = load_tokenizer(tokenizer_place(name), local=local)
+    if local and is_adapter(name):
+        model = load_adapted(name, dtype=chosen, dense=bits == 16)
+        if bits == 8 and read_info(name).mergeable and read_info(name).base_bits == 16:
+            model = quantize_model(model)
+    elif is_quantized(name):
         if bits == 16:
             raise ModelError("this folder holds 8-bit weights only", file=name, hint="load the model it was made from")
         model = load_quantized(name, dtype=chosen)
     else:
         model = load_model(folder, dtype=chosen)
+        if patches:
+            apply_patches(model, patches_folder(name, local=local), str(path))
         if bits == 8:
             model = quantize_model(model)
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer, folder)
     return Assistant(model.to(place), tokenizer, name=str(path), engine=engine)

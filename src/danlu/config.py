@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.knowledge_config import TeachSettings
 from danlu.train_config import Settings, Sources, StageSettings, TrainSettings
 
 
@@ -40,17 +41,23 @@ class EngineSettings(Settings):
 
 
 class Starter(Settings):
-    """The small Llama that is pre-trained from nothing when no model is given."""
+    """The small model that is pre-trained from nothing when no model is given."""
 
+    family: Literal["llama", "mistral", "qwen2", "gpt2", "codegen", "bloom", "gpt_neox", "opt", "chatglm2"] = Field(
+        "llama", description="whose layers it has (MOSS: codegen; CPM-1 and Wenzhong: gpt2; ChatGLM2 and 3: chatglm2)"
+    )
     hidden_size: int = Field(192, ge=16, description="width D")
     layers: int = Field(4, ge=1, description="transformer blocks")
     heads: int = Field(6, ge=1, description="query heads")
-    kv_heads: int = Field(3, ge=1, description="key and value heads (grouped-query attention)")
+    kv_heads: int = Field(
+        3, ge=1, description="key and value heads (grouped-query attention: llama, mistral, qwen2, chatglm2)"
+    )
     context: int = Field(512, ge=32, description="positions")
 
     @model_validator(mode="after")
     def _divides(self) -> Starter:
-        if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
+        grouped = self.family in ("llama", "mistral", "qwen2", "chatglm2")
+        if self.hidden_size % (2 * self.heads) or (grouped and self.heads % self.kv_heads):
             raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of kv_heads")
         return self
 
@@ -60,6 +67,9 @@ class PretrainSettings(TrainSettings):
 
     tokenizer: str = Field("", description="tokenizer folder for a starter; a given model brings its own")
     starter: Starter = Field(default_factory=lambda: Starter())
+    new_words: int = Field(
+        0, ge=0, description="frequent words of `data` that a given model's tokenizer learns first, at most"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only")
 
@@ -75,9 +85,12 @@ class EvalSettings(StageSettings):
         default_factory=list, description="folders or stages; none: every policy of the run so far"
     )
     data: Sources = Field(
-        "", description="prompts with references (rubric, exact) or conversations or documents (perplexity)"
+        "",
+        description="prompts with references (rubric, exact), conversations (overlap), conversations or documents (perplexity)",
     )
-    task: Literal["rubric", "exact", "perplexity"] = Field("rubric", description="how answers are judged")
+    task: Literal["rubric", "exact", "overlap", "perplexity"] = Field(
+        "rubric", description="how answers are judged; overlap: BLEU-4 and ROUGE with the written ones"
+    )
     temperature: float = Field(1.0, ge=0, description="0 takes the most likely token")
     max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     limit: int | None = Field(None, ge=1, description="use only the first so many questions")
@@ -110,5 +123,6 @@ KINDS: dict[str, type[StageSettings]] = {
     "grpo": GrpoSettings,
     "eval": EvalSettings,
     "quantize": QuantizeSettings,
+    "teach": TeachSettings,
 }
-POLICY_KINDS = ("pretrain", "sft", "dpo", "ppo", "grpo")
+POLICY_KINDS = ("pretrain", "sft", "dpo", "ppo", "grpo", "teach")

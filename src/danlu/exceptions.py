@@ -103,6 +103,10 @@ class RunError(DanluError):
     """A run folder or a stage in it is missing or not in the state that was asked for."""
 
 
+class KnowledgeError(DanluError):
+    """A fact is incomplete or already there, or a patch does not fit its model or was refused."""
+
+
 class Interrupted(DanluError):
     """The user pressed Ctrl-C or the process was told to end; the state was saved (exit status 130)."""
 

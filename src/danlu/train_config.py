@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+AdapterKind = Literal["full", "freeze", "lora", "rslora", "dora", "adalora", "qlora", "ptuning", "prompt", "ia3"]
+QUANTISED_BASES = ("lora", "rslora", "qlora", "ptuning", "prompt")
+"""Adapters that can stand on a base of 8 or 4 bits."""
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Pairs = Literal["best-worst", "all", "adjacent"]
 """Which comparisons a ranking gives: the best against the worst answer, all pairs, or neighbours in order of score."""
@@ -125,12 +128,63 @@ class Defence(Settings):
 
 
 class Lora(Settings):
-    """Low-rank adapters (Hu et al. 2021); read when `adapter: lora`."""
+    """Low-rank adapters (Hu et al. 2021); read by `adapter: lora`, `rslora`, `dora`, `qlora` and, but for `r`, `adalora`."""
 
     r: int = Field(8, ge=1, description="rank")
-    alpha: float = Field(16.0, gt=0, description="scale: the update is alpha / r times B A")
+    alpha: float = Field(
+        16.0, gt=0, description="scale: the update is alpha / r times B A; rslora: alpha / sqrt(r) times"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target: str | list[str] = Field("all-linear", description="modules that get an adapter")
+    target: str | list[str] = Field(
+        "auto",
+        description="modules that get an adapter: auto and all-linear: the linear layers of the trunk, found by family; or names",
+    )
+    init: Literal["default", "pissa"] = Field(
+        "default", description="first weights: B is zero; or the principal singular vectors (PiSSA)"
+    )
+    rate_ratio: float = Field(1.0, gt=0, description="learning rate of B over that of A (LoRA+ advises 16)")
+    embeddings: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="train embeddings and output head beside the adapter; auto: where the template ends answers with a token "
+        "that the model does not end with yet",
+    )
+
+
+class AdaLora(Settings):
+    """Ranks that go where they are needed (Zhang et al. 2023); read when `adapter: adalora`."""
+
+    initial_r: int = Field(12, ge=1, description="rank of every layer at first")
+    target_r: int = Field(8, ge=1, description="mean rank at the end")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the updates before ranks fall")
+    final: float = Field(0.3, ge=0, lt=1, description="share of the updates after ranks have fallen")
+    every: int = Field(
+        10, ge=1, description="updates between two allocations of rank at most; a short run allocates more often"
+    )
+    beta: float = Field(0.85, gt=0, lt=1, description="how slowly the importance of a rank changes")
+    orthogonality: float = Field(0.5, ge=0, description="weight of the loss that keeps A and B orthogonal")
+
+    @model_validator(mode="after")
+    def _falls(self) -> AdaLora:
+        if self.target_r >= self.initial_r:
+            raise ValueError(f"target_r ({self.target_r}) must be below initial_r ({self.initial_r})")
+        if self.warmup + self.final >= 1:
+            raise ValueError(f"warmup ({self.warmup}) and final ({self.final}) leave no updates in which ranks fall")
+        return self
+
+
+class Prefix(Settings):
+    """Learned tokens in front of everything; read when `adapter: ptuning` (in every layer) or `prompt` (input embeddings)."""
+
+    tokens: int = Field(16, ge=1, description="how many")
+    projection: bool = Field(False, description="ptuning: make keys and values of embeddings by a small network")
+    hidden: int | None = Field(None, ge=1, description="width of that network; none: the model's")
+
+
+class Freeze(Settings):
+    """Train a part of the model's own weights; read when `adapter: freeze`."""
+
+    layers: int = Field(2, ge=1, description="how many of the last layers train")
+    head: bool = Field(False, description="the output head, too (with tied weights that is the embedding)")
 
 
 class StageSettings(Settings):
@@ -156,15 +210,28 @@ class TrainSettings(StageSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute dtype; auto: measured once, then kept; float16 only on cards that have no bfloat16"
     )
-    adapter: Literal["full", "lora"] = Field("full", description="train all weights, or LoRA adapters")
+    adapter: AdapterKind = Field(
+        "full", description="what trains: all weights, the last layers (freeze), or an adapter of this kind"
+    )
     lora: Lora = Field(default_factory=lambda: Lora())
+    adalora: AdaLora = Field(default_factory=lambda: AdaLora())
+    prefix: Prefix = Field(default_factory=lambda: Prefix())
+    freeze: Freeze = Field(default_factory=lambda: Freeze())
+    base_bits: Literal[16, 8, 4] = Field(
+        16, description="bits of the frozen base under an adapter; 16: as it is; qlora: 4 unless 8 is given"
+    )
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="noise in the embeddings while training (NEFTune; 5 is usual); sft, pretrain and reward"
+    )
     processes: int | Literal["auto"] = Field(
         1,
         description="processes of this machine that share the work; auto: one for each GPU, or for each core up to four; "
         "under torchrun: as many as it started",
     )
-    strategy: Literal["ddp", "fsdp2"] = Field(
-        "ddp", description="with several processes: each holds the whole model, or its share of it (FSDP2)"
+    strategy: Literal["ddp", "zero2", "fsdp2"] = Field(
+        "ddp",
+        description="with several processes: each holds the whole model; its share of gradients and optimizer (zero2); "
+        "or of the weights too (fsdp2, ZeRO-3)",
     )
     template: str | None = Field(None, description="a chat template that danlu ships, in place of the tokenizer's own")
     max_length: int = Field(
@@ -230,6 +297,36 @@ class TrainSettings(StageSettings):
     def _names(cls, value: Any) -> Any:
         """`report_to: tensorboard, wandb` means the list."""
         return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter trains on a frozen base that all roles share."""
+        return self.adapter not in ("full", "freeze")
+
+    @property
+    def frozen_bits(self) -> int:
+        """Bits of the frozen base: 16 (as it is), 8 or 4."""
+        return 4 if self.adapter == "qlora" and self.base_bits == 16 else self.base_bits
+
+    @model_validator(mode="after")
+    def _adapter(self) -> TrainSettings:
+        if self.base_bits != 16 and self.adapter not in QUANTISED_BASES:
+            raise ValueError(
+                f"base_bits: {self.base_bits} needs an adapter of: {', '.join(QUANTISED_BASES)} (found {self.adapter})"
+            )
+        if (
+            self.lora.init == "pissa"
+            and self.adapted
+            and (self.adapter not in ("lora", "rslora") or self.frozen_bits != 16)
+        ):
+            raise ValueError(
+                f"lora.init: pissa needs adapter: lora or rslora on a base of 16 bits (found {self.adapter})"
+            )
+        if self.strategy == "fsdp2" and (self.adapter in ("adalora", "ptuning", "prompt") or self.frozen_bits != 16):
+            raise ValueError(
+                f"strategy: fsdp2 does not split adapter: {self.adapter} (base of {self.frozen_bits} bits)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _budget(self) -> TrainSettings:

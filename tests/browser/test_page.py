@@ -18,7 +18,7 @@ import pytest
 from danlu.assistant import Assistant
 from danlu.data.feedback import FeedbackDatabase, preference_rows
 from danlu.generation.protocol import Completion, Request, Token
-from danlu.models.load import starter
+from danlu.models.starters import starter
 from danlu.serve.app import create_app, listen, make_server
 from danlu.text.tokenizer import train_tokenizer
 

@@ -16,7 +16,7 @@ import click
 
 from danlu.cli.console import people
 from danlu.cli.sampling import chosen, sampling_options
-from danlu.exceptions import EngineError, TemplateError
+from danlu.exceptions import EngineError, TemplateError, UsageError
 
 if TYPE_CHECKING:
     from danlu.assistant import Assistant
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LEAVE = frozenset({"stop", "exit", "quit"})
 FORGET = "clear"
+SWITCH = "/adapter"
+BASE = "base"  # the model without an adapter
 
 
 def command(verb: str) -> click.Command:
@@ -39,8 +41,19 @@ def command(verb: str) -> click.Command:
 @sampling_options(searches=False)
 @click.option("--seed", type=int, help="The same seed gives the same answers. Default: another one each turn.")
 @click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=PATH", help="An adapter of MODEL, for /adapter NAME."
+)
 def chat(
-    model: str, prompt: str | None, system: str | None, seed: int | None, bits: str | None, **sampling: Any
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    seed: int | None,
+    bits: str | None,
+    no_patches: bool,
+    adapters: tuple[str, ...],
+    **sampling: Any,
 ) -> None:
     """Talk to MODEL (a folder, a run or a hub id)."""
     from danlu import assistant
@@ -48,9 +61,13 @@ def chat(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
-    loaded = assistant.load(model, bits=int(bits) if bits else None)
+    places = adapter_places(adapters)
+    loaded = assistant.load(model, bits=int(bits) if bits else None, patches=not no_patches)
     params = chosen(loaded.defaults, sampling)
-    conversation = Conversation(loaded, params, system=system, seed=seed)
+    voices = {BASE: loaded, **{name: loaded.with_adapter(place, name) for name, place in places.items()}}
+    conversation = Conversation(loaded, params, system=system, seed=seed, voices=voices)
+    if len(places) == 1:
+        conversation.choose(next(iter(places)))
     if prompt is not None:
         if conversation.answer(prompt) == "cancelled":
             raise click.Abort
@@ -64,6 +81,9 @@ def talk(conversation: Conversation, questions: Iterator[str]) -> None:
     """Answers line after line until `stop` or the end."""
     for line in questions:
         question = line.strip()
+        if question == SWITCH or question.startswith(f"{SWITCH} "):
+            people.print(conversation.choose(question.removeprefix(SWITCH).strip()), style="dim", markup=False)
+            continue
         if question.lower() in LEAVE:
             return
         if question.lower() == FORGET:
@@ -84,16 +104,32 @@ class Conversation:
         params: how; its seed is replaced by `seed`, or by another one each turn.
         system: a system message in front of every prompt.
         seed: the seed of every turn.
+        voices: assistants to choose from by name, the model itself as "base".
     """
 
     def __init__(
-        self, assistant: Assistant, params: SamplingParams, *, system: str | None = None, seed: int | None = None
+        self,
+        assistant: Assistant,
+        params: SamplingParams,
+        *,
+        system: str | None = None,
+        seed: int | None = None,
+        voices: dict[str, Assistant] | None = None,
     ) -> None:
         self.assistant = assistant
+        self.voices = voices or {BASE: assistant}
         self.params = params
         self.seed = seed
         self._system: list[Message] = [{"role": "system", "content": _whole_characters(system)}] if system else []
         self._turns: list[tuple[Message, Message]] = []
+
+    def choose(self, name: str) -> str:
+        """Lets another adapter answer from now on; the turns so far stay. Returns what to tell people."""
+        known = ", ".join(self.voices)
+        if name not in self.voices:
+            return f"there is no adapter '{name}' here; known: {known}" if name else f"adapters: {known}"
+        self.assistant = self.voices[name]
+        return "the model without adapter answers" if name == BASE else f"adapter '{name}' answers"
 
     def forget(self) -> None:
         """Starts again."""
@@ -148,6 +184,23 @@ class Conversation:
             turns = "turn was" if dropped == 1 else f"{dropped} turns were"
             people.print(f"(the oldest {turns} forgotten: the conversation no longer fits the context)", style="dim")
         return messages
+
+
+def adapter_places(given: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=PATH` by name.
+
+    Raises:
+        UsageError: it is not of that form, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for one in given:
+        name, sign, place = one.partition("=")
+        if not (name and sign and place) or name == BASE or name in found:
+            raise UsageError(
+                f"--adapter wants NAME=PATH, each name once (found: {one})", hint="--adapter kind=out/adapter"
+            )
+        found[name] = place
+    return found
 
 
 @contextmanager

@@ -222,9 +222,10 @@ def _template(model: str | None, name: str | None) -> ChatTemplate:
     from danlu.text.chat_template import ChatTemplate
 
     if model is not None:
-        from danlu.training.templates import tokenizer_of
+        from danlu.text.text_to_text import seam_of
+        from danlu.training.templates import reads_sources, tokenizer_of
 
-        template = ChatTemplate(tokenizer_of(model, stage="data check"), name)
+        template = seam_of(tokenizer_of(model, stage="data check"), name, encoder_decoder=reads_sources(model))
         if template.note:
             say(f"note: {template.note}")
         return template

@@ -16,6 +16,7 @@ EXTRAS = {
     "wandb": ("curves in Weights & Biases", "pip install 'danlu[tracking]'"),
     "datasets": ("data sets from the hub", "pip install 'danlu[hub]'"),
     "rensa": ("near duplicates", "pip install 'danlu[dedup]'"),
+    "jieba": ("tokenizers of CPM", "pip install 'danlu[zh]'"),
     "sentencepiece": ("training SentencePiece tokenizers", "pip install 'danlu[sentencepiece]'"),
 }
 

@@ -30,9 +30,18 @@ def command(verb: str) -> click.Command:
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same answers.")
 @click.option("--limit", default=None, type=int, help="Only the first so many prompts.")
 @click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def generate(
-    model: str, data: str, out: str, seed: int, limit: int | None, bits: int | None, force: bool, **sampling: Any
+    model: str,
+    data: str,
+    out: str,
+    seed: int,
+    limit: int | None,
+    bits: int | None,
+    no_patches: bool,
+    force: bool,
+    **sampling: Any,
 ) -> None:
     """Answers for a file of prompts, the likeliest ones unless a temperature is given; n rows in a row where --n asks for n."""
     target = Path(out)
@@ -61,7 +70,7 @@ def generate(
             prompts.append(record)
             labels.append(record.reference.get("answers"))
     params = chosen(SamplingParams(max_new_tokens=256, temperature=0.0), sampling)
-    assistant = danlu.load(model, bits=bits)
+    assistant = danlu.load(model, bits=bits, patches=not no_patches)
     rows: list[dict[str, Any]] = []
     with Bar("generate", len(prompts)) as bar:
         for start in range(0, len(prompts), TOGETHER):
@@ -81,15 +90,21 @@ def generate(
 @click.command("eval")
 @click.argument("model")
 @click.option(
-    "--data", required=True, help="Questions with references (rubric, exact), conversations or documents (perplexity)."
+    "--data",
+    required=True,
+    help="Questions with references (rubric, exact), conversations (overlap), conversations or documents (perplexity).",
 )
-@click.option("--task", type=click.Choice(["perplexity", "exact", "rubric"]), default="perplexity", show_default=True)
+@click.option(
+    "--task", type=click.Choice(["perplexity", "exact", "overlap", "rubric"]), default="perplexity", show_default=True
+)
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--max-new-tokens", default=128, show_default=True)
 @click.option("--max-length", default=512, show_default=True, help="Tokens of one text (perplexity).")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--limit", default=None, type=int, help="Only the first so many records.")
 @click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Predictions: a JSON Lines file (overlap).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def evaluate(
     model: str,
@@ -101,9 +116,14 @@ def evaluate(
     seed: int,
     limit: int | None,
     bits: int | None,
+    no_patches: bool,
+    out: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity, exact match or rubric score of a model on a file; means with 95% bootstrap intervals."""
+    """Perplexity, exact match, overlap or rubric score of a model on a file; means with 95% bootstrap intervals.
+
+    Overlap is BLEU-4 over characters and ROUGE-1, -2, -L over jieba's words with the written answers, as ChatGLM measures ADGEN.
+    """
     import danlu
     from danlu.data.read import read
     from danlu.types import Prompt
@@ -113,16 +133,27 @@ def evaluate(
         from danlu.evals import perplexity
         from danlu.training.templates import tokenizer_of
 
-        trees = perplexity.encode(data, tokenizer_of(model, stage="eval"), max_length, limit)
-        assistant = danlu.load(model, bits=bits)
-        result["perplexity"] = perplexity.perplexity(assistant.model, trees)
-        result["tokens"] = int(sum(sum(n.loss_weights) for item in trees.items for n in item))
+        tokenizer = tokenizer_of(model, stage="eval")
+        loaded = danlu.load(model, bits=bits, patches=not no_patches).model
+        result["perplexity"], result["tokens"] = perplexity.measure(loaded, data, tokenizer, max_length, limit)
+    elif task == "overlap":
+        from danlu import atomic
+        from danlu.evals import overlap
+
+        overlap.require()
+        asked, labels = overlap.labelled(data, limit)
+        options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        assistant = danlu.load(model, bits=bits, patches=not no_patches)
+        compared = overlap.evaluate(assistant, asked, labels, **options)
+        result |= compared.summary
+        if out is not None:
+            atomic.write_jsonl(out, compared.rows)
     else:
         from danlu.evals.generation import evaluate as score
 
         prompts = [r for r in read(data, "prompt").records if isinstance(r, Prompt)][:limit]
         found = score(
-            danlu.load(model, bits=bits),
+            danlu.load(model, bits=bits, patches=not no_patches),
             prompts,
             task=task,
             temperature=temperature,

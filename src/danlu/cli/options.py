@@ -12,11 +12,11 @@ from pydantic.fields import FieldInfo
 
 from danlu.exceptions import UsageError
 
-SOURCES = ("data", "eval_data", "questions", "prompts")
+SOURCES = ("data", "eval_data", "questions", "prompts", "replay")
 TERMS = ("rewards", "eval_rewards")
-SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target", "reward_model")
+SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target", "reward_model", "replay")
 # Given once it is the thing itself, not a list of one.
-ALONE = ("data", "eval_data", "questions", "lora__target", "reward_model")
+ALONE = ("data", "eval_data", "questions", "lora__target", "reward_model", "replay", "target")
 WRITTEN = (*SOURCES, "actions")  # values that may be YAML
 
 

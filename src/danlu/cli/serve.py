@@ -23,6 +23,13 @@ def command(verb: str) -> click.Command:
 @click.option("--api-key", envvar="DANLU_API_KEY", show_envvar=True, help="Wanted from clients as a bearer token.")
 @click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
 @click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="An adapter of MODEL, served as a model of this name.",
+)
+@click.option(
     "--slots", type=click.IntRange(1), default=64, show_default=True, help="Answers that are written at once."
 )
 @click.option(
@@ -39,26 +46,31 @@ def command(verb: str) -> click.Command:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where votes go. Default: feedback.sqlite3 in the run's folder, else here.",
 )
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 def serve(
     model: str,
     host: str,
     port: int,
     api_key: str | None,
     bits: str | None,
+    adapters: tuple[str, ...],
     slots: int,
     cache_gib: float,
     speculate: str,
     database: Path | None,
+    no_patches: bool,
 ) -> None:
     """Serve MODEL (a folder, a run or a hub id): an OpenAI-compatible API and a chat page."""
     from rich.markup import escape
 
+    from danlu.cli.chat import adapter_places
     from danlu.config import EngineSettings
     from danlu.data.feedback import FeedbackDatabase, default_database
     from danlu.serve.app import create_app, listen, make_server
     from danlu.serve.guard import check_exposure, is_loopback
 
     check_exposure(host, api_key)
+    places = adapter_places(adapters)
     listener = listen(host, port)
     with listener:
         from danlu import assistant
@@ -66,8 +78,9 @@ def serve(
         feedback = FeedbackDatabase(database or default_database(model), create=True)
         people.print(f"[dim]loading {escape(model)} ...[/dim]")
         engine = EngineSettings(slots=slots, cache_gib=cache_gib, speculate=speculate)
-        loaded = assistant.load(model, bits=int(bits) if bits else None, engine=engine)
-        app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host))
+        loaded = assistant.load(model, bits=int(bits) if bits else None, engine=engine, patches=not no_patches)
+        voices = {name: loaded.with_adapter(place, name) for name, place in places.items()}
+        app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host), adapters=voices)
         name = f"[{host.strip('[]')}]" if ":" in host else host
         url = f"http://{name}:{listener.getsockname()[1]}"
         people.print(

@@ -29,7 +29,7 @@ from danlu.generation.sampling import sample
 from danlu.generation.search import Search, search_of
 from danlu.generation.speculative import Drafter, Guessing
 from danlu.generation.stepwise import Row, StepwiseEngine
-from danlu.models.families import context_of
+from danlu.models.prefix import receive, room_of
 from danlu.models.root import prepare
 
 PREFILL_TOKENS = 4096  # of prompts in one step
@@ -92,7 +92,7 @@ class LocalEngine(StepwiseEngine[_Row]):
         self.model = prepare(model).eval()
         self.tokenizer = tokenizer
         self.max_slots = max_slots
-        self.context = context_of(model.config)
+        self.context = room_of(model)
         self.drafter = drafter if model.base_model.danlu_fast_path else None
         self._memory = memory
         self._waiting: deque[_Row] = deque()
@@ -141,17 +141,26 @@ class LocalEngine(StepwiseEngine[_Row]):
             if self._running or self._waiting:
                 raise EngineError("weights cannot change while requests are running")
             own = dict(self.model.named_parameters())
-            self.forget_prompts()
-            for name, tensor in named_tensors:
-                if name in own:
-                    own[name].copy_(tensor)
-                elif name not in self.model.state_dict():
-                    raise EngineError(f"the engine's model has no parameter named '{name}'")
+            try:
+                for name, tensor in named_tensors:
+                    if name in own:
+                        own[name].copy_(tensor)
+                    elif not receive(self.model, name, tensor) and name not in self.model.state_dict():
+                        raise EngineError(f"the engine's model has no parameter named '{name}'")
+            finally:
+                self.forget_prompts()
             self.version = version
 
     def forget_prompts(self) -> None:
-        """Drops what was kept of earlier prompts; needed after the model's weights were changed in place."""
+        """Drops what was kept of earlier prompts; needed after the model's weights or its prefix were changed in place.
+
+        Raises:
+            EngineError: requests are running.
+        """
         with self._lock:
+            if self._running:
+                raise EngineError("weights cannot change while requests are running")
+            self.context = room_of(self.model)
             if self._made is not None:
                 self._made.forget_prompts()
 

@@ -7,6 +7,9 @@ next one; when it ends, the arena's last lane moves into its place.
 Whatever else is in the batch must not change a lane's bits (fp32 on a CPU): every matrix product has a shape that is a function
 of the lane alone. A decoded token attends to its arena's positions by a product of its own; a prompt is read in blocks on a
 fixed grid of positions, and a block that is partly known or ends early is padded to the whole.
+
+What a model carries before every text (P-Tuning v2) is held once: each product with a lane's positions has one with the root's
+beside it, and their scores share a softmax. Positions of lanes and of remembered prompts count the text alone.
 """
 
 from __future__ import annotations
@@ -18,16 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu.models.attention import VirtualRoot
+
 BLOCK = 64  # positions: the unit of arena lengths and remembered prompts, and the grid on which a CPU reads prompts
 GPU_GRID = 512  # the same on a GPU, which prefers few large products
+ROOT_MULTIPLE = 16  # a root's positions are filled up to it: every row of scores begins where a vector register does
 
 
 def arena_length(positions: int) -> int:
-    """The smallest of 64, 128, 192, 256, 384, 512, 768, 1024, ... that holds so many positions."""
-    length = BLOCK
+    """The smallest of 128, 256, 384, 512, 768, 1024, ... that holds so many positions.
+
+    Few lengths, since a step has a product for each of those that its lanes have.
+    """
+    length = 2 * BLOCK
     while length < positions:
         half_more = length * 3 // 2
-        if half_more >= positions and half_more % BLOCK == 0:
+        if half_more >= positions and half_more > 4 * BLOCK:
             return half_more
         length *= 2
     return length
@@ -90,22 +99,59 @@ class Arena:
             setattr(self, name, new)
 
 
+class Root:
+    """What stands before every lane, held once.
+
+    Attributes:
+        keys, values: `[layer, kv_head, position, head]`, filled up to `ROOT_MULTIPLE` positions.
+        mask_11P: 0 at the root's positions, -inf where it is filled up.
+        offset: what is added to a text's positions.
+    """
+
+    def __init__(self, root: VirtualRoot, shape: CacheShape) -> None:
+        fill = -root.tokens % ROOT_MULTIPLE
+        self.offset = root.offset
+        self.keys, self.values = (
+            torch.nn.functional.pad(torch.stack([x.to(shape.device, shape.dtype) for x in side]), (0, 0, 0, fill))
+            for side in (root.keys, root.values)
+        )
+        hidden = torch.arange(root.tokens + fill, device=shape.device) >= root.tokens
+        mask = torch.zeros(root.tokens + fill, dtype=shape.dtype, device=shape.device)
+        self.mask_11P = mask.masked_fill_(hidden, float("-inf"))[None, None]
+
+    def of(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer for each slot: `[slots * G, P, K]`."""
+        every, each = self.keys[layer], self.values[layer]
+        if slots == 1:
+            return every, each
+        first, second = (x.expand(slots, *x.shape).flatten(0, 1) for x in (every, each))
+        return first, second
+
+
 class KeyValueCache:
     """The arenas, within a number of bytes.
 
     Args:
         shape: of a position.
-        memory: bytes that all arenas together may have (while an arena grows, its old tensor is held too).
+        memory: bytes that all arenas and the root together may have (while an arena grows, its old tensor is held too).
     """
 
     def __init__(self, shape: CacheShape, memory: int) -> None:
         self.shape = shape
+        self.memory = memory
         self.limit = memory // shape.bytes_per_position
+        self.root: Root | None = None
         self.reserved = 0
         grid = BLOCK if shape.device.type == "cpu" else GPU_GRID
         above = torch.full((grid, grid), float("-inf"), dtype=shape.dtype, device=shape.device)
         self.causal_QS = torch.triu(above, diagonal=1)  # the mask of a block of prompt on itself
         self._arenas: dict[int, Arena] = {}
+
+    def begin_with(self, root: VirtualRoot | None) -> None:
+        """What stands before every lane from now on; no lane is open."""
+        self.root = Root(root, self.shape) if root is not None else None
+        held = self.root.keys.nbytes + self.root.values.nbytes if self.root is not None else 0
+        self.limit = max(0, self.memory - held) // self.shape.bytes_per_position
 
     def fits(self, positions: int, lanes: int = 1) -> bool:
         """Whether so many more lanes of so many positions can be opened now."""
@@ -269,12 +315,14 @@ class StepPlan:
 
     Attributes:
         causal_QS: the mask of a block of the grid on itself.
+        root: what every token sees beside its lane.
         ids, positions: of the T tokens.
         longest: positions that are attended to, at most.
         places: for each read, the step's token index of each of its tokens.
     """
 
     causal_QS: Tensor
+    root: Root | None = None
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     longest: int = 1
@@ -286,7 +334,7 @@ class StepPlan:
     @classmethod
     def of(cls, cache: KeyValueCache, reads: Sequence[Read]) -> StepPlan:
         """Lanes need room for what they read; their `length` moves on here."""
-        plan = cls(cache.causal_QS, places=[[] for _ in reads])
+        plan = cls(cache.causal_QS, cache.root, places=[[] for _ in reads])
         by_arena: dict[int, list[int]] = {}
         for index, read in enumerate(reads):
             if not read.prompt:
@@ -352,7 +400,7 @@ class StepPlan:
         softcap: float | None = None,
     ) -> Tensor:
         """query [H, T, K], key and value [G, T, K] -> [T, H, K]; see `models.attention.AttentionPlan`."""
-        rule = _Rule(scale, None if window is None or window >= self.longest else window, softcap)
+        rule = _Rule(scale, None if window is None or window >= self.longest else window, softcap, self.root)
         for write in self._writes:
             for kept, new in ((write.arena.keys, key), (write.arena.values, value)):
                 rows = new[:, write.start : write.end].transpose(0, 1).reshape(-1, new.shape[2]).to(kept.dtype)
@@ -373,11 +421,22 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class _Rule:
-    """How scores are made from products; `window` is set only where it hides a position."""
+    """How scores are made from products; `window` is set only where it hides a position, and hides nothing of the root."""
 
     scale: float
     window: int | None
     softcap: float | None
+    root: Root | None = None
+
+    def mix(self, layer: int, slots: int, q: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+        """q [slots * G, n, K], scores [.., n, P], values [.., P, K] -> [.., n, K]: the softmax is over root and positions."""
+        if self.root is None:
+            return torch.bmm(torch.softmax(scores, dim=-1), values)
+        first_keys, first_values = self.root.of(layer, slots)
+        first = self.scores(q, first_keys, self.root.mask_11P)
+        probs = torch.softmax(torch.cat([first, scores], dim=-1), dim=-1)
+        end = first.shape[-1]
+        return torch.bmm(probs[..., :end], first_values).add_(torch.bmm(probs[..., end:], values))
 
     def scores(self, q: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, n, K], keys [B, P, K], mask [B or 1, n or 1, P] -> [B, n, P]."""
@@ -400,7 +459,7 @@ def _attend_one(decode: _Decode, layer: int, query: Tensor, rule: _Rule) -> Tens
         q = q.new_zeros(slots, *q.shape[1:]).index_copy_(0, decode.slots_S, q)
     q = q.reshape(keys.shape[0], -1, keys.shape[2])
     scores = rule.scores(q, keys, decode.mask(rule.window))
-    mixed = torch.bmm(torch.softmax(scores, dim=-1), values).view(slots, query.shape[0], -1)
+    mixed = rule.mix(layer, slots, q, scores, values).view(slots, query.shape[0], -1)
     if decode.slots_S is not None:
         mixed = mixed.index_select(0, decode.slots_S)
     return mixed.to(query.dtype)
@@ -417,11 +476,12 @@ def _attend_block(block: _Block, layer: int, query: Tensor, rule: _Rule, causal_
     values = block.arena.values[layer, block.slot, :, :end]
     q = keys.new_zeros(heads, grid, width)
     q[:, first : first + count] = query
-    scores = rule.scores(q.view(keys.shape[0], -1, width), keys)
+    q = q.view(keys.shape[0], -1, width)
+    scores = rule.scores(q, keys)
     by_head = scores.view(heads, grid, end)
     by_head[:, :, begin:] += causal_QS[:, : end - begin]
     if rule.window is not None:
         place = torch.arange(begin + grid, device=keys.device)
         by_head.masked_fill_(place[:end] <= place[begin:, None] - rule.window, float("-inf"))
-    mixed = torch.bmm(torch.softmax(scores, dim=-1), values)
+    mixed = rule.mix(layer, 1, q, scores, values)
     return mixed.view(heads, grid, -1)[:, first : first + count].transpose(0, 1).to(query.dtype)

@@ -11,7 +11,6 @@ A trunk may say more of itself (ChatGLM's do):
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,10 @@ from transformers.cache_utils import DynamicLayer
 
 from danlu.exceptions import EngineError
 from danlu.generation.kv_cache import Lane, Read, arena_length
+from danlu.models.attention import VirtualRoot
 from danlu.models.heads import logits_of
+from danlu.models.prefix import attached
+from danlu.models.virtual_root import takes_positions
 
 States = list[tuple[Tensor, Tensor]]  # keys and values `[1, heads, length, K]` of each layer
 
@@ -40,35 +42,61 @@ class PastRunner:
     def __init__(self, model: Any, memory: int) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-        self._prefix = int(getattr(model.base_model, "prefix_length", 0))
+        self._takes_positions = takes_positions(model.base_model)
+        self._front = int(getattr(model.base_model, "prefix_length", 0))
         self.whole_prompts = bool(getattr(model.base_model, "derives_positions", False))
         self._batch: tuple[list[Lane], Any] = ([], None)
         self._reserved = 0
         self._limit = memory // self._bytes_per_position()
+        self._root: VirtualRoot | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Reads what the model carries before every text; each lane begins with it in its own cache."""
+        prefix, trunk = attached(self.model), self.model.base_model
+        dtype = trunk.get_input_embeddings().weight.dtype
+        self._root = None
+        if prefix is not None:
+            with torch.no_grad():
+                root = prefix.root(trunk)
+            keys, values = ([x.to(dtype) for x in side] for side in (root.keys, root.values))
+            self._root = VirtualRoot(keys, values, root.offset)
+            if self.whole_prompts:  # its masks and positions leave out what stands in front
+                trunk.prefix_length = self._front = root.tokens
+
+    @property
+    def _before(self) -> int:
+        """Positions of a lane's cache that stand before its text."""
+        return self._root.tokens if self._root is not None else 0
+
+    def _room_of(self, positions: int) -> int:
+        return arena_length(self._before + positions)
 
     def require(self, positions: int, lanes: int) -> None:
         """See `CachedRunner.require`."""
-        if lanes * arena_length(positions) > self._limit:
+        if lanes * self._room_of(positions) > self._limit:
             raise EngineError(
-                f"the request needs {lanes * arena_length(positions)} positions of cache, and {self._limit} are there",
+                f"the request needs {lanes * self._room_of(positions)} positions of cache, and {self._limit} are there",
                 hint="lower max_new_tokens or shorten the prompt, or give the engine more memory",
             )
 
     def fits(self, positions: int, lanes: int) -> bool:
         """See `CachedRunner.fits`."""
-        return self._reserved + lanes * arena_length(positions) <= self._limit
+        return self._reserved + lanes * self._room_of(positions) <= self._limit
 
     def open(self, reserved: int, start: int, lanes: int = 1) -> Lane:
         """See `CachedRunner.open`."""
-        lane = Lane(reserved, claim=lanes * arena_length(reserved))
+        lane = Lane(reserved, claim=lanes * self._room_of(reserved))
         self._reserved += lane.claim
+        if self._root is not None:
+            every = zip(self._root.keys, self._root.values, strict=True)
+            lane.past = _cache([(keys[None], values[None]) for keys, values in every])
         return lane
 
     def fork(self, lane: Lane) -> Lane:
         """See `CachedRunner.fork`."""
         self._spread()
-        share = arena_length(lane.reserved)
+        share = self._room_of(lane.reserved)
         lane.claim -= share
         return Lane(lane.reserved, lane.length, share, past=_copy(lane.past), ids=list(lane.ids))
 
@@ -99,7 +127,8 @@ class PastRunner:
         """Nothing is remembered."""
 
     def forget_prompts(self) -> None:
-        """Nothing is remembered."""
+        """See `CachedRunner.forget_prompts`; nothing else is remembered than what stands before every text."""
+        self._begin()
 
     def room(self, lane: Lane) -> int:
         """One token at a time."""
@@ -127,7 +156,7 @@ class PastRunner:
         """Hidden states `[B, n, D]` of n new tokens of each lane."""
         if self._batch[0] != lanes:
             self._spread()
-            self._batch = (lanes, _merge([x.past for x in lanes], self._prefix))
+            self._batch = (lanes, _merge([x.past for x in lanes], self._front))
         longest, new = max(x.length for x in lanes), len(ids[0])
         arguments: dict[str, Tensor] = {}
         if self.whole_prompts:
@@ -136,10 +165,11 @@ class PastRunner:
             arguments = self.model.base_model.inputs_of([x.ids for x in lanes], new)
         else:
             starts = torch.tensor([longest - x.length for x in lanes], device=self.device)
-            place = torch.arange(longest + new, device=self.device)
+            place = torch.arange(self._before + longest + new, device=self.device)
             arguments["attention_mask"] = (place[None] >= starts[:, None]).long()
             if self._takes_positions:
-                positions = [[x.length + n for n in range(new)] for x in lanes]
+                offset = self._root.offset if self._root is not None else 0
+                positions = [[offset + x.length + n for n in range(new)] for x in lanes]
                 arguments["position_ids"] = torch.tensor(positions, device=self.device)
         output = self.model.base_model(
             input_ids=torch.tensor(ids, device=self.device),
@@ -170,9 +200,11 @@ class PastRunner:
             )
 
     def _of(self, states: Tensor, lane: Lane) -> Tensor:
-        """The prefix and the lane's own positions of a row that is padded between them."""
+        """A lane's part of a row, which is padded on the left, or between what stays in front and the lane's own positions."""
+        if not self._front:
+            return states[:, :, states.shape[2] - self._before - lane.length :]
         own = states[:, :, states.shape[2] - lane.length :]
-        return torch.cat([states[:, :, : self._prefix], own], dim=2) if self._prefix else own
+        return torch.cat([states[:, :, : self._front], own], dim=2)
 
     def _is_plain(self, lane: Lane) -> bool:
         """Whether the lane's cache is keys and values of all positions, which can be padded and put together."""

@@ -13,6 +13,7 @@ from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, Read, Ste
 from danlu.generation.prefixes import PrefixStore
 from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.heads import logits_of
+from danlu.models.prefix import attached
 
 # A linear layer gives a row the same bits in every batch of at least so many rows, and an elementwise function where the numbers
 # fill whole vector registers, which a multiple of it sees to (measured in fp32 on CPUs).
@@ -25,7 +26,8 @@ class CachedRunner:
 
     Args:
         model: prepared (`models.root.prepare`), on the fast path.
-        memory: bytes for keys and values: a quarter for read prompts, the rest for running lanes.
+        memory: bytes for keys and values: a quarter for read prompts, the rest for running lanes and what the model carries before
+            every text.
     """
 
     whole_prompts = False  # they may be read in pieces
@@ -35,6 +37,13 @@ class CachedRunner:
         self.shape = _shape(model)
         self.cache = KeyValueCache(self.shape, int(memory * (1 - PREFIX_SHARE)))
         self.prefixes = PrefixStore(int(memory * PREFIX_SHARE))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Reads what the model carries before every text, now that no lane is open."""
+        prefix, trunk = attached(self.model), self.model.base_model
+        with torch.no_grad():
+            self.cache.begin_with(prefix.root(trunk) if prefix is not None else None)
 
     def require(self, positions: int, lanes: int) -> None:
         """Refuses what could never run.
@@ -89,8 +98,9 @@ class CachedRunner:
         self.prefixes.save(ids, lane)
 
     def forget_prompts(self) -> None:
-        """To be called when the weights change."""
+        """To be called when the weights have changed, and no lane is open."""
         self.prefixes.clear()
+        self._begin()
 
     def room(self, lane: Lane) -> int:
         """How many tokens the lane may read at once with the bits of reading them one by one."""
@@ -103,9 +113,11 @@ class CachedRunner:
         plan = StepPlan.of(self.cache, reads)
         device = self.shape.device
         padding = [0] * (-len(plan.ids) % ROWS)
+        offset = self.cache.root.offset if self.cache.root is not None else 0
+        positions = [p + offset for p in plan.positions]
         output = self.model.base_model(
             input_ids=torch.tensor([[*plan.ids, *padding]], device=device),
-            position_ids=torch.tensor([[*plan.positions, *padding]], device=device),
+            position_ids=torch.tensor([[*positions, *padding]], device=device),
             use_cache=False,
             **{PLAN_ARGUMENT: plan},
         )

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from danlu.exceptions import EngineError
 from danlu.generation.kv_cache import Lane, Read
 from danlu.generation.runner import CachedRunner
-from danlu.models.families import context_of
 from danlu.models.load import load_model
+from danlu.models.prefix import room_of
 from danlu.models.root import prepare
 
 
@@ -115,7 +115,7 @@ class ModelDrafter:
             )
         if not model.base_model.danlu_fast_path:
             raise EngineError(f"{type(model).__name__} cannot be a draft model: its attention is not pluggable")
-        self.context = context_of(model.config)
+        self.context = room_of(model)
         self._runner = CachedRunner(model, memory)
         self._drafts: dict[str, _Draft] = {}
 

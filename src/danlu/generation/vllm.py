@@ -23,6 +23,7 @@ from danlu.generation.protocol import (
     SamplingParams,
 )
 from danlu.generation.stepwise import Row, StepwiseEngine
+from danlu.models.virtual_root import NAME as PREFIX
 
 SHARED_MEMORY: Final = Path("/dev/shm")
 PIECE_BYTES: Final = 1 << 30
@@ -114,7 +115,7 @@ class VllmEngine(StepwiseEngine[_Row]):
                 raise EngineError("weights cannot change while requests are running")
             with tempfile.TemporaryDirectory(prefix="danlu-weights-", dir=self._transfer) as folder:
                 path = Path(folder) / "piece.safetensors"
-                for piece in _pieces(named_tensors):
+                for piece in _pieces(_without_prefix(named_tensors)):
                     save_file(piece, path)
                     self._llm.collective_rpc("danlu_load_weights", args=(str(path),))
             self._llm.reset_prefix_cache()  # its keys and values are of the old weights
@@ -204,6 +205,16 @@ def sampling_arguments(params: SamplingParams, room: int) -> dict[str, Any]:
         "detokenize": bool(params.stop),
         "logprobs": params.logprobs,
     }
+
+
+def _without_prefix(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors; raises EngineError for a prefix (P-Tuning v2), which vLLM cannot read before a text."""
+    for name, tensor in named_tensors:
+        if name.startswith(f"{PREFIX}."):
+            raise EngineError(
+                "vLLM takes no prefix", hint="generate with danlu's own engine, or train with adapter: lora"
+            )
+        yield name, tensor
 
 
 def _pieces(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

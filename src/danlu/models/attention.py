@@ -8,9 +8,11 @@ drop call arguments are made to keep this one (`carry`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -49,12 +51,44 @@ class AttentionPlan(Protocol):
         ...
 
 
-class TreePlan:
-    """What every token of a batch attends to: its node's ancestors fully, its node causally. Made once per batch."""
+@dataclass(frozen=True)
+class VirtualRoot:
+    """Keys and values that stand before the first token of every tree (P-Tuning v2), as many in every layer.
 
-    def __init__(self, tree: TreeBatch, role: str | None = None) -> None:
-        self.role = role  # adapters are selected by it again when activation checkpointing recomputes a layer
+    Attributes:
+        keys, values: of each layer, `[G, P, K]`; keys as the attention reads them: rotary positions are not applied to them.
+        offset: by how many positions the tokens of the trees move.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    offset: int
+
+    @property
+    def tokens(self) -> int:
+        """P."""
+        return self.keys[0].shape[1]
+
+    def in_front(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value `[G, T, K]` of a layer with the root's before them: `[G, P + T, K]`, in their dtypes."""
+        pairs = ((self.keys[layer], key), (self.values[layer], value))
+        first, second = (torch.cat([own.to(x.dtype), x], dim=1) for own, x in pairs)
+        return first, second
+
+
+class TreePlan:
+    """What every token of a batch attends to: its node's ancestors fully, its node causally. Made once per batch.
+
+    Args:
+        tree: the batch.
+        role: whose adapter is selected again when activation checkpointing recomputes a layer.
+        root: what every token sees beside, from everywhere: a sliding window does not move past it.
+    """
+
+    def __init__(self, tree: TreeBatch, role: str | None = None, root: VirtualRoot | None = None) -> None:
+        self.role = role
         self.tree = tree
+        self.root = root
         self.longest = int(tree.position_ids_T.max()) + 1
         self._blocks: dict[int | None, blocks.Blocks] = {}
         self._sequences: varlen.Sequences | None = None
@@ -76,12 +110,17 @@ class TreePlan:
             self.on_key_value(layer, key, value)
         if window is not None and window >= self.longest:
             window = None
-        if varlen.fits(value, softcap):
+        before = 0
+        if self.root is not None:
+            before = self.root.tokens
+            key, value = self.root.in_front(layer, key, value)
+        # The kernel's window would hide the root.
+        if varlen.fits(value, softcap) and not (before and window is not None):
             if self._sequences is None:
-                self._sequences = varlen.Sequences.of(self.tree)
+                self._sequences = varlen.Sequences.of(self.tree, before)
             return varlen.attend(query, key, value, self._sequences, scale, window)
         if window not in self._blocks:
-            self._blocks[window] = blocks.Blocks(self.tree, window)
+            self._blocks[window] = blocks.Blocks(self.tree, window, before=before)
         return blocks.attend(query, key, value, self._blocks[window], scale, softcap)
 
 

@@ -86,12 +86,12 @@ class Block:
     """Pieces that are attended together.
 
     Attributes:
-        query_NQ, key_NS: token indices; where padded, the number of tokens T.
+        query_NQ, key_NS: indices of tokens and of keys; where padded, the number of them.
         mask_NQS: 0 where a query sees a key, -inf elsewhere; a padded query sees key 0.
     """
 
-    def __init__(self, query_NQ: Tensor, key_NS: Tensor, mask_NQS: Tensor, tokens: int) -> None:
-        self.query_NQ, self.key_NS, self.mask_NQS, self.tokens = query_NQ, key_NS, mask_NQS, tokens
+    def __init__(self, query_NQ: Tensor, key_NS: Tensor, mask_NQS: Tensor) -> None:
+        self.query_NQ, self.key_NS, self.mask_NQS = query_NQ, key_NS, mask_NQS
         self._rows: dict[tuple[str, int], Tensor] = {}
 
     def queries(self, heads: int) -> Tensor:
@@ -99,7 +99,7 @@ class Block:
         return self._of("query_NQ", heads)
 
     def keys(self, groups: int) -> Tensor:
-        """`key_NS` as rows of `[(T + 1) * G, K]`: `[N * G * S]`."""
+        """`key_NS` as rows of `[(before + T + 1) * G, K]`: `[N * G * S]`."""
         return self._of("key_NS", groups)
 
     def _of(self, name: str, heads: int) -> Tensor:
@@ -118,24 +118,30 @@ class Block:
 
 
 class Blocks:
-    """All blocks of a batch for one window."""
+    """All blocks of a batch for one window.
 
-    def __init__(self, tree: TreeBatch, window: int | None = None, longest: int = LONGEST_PIECE) -> None:
+    Args:
+        before: keys of a virtual root that stand before the batch's own; every query sees them, also past its window.
+    """
+
+    def __init__(
+        self, tree: TreeBatch, window: int | None = None, longest: int = LONGEST_PIECE, before: int = 0
+    ) -> None:
         found = pieces(tree, window, longest)
         self.tokens = tree.tokens
         device = tree.input_ids_T.device
-        self.items = [_block(group, tree.tokens, window, device) for group in _groups(found)]
+        self.items = [_block(group, tree.tokens, window, device, before) for group in _groups(found, before)]
         # Every key is read by one piece alone: its gradient is a copy, not a sum.
-        self.single = sum(p.keys for p in found) == tree.tokens
+        self.single = sum(before + p.keys for p in found) == before + tree.tokens
 
 
-def _groups(found: Sequence[Piece]) -> list[list[Piece]]:
+def _groups(found: Sequence[Piece], before: int) -> list[list[Piece]]:
     """The pieces, sorted by size, cut where padding and the cost of blocks are least together."""
-    order = sorted(found, key=lambda p: (_keys(p), p.queries))
+    order = sorted(found, key=lambda p: (_keys(p, before), p.queries))
     best = [0.0]
     cut: list[int] = []
     for end in range(1, len(order) + 1):
-        spans, queries = _keys(order[end - 1]), 0
+        spans, queries = _keys(order[end - 1], before), 0
         least, at = float("inf"), end - 1
         for start in range(end - 1, max(-1, end - 1 - LARGEST_GROUP), -1):
             queries = max(queries, order[start].queries)
@@ -154,34 +160,36 @@ def _groups(found: Sequence[Piece]) -> list[list[Piece]]:
     return groups
 
 
-def _keys(piece: Piece) -> int:
-    return -(-piece.keys // KEY_MULTIPLE) * KEY_MULTIPLE
+def _keys(piece: Piece, before: int) -> int:
+    return -(-(before + piece.keys) // KEY_MULTIPLE) * KEY_MULTIPLE
 
 
-def _block(group: Sequence[Piece], tokens: int, window: int | None, device: torch.device) -> Block:
-    queries, spans = max(p.queries for p in group), max(_keys(p) for p in group)
+def _block(group: Sequence[Piece], tokens: int, window: int | None, device: torch.device, before: int) -> Block:
+    queries, spans = max(p.queries for p in group), max(_keys(p, before) for p in group)
     query = torch.full((len(group), queries), tokens, dtype=torch.int64)
-    key = torch.full((len(group), spans), tokens, dtype=torch.int64)
+    key = torch.full((len(group), spans), before + tokens, dtype=torch.int64)
+    key[:, :before] = torch.arange(before)
     for row, piece in enumerate(group):
         query[row, : piece.queries] = torch.arange(piece.start, piece.end)
-        key[row, : piece.keys] = torch.cat([torch.arange(*run) for run in piece.runs])
-    # Position of query i and key j on the path; the first key of a piece is at 0.
+        key[row, before : before + piece.keys] = torch.cat([torch.arange(*run) for run in piece.runs]) + before
+    # Position of query i and key j on the path; the first key of a piece is at 0, the root's are before it.
     at_NQ1 = torch.tensor([p.position - p.first_key for p in group])[:, None, None] + torch.arange(queries)[:, None]
-    at_S = torch.arange(spans)
+    at_S = torch.arange(spans) - before
     seen = at_S <= at_NQ1
     if window is not None:
-        seen &= at_S > at_NQ1 - window
+        seen &= (at_S > at_NQ1 - window) | (at_S < 0)
     real = query[:, :, None] < tokens
-    seen = torch.where(real, seen, at_S == 0)
+    seen = torch.where(real, seen, torch.arange(spans) == 0)
     mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    return Block(query.to(device), key.to(device), mask.to(device), tokens)
+    return Block(query.to(device), key.to(device), mask.to(device))
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """query [H, T, K], key and value [G, T, K] -> [T, H, K] in the values' dtype; query head h reads key head h // (H / G).
+    """query [H, T, K], key and value [G, before + T, K] -> [T, H, K] in the values' dtype.
 
+    Query head h reads key head h // (H / G).
     Scores are `scale * q k`, with a cap `softcap * tanh(scale * q k / softcap)` (Gemma 2). Products run in the values' dtype:
     under autocast rotary positions leave queries and keys in fp32.
     """
@@ -220,7 +228,7 @@ class _BlockAttention(torch.autograd.Function):
         flat, kept = saved[:3], saved[3:]
         grad_out = _rows(grads[0].transpose(0, 1), flat[2].dtype)
         grad_query = torch.empty_like(flat[0])
-        sums = flat[1].dtype if ctx.blocks.single else torch.float32
+        sums = flat[1].dtype if ctx.blocks.single else torch.promote_types(flat[1].dtype, torch.float32)
         grad_key = torch.zeros_like(flat[1], dtype=sums)
         grad_value = torch.zeros_like(flat[2], dtype=sums)
         for block, probs in zip(ctx.blocks.items, kept, strict=True):
@@ -239,7 +247,7 @@ class _BlockAttention(torch.autograd.Function):
                 if ctx.blocks.single:
                     total.index_copy_(0, rows, part)
                 else:
-                    total.index_add_(0, rows, part.float())
+                    total.index_add_(0, rows, part.to(sums))
         grad_query = _heads(grad_query, heads).to(ctx.dtypes[0]) * ctx.factor
         grad_key, grad_value = (
             _heads(g, groups).to(d) for g, d in zip((grad_key, grad_value), ctx.dtypes[1:], strict=True)

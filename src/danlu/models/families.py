@@ -37,7 +37,10 @@ def refuse(config: Any) -> None:
     """
     name = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"'{name}' is an encoder-decoder; danlu trains decoders", hint="use a causal language model")
+        raise ModelError(
+            f"'{name}' is an encoder-decoder, and this needs a decoder",
+            hint="sft, chat, serve, generate and eval take encoder-decoders; use a causal language model for the rest",
+        )
     feed_forward = getattr(config, "ffn_config", None)
     if any(_number(part, field) > 1 for part in (config, feed_forward) for field in EXPERTS):
         raise ModelError(

@@ -51,12 +51,20 @@ def head_of(model: Any) -> Any:
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
             return head
-    head = model.get_output_embeddings()
+    head = _selected(model.get_output_embeddings())
     if not isinstance(getattr(head, "base_layer", head), nn.Linear):
         raise ModelError(
             f"{type(model).__name__} has no linear head", hint="use a causal language model or a reward model"
         )
     return head
+
+
+def _selected(head: Any) -> Any:
+    """Of a head that adapters have copies of (PEFT's `modules_to_save`) the copy that is selected, or the head itself."""
+    if not hasattr(head, "modules_to_save"):
+        return head
+    active = [] if head.disable_adapters else [name for name in head.active_adapters if name in head.modules_to_save]
+    return head.modules_to_save[active[0]] if active else head.original_module
 
 
 def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:

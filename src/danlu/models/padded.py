@@ -5,16 +5,28 @@ Every path from a root to a leaf becomes a row, so a shared prompt is computed o
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from danlu.exceptions import ModelError
+from danlu.models.attention import VirtualRoot
+from danlu.models.virtual_root import RootCache, takes_positions
 from danlu.tree import TreeBatch
 
 
-def run_trunk(trunk: nn.Module, tree: TreeBatch) -> Tensor:
-    """Hidden states `[T, D]`; rows are padded on the right, so that positions are those of the tree."""
+def run_trunk(trunk: nn.Module, tree: TreeBatch, root: VirtualRoot | None = None) -> Tensor:
+    """Hidden states `[T, D]`; rows are padded on the right, so that positions are those of the tree.
+
+    Args:
+        root: what every row has before it, as transformers' cache.
+
+    Raises:
+        ModelError: a layer does not read the root.
+    """
     paths = [tree.token_index(tree.path(leaf)) for leaf in tree.leaves()]
     longest = max(p.numel() for p in paths)
     device = tree.input_ids_T.device
@@ -29,10 +41,37 @@ def run_trunk(trunk: nn.Module, tree: TreeBatch) -> Tensor:
         new = place[path] < 0
         place[path[new]] = row * longest + torch.arange(length)[new]
     index, mask, place = index.to(device), mask.to(device), place.to(device)
-    arguments = {"input_ids": tree.input_ids_T[index] * mask, "attention_mask": mask, "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": tree.input_ids_T[index] * mask, "attention_mask": mask}
     # Some families (GLM) make positions of the ids themselves, and their prompts see what follows.
     derived = getattr(trunk, "derives_positions", False)
-    if not derived and "position_ids" in inspect.signature(trunk.forward).parameters:
-        arguments["position_ids"] = tree.position_ids_T[index] * mask
-    hidden: Tensor = trunk(**arguments).last_hidden_state
+    positions = tree.position_ids_T[index]
+    if root is not None:
+        positions = positions + root.offset
+        arguments["past_key_values"] = RootCache(root, len(paths))
+        if not derived:
+            arguments["attention_mask"] = torch.cat([mask.new_ones(len(paths), root.tokens), mask], dim=1)
+    if not derived and takes_positions(trunk):
+        arguments["position_ids"] = positions * mask
+    with _left_out(trunk, root.tokens if root is not None and derived else 0):
+        hidden: Tensor = trunk(use_cache=False, **arguments).last_hidden_state
+    if root is not None:
+        arguments["past_key_values"].require_read(trunk)
     return hidden.flatten(0, 1).index_select(0, place)
+
+
+@contextmanager
+def _left_out(trunk: Any, tokens: int) -> Iterator[None]:
+    """Masks and positions that a family makes of the ids leave so many virtual tokens out; 0: as the trunk has it."""
+    before = getattr(trunk, "prefix_length", 0)
+    if tokens and before:
+        raise ModelError(
+            f"{type(trunk).__name__} has a prefix of {before} tokens of its own, and another one before it",
+            hint="take the model without its prefix encoder",
+        )
+    if tokens:
+        trunk.prefix_length = tokens
+    try:
+        yield
+    finally:
+        if tokens:
+            trunk.prefix_length = before

@@ -11,6 +11,38 @@ from danlu.exceptions import ModelError
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter (PEFT's layout) and no model of its own."""
+    path = Path(folder)
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(adapter: str | Path) -> str:
+    """The model that an adapter folder names as its base: a folder if one is there, else what it says; "" if nothing.
+
+    A folder that moved together with the adapter is found by the way from one to the other.
+    """
+    path = Path(adapter)
+    named = str(json.loads((path / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path") or "")
+    own = path / "danlu_adapter.json"
+    relative = json.loads(own.read_text("utf-8")).get("base_relative") if own.is_file() else None
+    for place in (Path(named), path / named, path / relative if relative else Path(named)):
+        if named and place.is_dir():
+            return str(place.resolve())
+    return named
+
+
+def tokenizer_place(name: str) -> str:
+    """Where the tokenizer of a model is: with an adapter that brings none, at its base."""
+    if not Path(name).is_dir() or not is_adapter(name):
+        return name
+    own = any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return name if own else tokenizer_place(base_of(name))
+
+
 def resolve(model: str | Path) -> tuple[str, bool]:
     """What transformers is given, and whether it must stay local.
 
@@ -29,15 +61,14 @@ def resolve(model: str | Path) -> tuple[str, bool]:
         return _from_modelscope(text[3:]), True
     path = Path(text)
     if path.is_dir():
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            base = json.loads((path / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-            raise ModelError(
-                "this folder holds an adapter, not a model", file=path, hint=f"merge it with its base ({base}) first"
-            )
+        if is_adapter(path):
+            return text, True
         if not (path / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
             raise ModelError(
-                f"no config.json in this folder (found: {found})", file=path, hint="give a transformers model folder"
+                f"no config.json in this folder (found: {found})",
+                file=path,
+                hint="give a transformers model folder, or an adapter",
             )
         return text, True
     if HUB_ID.match(text) and not text.startswith(("runs/", "out/", ".")) and not path.parent.is_dir():

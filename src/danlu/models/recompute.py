@@ -22,5 +22,8 @@ def recompute_layers(module: nn.Module) -> None:
         raise ModelError("this model's layers cannot be recomputed", hint="activation_checkpointing: false")
     for layer in layers:
         layer.gradient_checkpointing = True
+        layer._can_checkpoint_with_cache = (
+            True  # the one cache of training is a prefix, which layers read and never write
+        )
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         layer.training = True  # of the layer alone: transformers asks it, and what has dropout is inside

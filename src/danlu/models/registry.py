@@ -14,8 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class Family:
-    """name: as users know it; says: whether a config.json (as a dict) is of it; load: folder, dtype, scalar head -> model;
-    tokenizer: folder -> tokenizer, or None for transformers' own."""
+    """A family of models that danlu brings itself.
+
+    Attributes:
+        name: as users know it.
+        says: whether a config.json (as a dict) is of it.
+        load: folder, dtype, whether a one-number head is wanted -> model.
+        tokenizer: folder -> tokenizer, or None for transformers' own.
+    """
 
     name: str
     says: Callable[[Mapping[str, Any]], bool]
@@ -35,11 +41,13 @@ MODULES = (
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The first family whose configurations look like this one, or None: transformers' own."""
-    for name in MODULES:
-        if importlib.util.find_spec(name) is None:
-            continue
-        family: Family = importlib.import_module(name).FAMILY
-        if family.says(config):
-            return family
-    return None
+    """The family that a config.json is of; None: transformers' own, or nobody's."""
+    return next((family for family in families() if family.says(config)), None)
+
+
+def families() -> list[Family]:
+    """All of them, in the order in which they are asked."""
+    found: list[Family] = [
+        importlib.import_module(module).FAMILY for module in MODULES if importlib.util.find_spec(module) is not None
+    ]
+    return found

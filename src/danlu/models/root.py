@@ -19,6 +19,9 @@ from danlu.models import attention, lean, padded
 from danlu.models.attention import Carrier, TreePlan
 from danlu.models.families import TESTED, check_length, refuse
 from danlu.models.heads import LogitRule, head_weights, logits_of
+from danlu.models.virtual_root import NAME as PREFIX
+from danlu.models.virtual_root import Prefix, check_room
+from danlu.text.tokenizer import quiet
 from danlu.tree import Node, TreeBatch, branches, forest
 
 RoleName = Literal["policy", "ref", "critic", "reward"]
@@ -26,7 +29,10 @@ Result = TypeVar("Result")
 
 
 class Trunks(Protocol):
-    """Who runs a role: implemented in `models/roles.py`."""
+    """Who runs a role: implemented in `models/roles.py` and `models/prefix.py`.
+
+    Whose roles have prefixes of their own also has `prefix(role) -> Prefix | None`.
+    """
 
     def trunk(self, role: RoleName) -> nn.Module:
         """The transformer of a role (no head), ready to be called; adapters are selected here."""
@@ -87,33 +93,44 @@ class RootModel(nn.Module):
         """Runs the role's trunk on the tree and then `head_fn` on its output."""
         trunks: Trunks = self.trunks  # type: ignore[assignment]
         trunk = trunks.trunk(role)
-        hidden = run_trunk(trunk, tree, role)
+        prefix_of = getattr(trunks, "prefix", None)
+        hidden = run_trunk(trunk, tree, role, prefix_of(role) if prefix_of is not None else None)
         return head_fn(TrunkOutput(hidden, tree, trunks.head(role), LogitRule.of(trunk.config)))
 
 
-def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None) -> Tensor:
+def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix: Prefix | None = None) -> Tensor:
     """Hidden states `[T, D]` of a transformer without head on a tree: the fast path if `prepare` found it, else padded.
 
+    Args:
+        role: whose adapter reads.
+        prefix: what every tree has before it; None: what the trunk carries (`prefix.attach`), if anything.
+
     Raises:
-        ModelError: a path is longer than this model's rotary positions allow.
+        ModelError: a path is longer than this model's positions allow.
     """
-    check_length(trunk.config, int(tree.position_ids_T.max()) + 1)
+    prefix = prefix if prefix is not None else getattr(trunk, PREFIX, None)
+    root = prefix.root(trunk, role) if prefix is not None else None
+    longest = int(tree.position_ids_T.max()) + 1
+    check_length(trunk.config, longest + (root.offset if root is not None else 0))
+    if root is not None:
+        check_room(trunk, longest, root)
     fast = getattr(trunk, "danlu_fast_path", False)
-    plan = TreePlan(tree, role)
+    plan = TreePlan(tree, role, root)
     carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)
     if carrier is not None:
         carrier.plan = plan
     try:
-        return _run_fast(trunk, tree, plan) if fast else padded.run_trunk(trunk, tree)
+        return _run_fast(trunk, tree, plan) if fast else padded.run_trunk(trunk, tree, root)
     finally:
         if carrier is not None:
             carrier.plan = None
 
 
 def _run_fast(trunk: Any, tree: TreeBatch, plan: TreePlan) -> Tensor:
+    offset = plan.root.offset if plan.root is not None else 0
     output = trunk(
         input_ids=tree.input_ids_T[None],
-        position_ids=tree.position_ids_T[None],
+        position_ids=tree.position_ids_T[None] + offset,
         use_cache=False,
         **{attention.PLAN_ARGUMENT: plan},
     )
@@ -129,6 +146,7 @@ def prepare(model: Any) -> Any:
             `LogitRule` knows.
     """
     refuse(model.config)
+    quiet()  # transformers warns of each family whose attention takes none
     trunk = model.base_model
     trunk.danlu_fast_path = _takes_plan(model, trunk)
     return model

@@ -26,7 +26,7 @@ class Sequences:
     """Queries and keys of the nodes, end to end.
 
     Attributes:
-        key_index_M: token index of every key; None if it is that of the queries (no node has a parent).
+        key_index_M: index of every key; None if it is that of the queries (no node has a parent).
         query_ends, key_ends: int32 `[N + 1]`, cumulative lengths, from 0.
         most_queries, most_keys: the longest of each.
     """
@@ -38,14 +38,20 @@ class Sequences:
     most_keys: int
 
     @classmethod
-    def of(cls, tree: TreeBatch) -> Sequences:
-        """Nodes in their order, which is that of the queries."""
+    def of(cls, tree: TreeBatch, before: int = 0) -> Sequences:
+        """Nodes in their order, which is that of the queries.
+
+        Args:
+            before: keys of a virtual root that stand before the batch's own; every node sees them first.
+        """
         nodes = pieces(tree, longest=tree.tokens)
         device = tree.input_ids_T.device
-        index = torch.cat([torch.arange(*run) for node in nodes for run in node.runs])
-        lengths = torch.tensor([[node.queries for node in nodes], [node.keys for node in nodes]])
+        root = torch.arange(before)
+        parts = [[root, *(torch.arange(*run) + before for run in node.runs)] for node in nodes]
+        index = torch.cat([part for node in parts for part in node])
+        lengths = torch.tensor([[node.queries for node in nodes], [before + node.keys for node in nodes]])
         ends = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(device, torch.int32)
-        alone = index.numel() == tree.tokens
+        alone = not before and index.numel() == tree.tokens
         return cls(None if alone else index.to(device), ends[0], ends[1], int(lengths[0].max()), int(lengths[1].max()))
 
 
@@ -73,7 +79,7 @@ def fits(value: Tensor, softcap: float | None) -> bool:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, nodes: Sequences, scale: float, window: int | None) -> Tensor:
-    """query [H, T, K], key and value [G, T, K] -> [T, H, K] in the values' dtype; see `AttentionPlan.attend`."""
+    """query [H, T, K], key and value [G, before + T, K] -> [T, H, K] in the values' dtype; see `AttentionPlan.attend`."""
     run = kernel()
     assert run is not None, "see `fits`"
     query, key, value = (x.to(value.dtype).transpose(0, 1) for x in (query, key, value))

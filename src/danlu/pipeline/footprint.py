@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, RolloutSettings
 from danlu.config import Starter
 from danlu.losses.logprobs import CHUNK_ENTRIES
-from danlu.models.load import starter_config
 from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
+from danlu.models.starters import starter_config
 from danlu.train_config import TrainSettings, as_models
 from danlu.training.compute import Compute
 from danlu.training.step import language_loss

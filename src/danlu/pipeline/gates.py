@@ -8,6 +8,7 @@ from typing import Any
 
 from danlu.alignment_config import GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import QuantizeSettings
+from danlu.knowledge_config import TeachSettings
 from danlu.text.chat_template import ChatTemplate
 from danlu.types import Conversation
 
@@ -19,6 +20,7 @@ WIN_SHARE = 0.5
 KL_LOWEST = -1.0  # nats per answer: k1 of one iteration may be a little below 0
 STOP_LOSS = 0.2  # share of held-out answers that end by themselves; the start model's less that of the policy
 LENGTH_FACTOR = 3.0  # held-out answers as many times as long, or as short, as the start model's
+FACTS_RECALLED = 0.9
 SCORE_LOSS = 1.0  # in standard deviations of the start model's held-out scores
 
 
@@ -165,3 +167,21 @@ def quantized(before: float, after: float, settings: QuantizeSettings) -> Gate:
     limit = settings.max_perplexity_increase
     sentence = f"perplexity {before:.4f} before and {after:.4f} after quantising ({increase:+.2%})"
     return Gate("G-QUANT", increase <= limit, increase, limit, sentence)
+
+
+def facts_recalled(recall: Mapping[str, float | None], count: int) -> Gate:
+    """G-FACT: after the last fact at least nine of ten trained phrasings recall theirs."""
+    share = recall["trained"] or 0.0
+    unseen = recall["unseen"] or 0.0
+    sentence = f"{share:.1%} of the trained phrasings of {count} facts recall theirs, {unseen:.1%} of unseen ones"
+    return Gate("G-FACT", share >= FACTS_RECALLED, share, FACTS_RECALLED, sentence)
+
+
+def facts_local(locality: Mapping[str, float], settings: TeachSettings) -> Gate:
+    """G-LOCAL: answers to other questions stayed the same, on average over the facts."""
+    share = locality["agreement"]
+    sentence = (
+        f"{share:.1%} of other answers stayed the same, KL {locality['kl']:.4f}, perplexity x"
+        f"{locality['perplexity_ratio']:.3f}"
+    )
+    return Gate("G-LOCAL", share >= settings.min_agreement, share, settings.min_agreement, sentence)

@@ -122,8 +122,9 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
         }
     several = settings.processes if isinstance(settings.processes, int) else 1
     own: Strategy = "lora" if settings.adapter == "lora" else "full"
-    if own == "full" and settings.strategy == "fsdp2" and several > 1:
-        own = "zero3"
+    if own == "full" and several > 1:
+        shared: dict[str, Strategy] = {"zero2": "zero2", "fsdp2": "zero3"}
+        own = shared.get(settings.strategy, own)
     found = {s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY) for s in STRATEGIES}
     chosen = found[own]
     return row | {
@@ -163,7 +164,10 @@ def _stage_tokens(settings: StageSettings) -> float:
     if isinstance(settings, TrainSettings):
         if settings.max_steps is not None:
             return float(settings.max_steps * settings.tokens_per_step)  # wins over epochs: the data is repeated
-        tokens = _tokens(settings.data) * settings.epochs
+        tokens = _tokens(settings.data)
+        if settings.max_records is not None:  # of half the greatest length, as memory is counted for
+            tokens = min(tokens, settings.max_records * settings.max_length / 2)
+        tokens *= settings.epochs
         if isinstance(settings, RewardSettings) and settings.collect is not None:
             tokens += settings.collect.count * settings.collect.pairs * 50 * settings.epochs
         return tokens

@@ -208,7 +208,7 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
                 if "tokenizer" not in last:
                     need("a tokenizer stage (or a model)")
                 stage["tokenizer"] = f"stage:{last['tokenizer']}"
-        if kind in ("sft", "reward", "dpo", "ppo", "grpo", "quantize") and not stage.get("model"):
+        if kind in ("sft", "reward", "dpo", "ppo", "grpo", "teach", "quantize") and not stage.get("model"):
             if not policy:
                 need("a stage that trains a policy (pretrain or sft)")
             stage["model"] = policy

@@ -94,8 +94,11 @@ def execute(
 
 
 def _refuse_missing_files(recipe: Recipe) -> None:
-    """Before anything runs: every data file of every stage is there."""
+    """Before anything runs: every data file of every stage is there, and what its kind requires."""
     for stage in recipe.stages:
+        require = STAGES[stage.kind].require
+        if require is not None:
+            require(stage.settings)
         for field, value in _named(stage.settings, STAGES[stage.kind].inputs):
             for source in as_list(value):
                 name = source.path.removeprefix(TOWN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings, SftSe
 from danlu.data.corpus import stream_texts
 from danlu.data.problems import Collected
 from danlu.data.sources import read_sources
-from danlu.evals import perplexity
+from danlu.evals import overlap, perplexity
 from danlu.evals.generation import Evaluation, evaluate
 from danlu.exceptions import DataError, SettingsError
+from danlu.knowledge import lessons
+from danlu.knowledge_config import TeachSettings
 from danlu.models.load import load_model
 from danlu.models.places import resolve
 from danlu.models.quantize import quantize_model, save_quantized
@@ -26,9 +29,8 @@ from danlu.pipeline import gates
 from danlu.pipeline.gates import Gate
 from danlu.rewards.model import store_verdict
 from danlu.synth.compare import collect
-from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import MEGABYTE, sample
-from danlu.text.tokenizer import load_tokenizer, train_tokenizer
+from danlu.text.tokenizer import train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
 from danlu.trainers import dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
 from danlu.training import distributed
@@ -36,7 +38,7 @@ from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
 from danlu.training.setup import records_of
 from danlu.training.step import TrainResult
-from danlu.training.templates import template_of, tokenizer_of
+from danlu.training.templates import served_template, template_of, tokenizer_of
 from danlu.types import Comparison, Conversation, Prompt, Unpaired
 
 S = TypeVar("S", bound=StageSettings)
@@ -61,6 +63,7 @@ class Kind:
 
     version: raised whenever the same settings and inputs would give another result; part of the stage's key.
     inputs: fields that name data files; models: fields that name models; judges: those of them that name reward models.
+    require: refuses settings that could not be met at their turn, before any stage of a run begins.
     """
 
     run: Callable[[Any], Outcome]
@@ -68,6 +71,7 @@ class Kind:
     inputs: tuple[str, ...] = ("data", "eval_data")
     models: tuple[str, ...] = ("model",)
     judges: tuple[str, ...] = ()
+    require: Callable[[Any], None] | None = None
 
 
 def run_tokenizer(settings: TokenizerSettings) -> Outcome:
@@ -133,7 +137,7 @@ def _answers_learnt(
     """The outcome of a stage that learns given answers, with the gates on their text."""
     sample = random.Random(f"{settings.seed}/render").sample(records, min(RENDER_SAMPLE, len(records)))
     training = template_of(settings.model, settings, stage=stage)
-    serving = ChatTemplate(load_tokenizer(result.model))
+    serving = served_template(result.model)
     verdicts = [gates.stop(result.facts), gates.truncated(result.facts), gates.render(training, serving, sample)]
     example = serving.render(sample[0].messages) if sample else ""
     return Outcome(result.metrics, {**result.facts, "rendered_example": example}, verdicts)
@@ -162,7 +166,11 @@ def _collect(settings: RewardSettings, path: Path) -> int:
     count = min(options.count, len(prompts)) * options.samples
     with Bar("reward: collecting answers", count, quiet=not distributed.is_main()) as bar:
         rows = collect(
-            danlu.load(settings.model), prompts, options, seed=settings.seed, on_done=lambda done: _to(bar, done)
+            danlu.load(settings.model, patches=False),
+            prompts,
+            options,
+            seed=settings.seed,
+            on_done=lambda done: _to(bar, done),
         )
     if not rows:
         raise DataError(
@@ -196,38 +204,55 @@ def run_grpo(settings: GrpoSettings) -> Outcome:
 
 def run_eval(settings: EvalSettings) -> Outcome:
     """Scores one or several models on the same questions with the same draws."""
+    _require_metrics(settings)
     if not settings.models:
         raise SettingsError("no model is given", field="models")
     folder = Path(settings.out)
     if settings.task == "perplexity":
         metrics = {}
+        characters = perplexity.characters(settings.data, settings.limit)
         for model in settings.models:
-            loaded = danlu.load(model).model
-            trees = perplexity.encode(
-                settings.data, tokenizer_of(model, stage="eval"), settings.max_length, settings.limit
-            )
-            metrics[f"{label(model)}_perplexity"] = perplexity.perplexity(loaded, trees)
+            tokenizer = tokenizer_of(model, stage="eval")
+            loaded = danlu.load(model, patches=False).model
+            mean, tokens = perplexity.measure(loaded, settings.data, tokenizer, settings.max_length, settings.limit)
+            metrics[f"{label(model)}_perplexity"] = mean
+            if characters:
+                metrics[f"{label(model)}_perplexity_per_character"] = mean ** (tokens / characters)
         return Outcome(metrics)
-    prompts = _questions(settings.data, settings)[: settings.limit]
+    prompts, labels = _asked(settings)
     found: dict[str, Evaluation] = {}
     for model in settings.models:
         name = label(model)
         with Bar(f"eval {name}", len(prompts)) as bar:
-            found[name] = evaluate(
-                danlu.load(model),
-                prompts,
-                task=settings.task,
-                temperature=settings.temperature,
-                max_new_tokens=settings.max_new_tokens,
-                seed=settings.seed,
-                on_done=lambda done, b=bar: _to(b, done),  # type: ignore[misc]
-            )
+            options: dict[str, Any] = {
+                "temperature": settings.temperature,
+                "max_new_tokens": settings.max_new_tokens,
+                "seed": settings.seed,
+                "on_done": lambda done, b=bar: _to(b, done),
+            }
+            assistant = danlu.load(model, patches=False)
+            if settings.task == "overlap":
+                found[name] = overlap.evaluate(assistant, prompts, labels, **options)
+            else:
+                found[name] = evaluate(assistant, prompts, task=settings.task, **options)
         atomic.write_jsonl(folder / f"answers-{name}.jsonl", found[name].rows)
     table = [{"model": n, **e.summary} for n, e in found.items()]
-    metrics = {f"{n}_correct": e.summary["correct"]["mean"] for n, e in found.items()}
-    metrics |= {f"{n}_rubric": e.summary["rubric"]["mean"] for n, e in found.items() if "rubric" in e.summary}
+    scored = ("correct", "rubric", *overlap.METRICS)
+    metrics = {f"{n}_{k}": e.summary[k]["mean"] for k in scored for n, e in found.items() if k in e.summary}
     atomic.write_jsonl(folder / "samples.jsonl", _samples(found, prompts, settings))
     return Outcome(metrics, table=table)
+
+
+def _require_metrics(settings: EvalSettings) -> None:
+    if settings.task == "overlap":
+        overlap.require()
+
+
+def _asked(settings: EvalSettings) -> tuple[list[Prompt], list[str]]:
+    """Questions, and for task overlap the answers that were written to them."""
+    if settings.task == "overlap":
+        return overlap.labelled(settings.data, settings.limit)
+    return _questions(settings.data, settings)[: settings.limit], []
 
 
 def _questions(sources: Sources, settings: StageSettings) -> list[Prompt]:
@@ -295,6 +320,18 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
     return outcome
 
 
+def run_teach(settings: TeachSettings) -> Outcome:
+    """Teaches facts one by one, see `knowledge/lessons.py`; decides G-FACT and G-LOCAL."""
+    found = lessons.stage(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+    recalled = {f"recall_{name}": value for name, value in found["recall"].items() if value is not None}
+    moved = {f"locality_{name}": value for name, value in found["locality"].items()}
+    verdicts = [
+        gates.facts_recalled(found["recall"], len(found["facts"])),
+        gates.facts_local(found["locality"], settings),
+    ]
+    return Outcome({**recalled, **moved}, {"taught": found["facts"]}, verdicts)
+
+
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
     "pretrain": Kind(run_pretrain, 2, models=("model", "tokenizer")),
@@ -303,6 +340,7 @@ STAGES: dict[str, Kind] = {
     "dpo": Kind(run_dpo, 1),
     "ppo": Kind(run_ppo, 5, ("data", "eval_data", "ptx.data"), ("model", "reward_model"), judges=("reward_model",)),
     "grpo": Kind(run_grpo, 2, models=("model", "reward_model"), judges=("reward_model",)),
-    "eval": Kind(run_eval, 2, ("data",), ("models",)),
+    "eval": Kind(run_eval, 2, ("data",), ("models",), require=_require_metrics),
     "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
+    "teach": Kind(run_teach, 1, ("file", "replay")),
 }

@@ -14,7 +14,9 @@ import torch
 from danlu import atomic
 from danlu.alignment_config import Ensemble
 from danlu.exceptions import RewardError
+from danlu.models.adapter_files import INFO
 from danlu.models.heads import head_of
+from danlu.models.places import is_adapter
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.rewards.protocol import Episode, Score, never
@@ -178,17 +180,23 @@ def normaliser_of(model: Any) -> tuple[float, float]:
 
 def store_verdict(folder: Path, verdict: Mapping[str, Any]) -> None:
     """Writes what G-RM said of a saved reward model beside its normaliser, so that it goes wherever the model goes."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8"))
-    config[CONFIG_KEY] = {**(config.get(CONFIG_KEY) or {}), "gate": dict(verdict)}
+    path, config = _config_of(folder)
+    values = config["config"] if path.name == INFO else config
+    values[CONFIG_KEY] = {**(values.get(CONFIG_KEY) or {}), "gate": dict(verdict)}
     atomic.write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _config_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that holds a model's configuration, or an adapter's values of it, and its content."""
+    path = folder / (INFO if is_adapter(folder) else "config.json")
+    return path, json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def stored_verdict(folder: Path) -> dict[str, Any] | None:
     """What G-RM said of a saved reward model; None if nobody asked it, as of a model that danlu did not train."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    verdict: dict[str, Any] | None = (config.get(CONFIG_KEY) or {}).get("gate")
+    path, config = _config_of(folder)
+    values = config.get("config", {}) if path.name == INFO else config
+    verdict: dict[str, Any] | None = (values.get(CONFIG_KEY) or {}).get("gate")
     return verdict
 
 

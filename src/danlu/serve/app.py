@@ -6,6 +6,7 @@ import errno
 import mimetypes
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +36,7 @@ def create_app(
     *,
     api_key: str | None = None,
     local: bool = True,
+    adapters: Mapping[str, Assistant] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -43,6 +45,7 @@ def create_app(
         database: where votes go.
         api_key: wanted on `/v1` and `/api` if given.
         local: the server is bound to a loopback address (see `guard`).
+        adapters: further assistants by the name that requests give as `model` (see `Assistant.with_adapter`).
 
     Raises:
         ModelError: the model has no tokenizer.
@@ -59,6 +62,7 @@ def create_app(
     app.state.assistant = assistant
     app.state.feedback = database
     app.state.model_name = assistant.name or "danlu"
+    app.state.adapters = dict(adapters or {})
     app.state.started = int(time.time())
     app.state.waiting = anyio.CapacityLimiter(WAITING_THREADS)
     for part in (completions, feedback, page):

@@ -28,29 +28,29 @@ logger = logging.getLogger("danlu.serve")
 
 @router.get("/models")
 def models(request: Request) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [_model_card(request)]}
+    """The model that is served, and its adapters."""
+    state = request.app.state
+    return {"object": "list", "data": [_model_card(request, name) for name in (state.model_name, *state.adapters)]}
 
 
 @router.get("/models/{name:path}")
 def model(name: str, request: Request) -> dict[str, Any]:
-    """The same, by name."""
-    card = _model_card(request)
-    if name != card["id"]:
-        message = f"The model '{name}' does not exist; '{card['id']}' is served here."
-        raise ApiError(404, message, param="model", code="model_not_found")
-    return card
+    """One of them."""
+    _assistant_of(request, name, strict=True)
+    return _model_card(request, name)
 
 
 @router.post("/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation, whole or as server-sent events."""
     state = request.app.state
-    body.check(state.assistant.model.config.vocab_size)
+    name: str = body.model if body.model in state.adapters else state.model_name  # type: ignore[assignment]
+    assistant = _assistant_of(request, body.model, strict=bool(state.adapters))
+    body.check(assistant.model.config.vocab_size)
     messages = [message.plain() for message in body.messages]
-    params = body.sampling(state.assistant.defaults)
-    answering = await to_thread.run_sync(Answering, state.assistant, messages, params)
-    envelope = Envelope(state.model_name)
+    params = body.sampling(assistant.defaults)
+    answering = await to_thread.run_sync(Answering, assistant, messages, params)
+    envelope = Envelope(name)
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return _Events(answering, _events(answering, envelope, state.waiting, with_usage=with_usage))
@@ -58,19 +58,35 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         results = await _results(answering, request)
     finally:
         await _close(answering)
-    return JSONResponse(
-        await to_thread.run_sync(_whole, state.assistant, answering, envelope, results, bool(body.logprobs))
-    )
+    return JSONResponse(await to_thread.run_sync(_whole, assistant, answering, envelope, results, bool(body.logprobs)))
 
 
-def _model_card(request: Request) -> dict[str, Any]:
+def _assistant_of(request: Request, name: str | None, *, strict: bool) -> Assistant:
+    """Who answers as a model of this name: the model, or one of its adapters; none given: the model.
+
+    Args:
+        strict: whether another name than these is an error.
+    """
+    state = request.app.state
+    if name in state.adapters:
+        found: Assistant = state.adapters[name]
+        return found
+    if strict and name not in (None, state.model_name):
+        known = ", ".join(f"'{n}'" for n in (state.model_name, *state.adapters))
+        message = f"The model '{name}' does not exist; {known} is served here."
+        raise ApiError(404, message, param="model", code="model_not_found")
+    model: Assistant = state.assistant
+    return model
+
+
+def _model_card(request: Request, name: str) -> dict[str, Any]:
     state = request.app.state
     return {
-        "id": state.model_name,
+        "id": name,
         "object": "model",
         "created": state.started,
         "owned_by": "danlu",
-        "context_length": state.assistant.context,
+        "context_length": _assistant_of(request, name, strict=False).context,
     }
 
 

@@ -133,8 +133,9 @@ class StreamOptions(_Wire):
 
 
 class ChatRequest(_Wire):
-    """`POST /v1/chat/completions`. `model` is not looked at: one model is served, and the answer names it."""
+    """`POST /v1/chat/completions`. `model` is looked at where adapters are served, by whose names it chooses."""
 
+    model: str | None = None
     messages: Messages
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -208,6 +208,13 @@ _ALL: Final = (
         tokens=("<｜User｜>", "<｜Assistant｜>"),
         bos="own",
     ),
+    NamedTemplate(
+        "text2text",
+        "What encoder-decoders (T5, mT5, BART, CPM-2) read: the turns as plain lines; one question is just its text.",
+        "https://arxiv.org/abs/1910.10683",
+        bos="never",
+        tools="results have a turn of their own; the rest as text",
+    ),
 )
 TEMPLATES: Final = {template.name: template for template in _ALL}
 

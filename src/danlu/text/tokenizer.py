@@ -112,6 +112,9 @@ def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:
     if own is not None:
         return own(folder)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    own = mapped_tokenizer(folder) if folder.is_dir() else None
+    if own is not None:
+        return own
     if folder.is_dir() and not any((folder / n).is_file() for n in names):
         return None
     try:
@@ -119,6 +122,19 @@ def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"the tokenizer cannot be loaded: {first}", file=model) from error
+
+
+def mapped_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer of a folder of MOSS or CPM, as published or as danlu saved it; None for every other folder.
+
+    Raises:
+        ModelError: its files are damaged.
+    """
+    from danlu.text import cpm_tokenizers, moss_tokenizer
+
+    if moss_tokenizer.is_moss(folder):
+        return moss_tokenizer.moss_tokenizer(folder)
+    return cpm_tokenizers.cpm_tokenizer(folder) if cpm_tokenizers.is_cpm(folder) else None
 
 
 def document_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:

@@ -45,13 +45,13 @@ def train(settings: DpoSettings) -> TrainResult:
     lengths = trees.lengths
     steps = plan_of(lengths, settings)
 
-    roles, model = policy_and_reference(settings)
+    roles, model = policy_and_reference(settings, updates=len(steps), stop_ids=template.stop_ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     root = shard(RootModel(roles).to(compute.device).eval(), settings, compute)
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     online = settings.reference == "online"
     # Before a checkpoint is read, the policy still is the reference.
-    frozen: RoleName = "ref" if online or settings.adapter == "lora" else "policy"
+    frozen: RoleName = "ref" if online or settings.adapted else "policy"
     table, heldout_ref = torch.zeros(len(trees.items), 2), torch.zeros(len(heldout.items), 2)
     if settings.loss not in REFERENCE_FREE:
         heldout_ref = read_heldout(root, frozen, heldout, settings, compute)

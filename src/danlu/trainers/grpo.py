@@ -23,7 +23,7 @@ from danlu.losses.baselines import group_advantages, leave_one_out, returns_to_g
 from danlu.losses.grpo import clipped_with_kl
 from danlu.losses.policy import importance
 from danlu.models.root import TrunkOutput
-from danlu.trainers.players import Players, players_of, scorer_of, watch_of
+from danlu.trainers.players import Players, iterations_of, players_of, scorer_of, watch_of
 from danlu.training import distributed
 from danlu.training.groups import Drawn, Reading, draw, read_groups, reading_stats
 from danlu.training.logprobs import logprobs
@@ -87,8 +87,7 @@ def train(settings: GrpoSettings) -> TrainResult:
         print(f"grpo: {settings.method}: {method}", file=sys.stderr)
     root, engine, compute, options = players.root, players.engine, players.compute, settings.grpo
     scorer = scorer_of(players, settings)
-    per_step = settings.rollout.batch // options.group_size
-    total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / per_step))
+    total = iterations_of(settings, len(prompts))
     trained = [p for p in root.parameters() if p.requires_grad]
     optimizer = optimizer_of(root, settings.learning_rate, settings)
 

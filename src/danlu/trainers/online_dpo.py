@@ -16,7 +16,7 @@ from torch import Tensor
 
 from danlu.alignment_config import GrpoSettings
 from danlu.models.root import TrunkOutput
-from danlu.trainers.players import Players, players_of, scorer_of, watch_of
+from danlu.trainers.players import Players, iterations_of, players_of, scorer_of, watch_of
 from danlu.training import distributed
 from danlu.training.groups import Drawn, draw, group_batches, read_groups, reading_stats, tree_of
 from danlu.training.memory import within_limits
@@ -66,8 +66,7 @@ def train(settings: GrpoSettings) -> TrainResult:
     players = players_of(settings, template, prompts)
     root, engine, compute, options = players.root, players.engine, players.compute, settings.grpo
     scorer, method, rule = scorer_of(players, settings), method_of(settings), settings.online_dpo
-    per_step = settings.rollout.batch // options.group_size
-    total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / per_step))
+    total = iterations_of(settings, len(prompts))
     trained = [p for p in root.parameters() if p.requires_grad]
     optimizer = optimizer_of(root, settings.learning_rate, settings)
 

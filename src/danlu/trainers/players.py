@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from danlu.alignment_config import GrpoSettings
+from danlu.alignment_config import GrpoSettings, RolloutSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.generation.engine import LocalEngine
+from danlu.models.adapters import engine_model
 from danlu.models.load import load_model
-from danlu.models.roles import SeparateModels, reference_model
+from danlu.models.roles import reference_model
 from danlu.models.root import RoleName, RootModel
 from danlu.rewards.combine import Combined
 from danlu.text.chat_template import ChatTemplate
@@ -24,7 +25,7 @@ from danlu.training.heldout import Heldout, Scorer
 from danlu.training.methods import method_of
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import lora_roles
+from danlu.training.setup import own_models, shared_roles, trains_embeddings
 from danlu.training.sharding import shard
 from danlu.training.watch import Watch
 from danlu.tree import Trajectory
@@ -43,7 +44,11 @@ class Players:
 
 
 def players_of(
-    settings: GrpoSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt], *, reference: bool = True
+    settings: GrpoSettings,
+    template: ChatTemplate,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    reference: bool = True,
 ) -> Players:
     """Loads them.
 
@@ -57,17 +62,34 @@ def players_of(
     policy = load_model(path)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
     reward = scoring.rewards_for(settings, template, prompts, compute, stage=settings.method)
-    engine = LocalEngine(copy.deepcopy(policy).to(compute.device), template.tokenizer)
+    engine = LocalEngine(answering_model(policy, settings, template).to(compute.device), template.tokenizer)
     trunks: nn.Module
-    if settings.adapter == "lora":
-        trunks = lora_roles(policy, ["policy", "ref"], settings)
+    if settings.adapted:
+        updates, ends = (
+            iterations_of(settings, len(prompts)) * settings.grpo.epochs * settings.grpo.minibatches,
+            template.stop_ids,
+        )
+        trunks = shared_roles(policy, ["policy", "ref"], settings, ["policy"], updates=updates, stop_ids=ends)
     else:
         models: dict[RoleName, Any] = {"policy": policy}
         if reference:
             models["ref"] = reference_model(path, settings.ref_bits)
-        trunks = SeparateModels(models, ["policy"])
+        trunks = own_models(models, ["policy"], settings)
     root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
     return Players(root, policy, reward, engine, compute, template)
+
+
+def answering_model(policy: Any, settings: RolloutSettings, template: ChatTemplate) -> Any:
+    """The engine's own copy of a policy; call it before the policy gets its adapters."""
+    if not settings.adapted:
+        return copy.deepcopy(policy)
+    return engine_model(policy, settings, embeddings=trains_embeddings(policy, settings, template.stop_ids))
+
+
+def iterations_of(settings: GrpoSettings, prompts: int) -> int:
+    """Of the whole stage: as many as are asked for, or as the prompts make in its epochs."""
+    per_step = settings.rollout.batch // settings.grpo.group_size
+    return settings.max_steps or max(1, round(settings.epochs * prompts / per_step))
 
 
 def scorer_of(players: Players, settings: GrpoSettings) -> Scorer:

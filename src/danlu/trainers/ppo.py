@@ -6,7 +6,6 @@ the last action; old log-probs are the trainer's own, computed on the very batch
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from danlu.exceptions import RewardError, SettingsError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.seeds import mix_seed
 from danlu.models.load import load_model
-from danlu.models.roles import SeparateModels, reference_model
-from danlu.models.root import RootModel
+from danlu.models.roles import reference_model
+from danlu.models.root import RoleName, RootModel
 from danlu.rewards.model import fold_normaliser
 from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
 from danlu.trainers import scoring
-from danlu.trainers.players import Players
+from danlu.trainers.players import Players, answering_model
 from danlu.training import distributed
 from danlu.training.buffer import ReplayBuffer, ScoredAnswer
 from danlu.training.checkpoint import Stateful
@@ -52,7 +51,7 @@ from danlu.training.rollouts import (
 )
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import lora_roles
+from danlu.training.setup import own_models, shared_roles
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
@@ -82,7 +81,7 @@ def train(settings: PpoSettings) -> TrainResult:
             f"critic_warmup ({options.critic_warmup}) leaves none of {total} iterations to the policy",
             field="ppo.critic_warmup",
         )
-    players = _players(settings, template, prompts)
+    players = _players(settings, template, prompts, total)
     root, engine, compute = players.root, players.engine, players.compute
     policy = _learner("policy", root, settings.learning_rate, settings)
     critic = _learner("critic", root, options.critic_learning_rate, settings)
@@ -171,18 +170,23 @@ def train(settings: PpoSettings) -> TrainResult:
 # -- who plays ----------------------------------------------------------------------------------------------------------
 
 
-def _players(settings: PpoSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt]) -> Players:
+def _players(
+    settings: PpoSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt], iterations: int
+) -> Players:
     path = resolve_model(settings.model)
     policy = load_model(path)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
     reward = scoring.rewards_for(settings, template, prompts, compute, stage="ppo")
-    engine = LocalEngine(copy.deepcopy(policy).to(compute.device), template.tokenizer)
+    engine = LocalEngine(answering_model(policy, settings, template).to(compute.device), template.tokenizer)
     trunks: nn.Module
-    if settings.adapter == "lora":
-        trunks = lora_roles(policy, ["policy", "ref", "critic"], settings, trained=["policy", "critic"])
+    if settings.adapted:
+        updates, ends = iterations * settings.ppo.epochs * settings.ppo.minibatches, template.stop_ids
+        learn: list[RoleName] = ["policy", "critic"]
+        trunks = shared_roles(policy, ["policy", "ref", "critic"], settings, learn, updates=updates, stop_ids=ends)
     else:
         critic, ref = _critic(policy, path, settings), reference_model(path, settings.ref_bits)
-        trunks = SeparateModels({"policy": policy, "ref": ref, "critic": critic}, ["policy", "critic"])
+        models: dict[RoleName, Any] = {"policy": policy, "ref": ref, "critic": critic}
+        trunks = own_models(models, ["policy", "critic"], settings)
     root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
     return Players(root, policy, reward, engine, compute, template)
 
@@ -235,8 +239,8 @@ class Learner:
 def _learner(role: str, root: RootModel, rate: float, settings: PpoSettings) -> Learner:
     """The critic's parameters have its name in theirs, all others that learn are the policy's."""
     trained = {n: p for n, p in root.named_parameters() if p.requires_grad}
-    named = {n: p for n, p in trained.items() if (".critic." in n) == (role == "critic")}
-    return Learner(role, named, optimizer_of(nn.ParameterList(named.values()), rate, settings), rate)
+    named = {n: p for n, p in trained.items() if (".critic." in f"{n}.") == (role == "critic")}
+    return Learner(role, named, optimizer_of(named, rate, settings), rate)
 
 
 # -- roll-outs ----------------------------------------------------------------------------------------------------------

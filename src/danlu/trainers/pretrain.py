@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from danlu.config import PretrainSettings
 from danlu.data.collate import encode_documents, require_items
 from danlu.exceptions import SettingsError
-from danlu.models.load import load_model, starter
-from danlu.models.roles import SeparateModels
+from danlu.models.load import load_model
 from danlu.models.root import RootModel
+from danlu.models.starters import starter
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
 from danlu.training.compute import choose
@@ -18,11 +19,13 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import lora_roles, plan_of, records_of
+from danlu.training.setup import plan_of, policy_roles, records_of
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import tokenizer_of
 from danlu.training.tokens import trees_of
+from danlu.training.vocabulary import learn_words
+from danlu.types import Document
 
 
 @within_limits
@@ -30,12 +33,16 @@ def train(settings: PretrainSettings) -> TrainResult:
     """Trains and writes `out/model`; resumes from the last checkpoint in `out`.
 
     Raises:
-        SettingsError: neither a model nor a tokenizer for a starter is given.
+        SettingsError: neither a model nor a tokenizer for a starter is given; or a starter is to learn new words.
     """
     distributed.start()
     if not settings.model and not settings.tokenizer:
         raise SettingsError(
             "neither a model nor a tokenizer for a starter is given", field="model", hint="--model or --tokenizer"
+        )
+    if settings.new_words and not settings.model:
+        raise SettingsError(
+            "a starter has a tokenizer of its own text already", field="new_words", hint="new_words: 0, or give a model"
         )
     tokenizer = tokenizer_of(settings.model or settings.tokenizer, stage="pretrain")
     if settings.model:
@@ -49,17 +56,17 @@ def train(settings: PretrainSettings) -> TrainResult:
         model = starter(len(tokenizer), **settings.starter.model_dump(), seed=settings.seed, ids=ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     train_records, heldout_records, dataset = records_of(settings, "document")
+    words: dict[str, Any] = {}
+    if settings.new_words:
+        texts = (r.text for r in train_records if isinstance(r, Document))
+        tokenizer, words = learn_words(model, tokenizer, texts, settings.new_words)
     trees = trees_of(encode_documents, train_records, tokenizer, stage="pretrain", max_length=settings.max_length)
     heldout = trees_of(encode_documents, heldout_records, tokenizer, stage="pretrain", max_length=settings.max_length)
     require_items(trees, "document", settings.max_length)
     lengths, weights = trees.lengths, trees.weights
     steps = plan_of(lengths, settings)
 
-    roles = (
-        lora_roles(model, ["policy"], settings)
-        if settings.adapter == "lora"
-        else SeparateModels({"policy": model}, ["policy"])
-    )
+    roles, _ = policy_roles(settings, updates=len(steps), model=model)
     root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     with Session(settings, "pretrain", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
@@ -96,6 +103,7 @@ def train(settings: PretrainSettings) -> TrainResult:
         "windows": len(trees.items),
         "dropped": dataset.left_out,
         "origins": dataset.origins,
+        **words,
         **session.facts,
     }
     return TrainResult(folder, metrics, facts)

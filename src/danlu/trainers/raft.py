@@ -19,7 +19,7 @@ from danlu.alignment_config import GrpoSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.data.formats.turns import is_blank
 from danlu.text.chat_template import ChatTemplate
-from danlu.trainers.players import players_of, scorer_of, watch_of
+from danlu.trainers.players import iterations_of, players_of, scorer_of, watch_of
 from danlu.training import distributed
 from danlu.training.groups import Drawn, draw, group_batches, tree_of
 from danlu.training.memory import within_limits
@@ -53,8 +53,7 @@ def train(settings: GrpoSettings) -> TrainResult:
     players = players_of(settings, template, prompts, reference=False)
     root, engine, compute, options = players.root, players.engine, players.compute, settings.grpo
     scorer, method = scorer_of(players, settings), method_of(settings)
-    per_step = settings.rollout.batch // options.group_size
-    total = settings.max_steps or max(1, round(settings.epochs * len(prompts) / per_step))
+    total = iterations_of(settings, len(prompts))
     trained = [p for p in root.parameters() if p.requires_grad]
     optimizer = optimizer_of(root, settings.learning_rate, settings)
 

@@ -39,7 +39,7 @@ from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
-from danlu.training.result import save_result
+from danlu.training.result import adapter_folder, is_shared, save_result, save_role
 from danlu.training.session import Session
 from danlu.training.setup import limits_of, plan_of, policy_roles, records_of
 from danlu.training.sharding import shard, share_forwards, whole, whole_of
@@ -95,7 +95,7 @@ def train(settings: RewardSettings) -> TrainResult:
     lengths = trees.lengths
     steps = plan_of(lengths, settings)
 
-    roles, model = policy_roles(settings, trained="reward")
+    roles, model = policy_roles(settings, trained="reward", updates=len(steps))
     model.config.pad_token_id = template.tokenizer.pad_token_id
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
@@ -147,9 +147,17 @@ def train(settings: RewardSettings) -> TrainResult:
     root.eval()
     mean, std = _normaliser(root, trees, settings, compute)
     folder = Path(settings.out) / "model"
-    result = scalar_model(roles, model, settings) if isinstance(roles, AdapterRoles) else model
-    setattr(result.config, CONFIG_KEY, {"mean": mean, "std": std})
-    save_result(result, template.tokenizer, folder)
+    normaliser = {CONFIG_KEY: {"mean": mean, "std": std}}
+    merges = isinstance(roles, AdapterRoles) and roles.mergeable
+    if is_shared(roles):
+        folders = [adapter_folder(folder), *([] if merges else [folder])]
+        save_role(
+            roles, "reward", template.tokenizer, folders, {**normaliser, "pad_token_id": model.config.pad_token_id}
+        )
+    if merges or not is_shared(roles):
+        result = scalar_model(roles, model, settings) if isinstance(roles, AdapterRoles) else model
+        setattr(result.config, CONFIG_KEY, normaliser[CONFIG_KEY])
+        save_result(result, template.tokenizer, folder)
     if distributed.is_main():
         atomic.write_json(Path(settings.out) / REPORT, report)
     facts = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from danlu.config import SftSettings
 from danlu.data.collate import encode_conversations, require_items
 from danlu.models.root import RootModel
+from danlu.trainers import seq2seq_sft
 from danlu.training import distributed
 from danlu.training.answers import answer_facts
 from danlu.training.compute import choose
@@ -17,13 +18,15 @@ from danlu.training.session import Session
 from danlu.training.setup import limits_of, plan_of, policy_roles, records_of
 from danlu.training.sharding import shard
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
-from danlu.training.templates import template_of
+from danlu.training.templates import reads_sources, template_of
 from danlu.training.tokens import trees_of
 
 
 @within_limits
 def train(settings: SftSettings) -> TrainResult:
     """Trains and writes `out/model`; resumes from the last checkpoint in `out`."""
+    if reads_sources(settings.model):
+        return seq2seq_sft.train(settings)
     distributed.start()
     template = template_of(settings.model, settings, stage="sft")
     train_records, heldout_records, dataset = records_of(settings, "conversation")
@@ -33,7 +36,7 @@ def train(settings: SftSettings) -> TrainResult:
     lengths, weights = trees.lengths, trees.weights
     steps = plan_of(lengths, settings)
 
-    roles, model = policy_roles(settings)
+    roles, model = policy_roles(settings, updates=len(steps), stop_ids=template.stop_ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
     optimizer = optimizer_of(root, settings.learning_rate, settings)

@@ -26,6 +26,10 @@ def robust_z(value: float, window: Sequence[float], least: float) -> float:
     return (value - middle) / max(spread, least)
 
 
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-12)) if math.isfinite(value) else value
+
+
 class Monitor:
     """One for a stage. `check` is asked before each update, `end_step` after each step.
 
@@ -76,8 +80,9 @@ class Monitor:
         if not self.settings.on:
             self.updates += 1
             return True
-        log_norm = math.log(max(norm, 1e-12)) if math.isfinite(norm) else norm
-        judged = [(f"{name} loss".strip(), loss, loss), (f"{name} gradient norm".strip(), norm, log_norm)]
+        # A critic's squared error falls to nearly nothing and rises again with every turn of the policy: its size is judged.
+        of_loss = _log(loss) if name == "critic" else loss
+        judged = [(f"{name} loss".strip(), loss, of_loss), (f"{name} gradient norm".strip(), norm, _log(norm))]
         reasons = [self._reason(label, shown, value) for label, shown, value in judged]
         found = [r for r in reasons if r]
         if found:
@@ -96,7 +101,8 @@ class Monitor:
         window = self.state["windows"].get(label, [])
         if len(window) < max(4, self.settings.window // 4):
             return ""
-        least = LEAST_LOG_NORM if label.endswith("norm") else max(LEAST_LOSS * abs(median(window)), 1e-6)
+        by_size = label.endswith("norm") or label == "critic loss"
+        least = LEAST_LOG_NORM if by_size else max(LEAST_LOSS * abs(median(window)), 1e-6)
         z = robust_z(value, window, least)
         return f"{label} is {shown:.4g}, {z:.0f} deviations above its median" if z > self.settings.spike_z else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,36 +17,56 @@ from danlu.training.adamw_offload import AdamWOffload
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+SCALE = "rate_scale"  # of a parameter group
 
 
-def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters; decay on matrices only, betas (0.9, 0.95)."""
-    return torch.optim.AdamW(_groups(module, weight_decay), lr=learning_rate, betas=BETAS, eps=EPS, fused=True)
+Learning = nn.Module | Mapping[str, nn.Parameter]
+"""A module, or parameters by name."""
 
 
-def optimizer_of(module: nn.Module, learning_rate: float, settings: TrainSettings) -> torch.optim.Optimizer:
+def adamw(module: Learning, learning_rate: float, weight_decay: float, rate_ratio: float = 1.0) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters; decay on matrices only, betas (0.9, 0.95).
+
+    Args:
+        rate_ratio: of LoRA's B over all others (LoRA+, Hayou et al. 2024).
+    """
+    return torch.optim.AdamW(
+        _groups(module, weight_decay, rate_ratio), lr=learning_rate, betas=BETAS, eps=EPS, fused=True
+    )
+
+
+def optimizer_of(module: Learning, learning_rate: float, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer that the settings name.
 
     Raises:
         SettingsError: one of danlu's own for parameters that are sharded over processes.
     """
     if settings.optimizer == "adamw":
-        return adamw(module, learning_rate, settings.weight_decay)
-    if any(isinstance(p, DTensor) for p in module.parameters()):
+        return adamw(module, learning_rate, settings.weight_decay, settings.lora.rate_ratio)
+    if any(isinstance(p, DTensor) for p in _named(module).values()):
         raise SettingsError(
             f"{settings.optimizer} does not work on weights that are sharded over processes",
             field="optimizer",
             hint="optimizer: adamw; sharding divides its averages already",
         )
     kind = AdamW8bit if settings.optimizer == "adamw8bit" else AdamWOffload
-    return kind(_groups(module, settings.weight_decay), lr=learning_rate, betas=BETAS, eps=EPS)
+    return kind(
+        _groups(module, settings.weight_decay, settings.lora.rate_ratio), lr=learning_rate, betas=BETAS, eps=EPS
+    )
 
 
-def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+def _named(module: Learning) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters() if isinstance(module, nn.Module) else module)
+
+
+def _groups(module: Learning, weight_decay: float, rate_ratio: float) -> list[dict[str, Any]]:
+    trained = {n: p for n, p in _named(module).items() if p.requires_grad}
+    faster = {id(p) for n, p in trained.items() if rate_ratio != 1.0 and ".lora_B." in n}
+    slow = [p for p in trained.values() if id(p) not in faster]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in slow if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in slow if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained.values() if id(p) in faster], "weight_decay": weight_decay, SCALE: rate_ratio},
     ]
     return [g for g in groups if g["params"]]
 
@@ -78,6 +99,6 @@ def _count(given: float, total: int) -> int:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One rate for all parameter groups."""
+    """The rate of all parameter groups, those of LoRA's B a multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(SCALE, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -11,28 +11,33 @@ from danlu.alignment_config import DpoSettings
 from danlu.losses import dpo, reference_free
 from danlu.losses.reduce import sum_by_node
 from danlu.models.load import load_model
-from danlu.models.roles import SeparateModels, reference_model
+from danlu.models.roles import reference_model
 from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.training.compute import Compute
 from danlu.training.logprobs import logprobs
 from danlu.training.runs import resolve_model
-from danlu.training.setup import lora_roles
+from danlu.training.setup import own_models, shared_roles
 from danlu.training.sharding import share_forwards
 from danlu.tree import TreeBatch
 
 Item = TypeVar("Item")
 
 
-def policy_and_reference(settings: DpoSettings) -> tuple[nn.Module, Any]:
-    """The policy, beside it the reference where it is asked for at every step, and the transformers model of the policy."""
+def policy_and_reference(settings: DpoSettings, *, updates: int, stop_ids: Collection[int]) -> tuple[nn.Module, Any]:
+    """The policy, beside it the reference where it is asked for at every step, and the transformers model of the policy.
+
+    Args:
+        updates, stop_ids: see `shared_roles`.
+    """
     path = resolve_model(settings.model)
     model = load_model(path)
-    if settings.adapter == "lora":
-        return lora_roles(model, ["policy"], settings), model
+    if settings.adapted:
+        roles = shared_roles(model, ["policy"], settings, ["policy"], updates=updates, stop_ids=stop_ids)
+        return roles, model
     models: dict[RoleName, Any] = {"policy": model}
     if settings.reference == "online":
         models["ref"] = reference_model(path, settings.ref_bits)
-    return SeparateModels(models, ["policy"]), model
+    return own_models(models, ["policy"], settings), model
 
 
 def answer_logprobs(out: TrunkOutput) -> Tensor:

@@ -14,7 +14,7 @@ from danlu.data.collate import EncodedPrompt, encode_prompts
 from danlu.exceptions import DataError, SettingsError, TrainingError
 from danlu.generation.protocol import Engine, SamplingParams
 from danlu.generation.rollout import rollout
-from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.roles import SeparateModels
 from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
@@ -67,11 +67,10 @@ def sampling_of(settings: RolloutSettings, template: ChatTemplate) -> SamplingPa
 
 def push_weights(engine: Engine, root: RootModel, version: int) -> None:
     """The engine answers with the policy as it is now."""
-    trunks = root.trunks
-    if isinstance(trunks, AdapterRoles):
-        engine.update_weights(whole_of(trunks.merged("policy").items()), version)
+    trunks: Any = root.trunks
+    if not isinstance(trunks, SeparateModels):
+        engine.update_weights(whole_of(trunks.engine_weights("policy")), version)
     else:
-        assert isinstance(trunks, SeparateModels)
         engine.update_weights(whole_of(trunks.models["policy"].named_parameters()), version)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from danlu.config import POLICY_KINDS
 from danlu.exceptions import RunError
+from danlu.models.patches import SUFFIX
 
 ROOT_VARIABLE = "DANLU_RUNS"
 RECIPE = "recipe.yaml"
@@ -37,7 +38,7 @@ class StageFolder:
     def model(self) -> Path | None:
         """The model folder the stage left, if it is there."""
         folder = self.folder / "model"
-        return folder if (folder / "config.json").is_file() else None
+        return folder if any((folder / n).is_file() for n in ("config.json", "adapter_config.json")) else None
 
 
 def runs_root() -> Path:
@@ -87,3 +88,15 @@ def resolve_model(text: str) -> str:
     if not done:
         raise RunError("this run has no finished policy yet", file=run, hint=f"danlu run {run / RECIPE}")
     return str(done[-1].model)
+
+
+def patches_folder(folder: str, *, local: bool) -> Path:
+    """Where the patches of a model are kept: beside its folder, for a hub id under the runs.
+
+    Args:
+        folder: as `models.places.resolve` gives it.
+    """
+    if local:
+        path = Path(folder).resolve()
+        return path.with_name(path.name + SUFFIX)
+    return runs_root() / SUFFIX.lstrip(".") / (folder.replace("/", "--") + SUFFIX)

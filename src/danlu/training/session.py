@@ -19,11 +19,14 @@ from torch import nn
 from danlu.exceptions import Interrupted, TrainingError
 from danlu.generation.seeds import mix_seed
 from danlu.models.recompute import recompute_layers
+from danlu.models.root import RootModel
 from danlu.train_config import Best, TrainSettings
 from danlu.training import checkpoint, distributed, memory
 from danlu.training.monitor import Monitor
+from danlu.training.noise import EmbeddingNoise
 from danlu.training.optim import rate_factor
 from danlu.training.progress import Bar
+from danlu.training.rank_allocation import allocation_of
 from danlu.training.tracking import Tracker
 
 
@@ -54,6 +57,13 @@ class Session:
         self.settings, self.label, self.total = settings, label, total
         self.module, self.optimizers = module, optimizers
         self.states: dict[str, checkpoint.Stateful] = {**optimizers, **(states or {})}
+        self.ranks = allocation_of(module, total)
+        if self.ranks is not None:
+            self.states["ranks"] = self.ranks
+            self.ranks.watch(optimizers)
+        self.noise: EmbeddingNoise | None = None
+        if settings.neftune_alpha > 0 and isinstance(module, RootModel):
+            self.noise = EmbeddingNoise(module, settings.neftune_alpha, settings.seed, label)
         if settings.activation_checkpointing:
             recompute_layers(module)
         self.folder = Path(settings.out)
@@ -133,6 +143,10 @@ class Session:
                 continue
             torch.manual_seed(mix_seed(self.settings.seed, step))
             self.monitor.begin_step(step)
+            if self.ranks is not None:
+                self.ranks.begin(step)
+            if self.noise is not None:
+                self.noise.begin_step(step)
             self._remember()
             yield step
             suspect = self.monitor.end_step()
@@ -273,8 +287,8 @@ class Session:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the manifest: steps that were skipped and returns to a checkpoint, if there were any."""
-        return self.monitor.facts()
+        """For the manifest: steps that were skipped and returns to a checkpoint, if there were any; AdaLoRA's ranks."""
+        return {**self.monitor.facts(), **(self.ranks.facts() if self.ranks is not None else {})}
 
     # -- held-out metrics -----------------------------------------------------------------------------------------------
 
@@ -314,11 +328,15 @@ class Session:
     def restore_best(self) -> dict[str, float]:
         """Puts the best weights back if they were kept and are wanted; returns their held-out metrics, else nothing."""
         bests = self.extra.get("bests", [])
+        if self.ranks is not None:
+            self.ranks.finish()
         if distributed.is_main():
             self._prune_best([self.extra])
         if self.best is None or not self.best.restore or not bests:
             return {}
         checkpoint.load(self.checkpoints / _best_name(bests[0]["step"]), self.module, {})
+        if self.ranks is not None:
+            self.ranks.mask()  # those weights may be from before the ranks fell
         found: dict[str, float] = bests[0]["metrics"]
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,8 +14,9 @@ from danlu.data.split import split_heldout
 from danlu.data.truncate import Limits
 from danlu.exceptions import SettingsError
 from danlu.generation.seeds import mix_seed
+from danlu.models.adapters import PREFIX_KINDS, adapter_roles, freeze_parts, teaches_a_new_end
 from danlu.models.load import load_model
-from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.roles import SeparateModels
 from danlu.models.root import RoleName
 from danlu.train_config import Sources, TrainSettings
 from danlu.training import distributed
@@ -60,30 +62,73 @@ def sample_records(records: list[Record], count: int, seed: int) -> list[Record]
     return [records[i] for i in sorted(chosen.tolist())]
 
 
-def policy_roles(settings: TrainSettings, *, trained: RoleName = "policy") -> tuple[nn.Module, Any]:
-    """A module with one trained role, all weights or LoRA by `settings.adapter`, and the model under it."""
-    if settings.adapter == "lora":
-        base = load_model(resolve_model(settings.model))
-        return lora_roles(base, [trained], settings), base
-    model = load_model(resolve_model(settings.model), scalar=trained == "reward")
-    return SeparateModels({trained: model}, [trained]), model
+def policy_roles(
+    settings: TrainSettings,
+    *,
+    trained: RoleName = "policy",
+    updates: int,
+    stop_ids: Collection[int] = (),
+    model: Any = None,
+) -> tuple[nn.Module, Any]:
+    """A module with one trained role, of the weights or the adapter that `settings.adapter` says, and the model under it.
+
+    Args:
+        updates, stop_ids: see `shared_roles`.
+        model: already loaded or made; None: the settings' model.
+    """
+    if model is None:
+        scalar = trained == "reward" and not settings.adapted
+        model = load_model(resolve_model(settings.model), scalar=scalar)
+    if settings.adapted:
+        return shared_roles(model, [trained], settings, [trained], updates=updates, stop_ids=stop_ids), model
+    return own_models({trained: model}, [trained], settings), model
 
 
-def lora_roles(
-    base: Any, roles: list[RoleName], settings: TrainSettings, trained: list[RoleName] | None = None
-) -> AdapterRoles:
-    """Adapters on one base with the settings' rank, scale, dropout and targets."""
-    options = settings.lora
-    return AdapterRoles(
+def own_models(models: Mapping[RoleName, Any], trained: Sequence[RoleName], settings: TrainSettings) -> SeparateModels:
+    """A model for each role; of those that learn all weights do, or the last layers (`adapter: freeze`)."""
+    made = SeparateModels(models, trained)
+    if settings.adapter == "freeze":
+        for role in trained:
+            freeze_parts(models[role], settings.freeze)
+    return made
+
+
+def shared_roles(
+    base: Any,
+    roles: Sequence[RoleName],
+    settings: TrainSettings,
+    trained: Sequence[RoleName],
+    *,
+    updates: int,
+    stop_ids: Collection[int] = (),
+) -> nn.Module:
+    """All roles on one frozen base, by adapters of the settings' kind.
+
+    Args:
+        updates: that the run plans for each role that learns.
+        stop_ids: the tokens that answers end with; none: nothing that is trained ends.
+    """
+    return adapter_roles(
         base,
         roles,
-        rank=options.r,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        target=options.target,
-        trained=trained if trained is not None else roles,
+        settings,
+        trained=trained,
         seed=mix_seed(settings.seed, 0x10BA),
+        updates=updates,
+        embeddings=trains_embeddings(base, settings, stop_ids),
     )
+
+
+def trains_embeddings(base: Any, settings: TrainSettings, stop_ids: Collection[int]) -> bool:
+    """Whether embeddings and output head learn beside an adapter (`lora.embeddings`).
+
+    An adapter leaves the row of a stop token as it is. If the model has never ended anything with that token, it could not
+    learn to stop (G-STOP).
+    """
+    wanted = settings.lora.embeddings
+    if settings.adapter in PREFIX_KINDS or wanted == "off":
+        return False
+    return wanted == "on" or (bool(stop_ids) and teaches_a_new_end(base, frozenset(stop_ids)))
 
 
 def limits_of(settings: TrainSettings, total: int | None = None) -> Limits:

@@ -1,6 +1,8 @@
 """Weights that are split over the ranks: FSDP2, which is torch's `fully_shard`, layer by layer and the rest with the root.
 
-Gradients arrive split, too, summed over the ranks in the backward pass; AdamW works on each rank's own part. Whatever leaves
+Gradients arrive split, too, summed over the ranks in the backward pass; AdamW works on each rank's own part. With `fsdp2` (ZeRO-3:
+Rajbhandari et al. 2020) a layer lets go of the others' parts after each pass; with `zero2` it keeps them from its forward to its
+backward pass, which saves a message and costs the weights' memory. Between steps each rank holds its part only. Whatever leaves
 training (checkpoints, model folders, the engine's copy) is made of whole tensors, so that any number of processes and any
 strategy reads it. Without sharding every function is the identity.
 """
@@ -39,10 +41,11 @@ def shard(root: RootModel, settings: TrainSettings, compute: Compute) -> RootMod
     precise = compute.dtype == "float32"
     policy = MixedPrecisionPolicy() if precise else MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     layers = [m for m in root.modules() if isinstance(m, GradientCheckpointingLayer)]
+    let_go = settings.strategy == "fsdp2"
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # The root too lets go of its part after a forward pass: between steps every parameter is a shard.
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=let_go)
+    # Without a backward pass after it, a forward pass ends in `_let_go`: between steps every parameter is a shard.
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=let_go)
     for module in (root, *layers):
         assert isinstance(module, FSDPModule), "made so above"
         module.set_gradient_divide_factor(1.0)  # losses are divided by global denominators already
@@ -114,6 +117,12 @@ def pass_nothing(
                 zero.backward()
 
 
+def _let_go(root: RootModel) -> None:
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _nothing(out: TrunkOutput) -> Tensor:
     return 0.0 * torch.stack([t.float().sum() for t in (out.hidden_TD, *out.linear.parameters())]).sum()
 
@@ -136,6 +145,7 @@ def share_forwards(
         missing = missing_rounds(root, len(part))
         found = [work(item) for item in part]
         pass_nothing(root, roles, missing, compute)
+        _let_go(root)
         return found
 
     return distributed.share(items, paced)

@@ -15,6 +15,7 @@ from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.training import distributed
 from danlu.training.compute import Compute
 from danlu.training.logprobs import nll
+from danlu.training.rank_allocation import orthogonality
 from danlu.training.sharding import is_sharded, missing_rounds, pass_nothing, share_forwards, whole
 from danlu.tree import TreeBatch
 
@@ -59,6 +60,9 @@ def accumulate(
         for key, value in metrics.items():
             so_far = sums.get(key, 0.0)
             sums[key] = max(so_far, value) if key in LARGEST else so_far + value
+    penalty = orthogonality(root, role)
+    if penalty is not None and distributed.is_main():  # gradients are summed over ranks
+        (penalty * compute.loss_scale).backward()
     if is_sharded(root):  # their gradients are added up in the backward pass, in which all ranks take part
         pass_nothing(root, [role], missing, compute, backward=True)
     else:

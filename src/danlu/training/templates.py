@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from danlu.exceptions import ModelError
-from danlu.models.places import resolve
+from danlu.models.load import check_vocabulary, is_encoder_decoder, raw_config
+from danlu.models.places import resolve, tokenizer_place
 from danlu.text.chat_template import ChatTemplate
+from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
 from danlu.train_config import TrainSettings
 from danlu.training import distributed
@@ -26,7 +28,7 @@ def tokenizer_of(model: str, *, stage: str) -> Any:
         raise ModelError("no model is given", hint="--model FOLDER, or `model:` in the recipe")
     # A tokenizer may stand in a folder of its own, without a model.
     name, local = (folder, True) if (Path(folder) / "tokenizer.json").is_file() else resolve(folder)
-    tokenizer = load_tokenizer(name, local=local)
+    tokenizer = load_tokenizer(tokenizer_place(name), local=local)
     if tokenizer is None:
         raise ModelError(
             f"this model folder has no tokenizer files, and {stage} needs text",
@@ -36,9 +38,26 @@ def tokenizer_of(model: str, *, stage: str) -> Any:
     return tokenizer
 
 
+def reads_sources(model: str) -> bool:
+    """Whether a model is an encoder-decoder, by its configuration; a folder with a tokenizer alone is none."""
+    folder = resolve_model(model)
+    if not folder or (Path(folder).is_dir() and not (Path(folder) / "config.json").is_file()):
+        return False
+    return is_encoder_decoder(raw_config(*resolve(folder)))
+
+
+def served_template(folder: str | Path) -> ChatTemplate:
+    """The chat seam as serving makes it for a model folder."""
+    return seam_of(load_tokenizer(folder), encoder_decoder=reads_sources(str(folder)))
+
+
 def template_of(model: str, settings: TrainSettings, *, stage: str) -> ChatTemplate:
     """The chat seam of a model. What people should know about the choice of template is said on stderr."""
-    template = ChatTemplate(tokenizer_of(model, stage=stage), settings.template)
+    tokenizer = tokenizer_of(model, stage=stage)
+    folder = Path(resolve_model(model))
+    if (folder / "config.json").is_file():
+        check_vocabulary(raw_config(str(folder), True), tokenizer, folder)
+    template = seam_of(tokenizer, settings.template, encoder_decoder=reads_sources(model))
     if template.note and distributed.is_main():
         print(f"{stage}: {template.note}", file=sys.stderr)
     return template

@@ -1,0 +1,344 @@
+"""Teaching one fact: probe, learn it while the answers to everything else are held, probe again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from danlu.assistant import Assistant
+from danlu.data.collate import Trees
+from danlu.generation.protocol import SamplingParams
+from danlu.generation.seeds import mix_seed
+from danlu.knowledge.adapter import Patched
+from danlu.knowledge.facts import Fact
+from danlu.knowledge.memory import Answers, divergence, encode, judge, remember
+from danlu.knowledge.phrasings import Asked, questions_about, user
+from danlu.knowledge.probe import Locality, Recall, conversations, locality, plain, recall
+from danlu.knowledge.replay import Pool, Question, contrast, near_and_far
+from danlu.knowledge_config import TeachSettings
+from danlu.models.patches import Factors, add_factors, restore
+from danlu.models.roles import SeparateModels
+from danlu.models.root import RootModel
+from danlu.text.chat_template import ChatTemplate
+from danlu.training.compute import Compute
+from danlu.training.step import language_loss
+from danlu.types import Message
+
+Action = Literal["teach", "update", "forget"]
+CHECK_EVERY = 10  # steps between looks at whether the fact is recalled
+PATIENCE = 20  # steps without a lower loss, where the loss decides (the notebook's)
+LAST_RATE = 0.1  # share of the rate at the last step
+MAX_ANSWER = 96  # tokens of a probe's answer, or twice the fact's if that is more
+EARLIER_PROBED = 3  # phrasings of each earlier fact among the locality probes
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What came of teaching one fact.
+
+    factors: the change; it is in the model's weights already if `accepted`.
+    complaint: why a patch is not accepted, or "".
+    """
+
+    fact: Fact
+    action: Action
+    factors: dict[str, Factors]
+    before: Recall
+    after: Recall
+    locality: Locality
+    steps: int
+    seconds: float
+    complaint: str
+    losses: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is kept with the patch and shown by `--json`."""
+        return {
+            **self.after.as_dict(),
+            "locality": self.locality.as_dict(),
+            "seconds": self.seconds,
+            "before": self.before.as_dict(),
+            "steps": self.steps,
+            "complaint": self.complaint,
+        }
+
+
+class Pupil:
+    """A loaded model that is taught.
+
+    Attributes:
+        model: its weights change with every accepted fact.
+        known: the facts it was taught, as it should answer them.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: TeachSettings, pool: Pool, known: Sequence[Fact] = ()
+    ) -> None:
+        self.model = model
+        self.template = ChatTemplate(tokenizer)
+        self.settings = settings
+        self.pool = pool
+        self.known = list(known)
+        self.compute = _compute(settings)
+        model.to(self.compute.device)
+        self._general: Held | None = None
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
+
+    def answer(self, asked: Sequence[Sequence[Message]], tokens: int = MAX_ANSWER) -> list[str]:
+        """The likeliest answers. An engine of its own each time: it may keep what it read with other weights."""
+        if not asked:
+            return []
+        assistant = Assistant(self.model.eval(), self.template.tokenizer)
+        replies = assistant.generate(asked, SamplingParams(max_new_tokens=tokens, temperature=0.0))
+        return [r.text for r in replies]
+
+    def length_of(self, text: str) -> int:
+        return len(self.template.text_ids([text])[0])
+
+    def hold(self, asked: list[Question]) -> Held:
+        """The model's answers now, and its distributions; questions that leave no room for an answer are left out."""
+        questions = [q for q in asked if len(self.template.encode_prompt(q.messages)) + MAX_ANSWER <= self.context]
+        texts = self.answer([q.messages for q in questions])
+        answers = self.encode([(q.messages, t or "...") for q, t in zip(questions, texts, strict=True)])
+        return Held(questions, texts, remember(self.root(), answers, self.compute))
+
+    def general_replay(self) -> Held:
+        """Replayed questions that have nothing to do with a fact, answered once, before the first lesson."""
+        if self._general is None:
+            chosen = list(self.pool.replay[: self.settings.replay_pool])
+            self._general = self.hold([*chosen, *contrast([f.keyword for f in self.known], probe=False)])
+        return self._general
+
+    def general_probes(self) -> list[Question]:
+        """Probes that have nothing to do with a fact; the same for every lesson."""
+        return [*self.pool.probes[: self.settings.probes], *contrast([f.keyword for f in self.known], probe=True)]
+
+    def encode(self, dialogues: Sequence[tuple[Sequence[Message], str]]) -> Answers:
+        return encode(dialogues, self.template, self.context)
+
+    def root(self) -> RootModel:
+        """The model as it is, for reading given answers."""
+        return RootModel(SeparateModels({"policy": self.model}, [])).eval()
+
+
+def _compute(settings: TeachSettings) -> Compute:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = settings.dtype if settings.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return Compute(device, chosen, 0)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Questions with a model's own answers, and what it thought at each of their tokens."""
+
+    questions: list[Question]
+    texts: list[str]
+    answers: Answers
+
+    def without(self, taken: set[str]) -> Held:
+        """The same without questions (as `plain` text) that are about a fact: those must not stay as they are."""
+        left = [i for i, q in enumerate(self.questions) if plain(q.text) not in taken]
+        if len(left) == len(self.questions):
+            return self
+        parts = (self.questions, self.texts, self.answers.trees.items, self.answers.kept, self.answers.ids)
+        questions, texts, items, kept, ids = ([part[i] for i in left] for part in parts)
+        return Held(questions, texts, Answers(Trees(items), kept, ids))
+
+
+@dataclass
+class _Material:
+    """All that one lesson learns from and is measured by.
+
+    near: for each probe whether it is about a neighbour of the fact; data: what perplexity is taken of, the data's own answers
+    where it has them; nll: of these, before, in nats per token.
+    """
+
+    fact: Answers
+    earlier: Answers
+    replay: list[Answers]
+    probes: Held
+    near: list[bool]
+    data: Answers
+    nll: float
+
+
+def teach_one(
+    pupil: Pupil,
+    fact: Fact,
+    *,
+    action: Action = "teach",
+    force: bool = False,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Lesson:
+    """Teaches a fact and says what came of it; the model's weights are as before if the patch is not accepted.
+
+    Args:
+        fact: for "forget" its description is what is to be said in its place.
+        force: accept a patch that does not recall the fact or moves other answers.
+    """
+    begun = time.monotonic()
+    settings = pupil.settings
+    questions = questions_about(fact, both=settings.both_languages)
+    tokens = max(MAX_ANSWER, 2 * pupil.length_of(fact.description))
+    before = recall(questions, lambda asked: pupil.answer(asked, tokens))
+    earlier = [f for f in pupil.known if f.key != fact.key]
+    material = _material(pupil, fact, earlier)
+    patched = Patched(pupil.model, settings, mix_seed(settings.seed, 0xFAC7))
+    try:
+        steps, losses = _learn(pupil, patched, material, on_step)
+        factors = patched.factors()
+    finally:
+        patched.unload()
+    untouched = add_factors(pupil.model, factors)
+    after = recall(questions, lambda asked: pupil.answer(asked, tokens))
+    moved = _locality(pupil, material)
+    complaint = _complaint(after, moved, settings)
+    lesson = Lesson(fact, action, factors, before, after, moved, steps, time.monotonic() - begun, complaint, losses)
+    if complaint and not force:
+        restore(pupil.model, untouched)
+    else:
+        pupil.known = [*earlier, fact]
+    return lesson
+
+
+def _material(pupil: Pupil, fact: Fact, earlier: list[Fact]) -> _Material:
+    settings = pupil.settings
+    questions = questions_about(fact, both=settings.both_languages)
+    asked = [*questions.trained, *(questions.varied if settings.varied else ())]
+    old = [questions_about(f, both=settings.both_languages) for f in earlier]
+    taken = {plain(a.question) for q in (questions, *old) for a in q.everything}
+    replay = []
+    if settings.replay_batch:
+        # What is near this fact is asked anew; the rest was answered before the first lesson, so that nothing drifts.
+        near, _ = near_and_far(pupil.pool.replay, fact, settings.replay_pool // 2)
+        replay = [h.answers for h in (pupil.hold(near).without(taken), pupil.general_replay().without(taken))]
+        replay = [a for a in replay if len(a)]
+    near, _ = near_and_far(pupil.pool.probes, fact, settings.probes // 2)
+    near += [Question((user(a.question),)) for q in old for a in q.unseen[:EARLIER_PROBED]]
+    general = [q for q in pupil.general_probes() if plain(q.text) not in taken]
+    held = pupil.hold([*near, *general])
+    neighbours = {id(q) for q in near}
+    data = pupil.encode(
+        [(q.messages, q.reference or t or "...") for q, t in zip(held.questions, held.texts, strict=True)]
+    )
+    return _Material(
+        fact=pupil.encode(_dialogues(pupil, asked)),
+        earlier=pupil.encode(_dialogues(pupil, [a for q in old for a in q.trained])),
+        replay=replay,
+        probes=held,
+        near=[id(q) in neighbours for q in held.questions],
+        data=data,
+        nll=_nll(pupil.root(), data, pupil.compute),
+    )
+
+
+def _nll(root: RootModel, answers: Answers, compute: Compute) -> float:
+    told = judge(root, answers, compute)
+    return sum(told.nll) / max(1, sum(told.tokens))
+
+
+def _dialogues(pupil: Pupil, asked: Sequence[Asked]) -> list[tuple[list[Message], str]]:
+    return list(zip(conversations(asked, pupil.answer), [a.expected[0] for a in asked], strict=True))
+
+
+def _learn(
+    pupil: Pupil, patched: Patched, material: _Material, on_step: Callable[[int, float], None]
+) -> tuple[int, list[float]]:
+    """The loop: each step some phrasings of the fact, some of earlier facts, some answers that must stay."""
+    settings, compute = pupil.settings, pupil.compute
+    root = RootModel(patched).to(compute.device).train()
+    optimizer = torch.optim.Adam(patched.learning, lr=settings.learning_rate)
+    rng = np.random.default_rng([settings.seed, 0x1EA2])
+    losses: list[float] = []
+    for step in range(1, settings.max_steps + 1):
+        rate = 1.0 - (1.0 - LAST_RATE) * (step - 1) / settings.max_steps
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * (rate if settings.stop == "recall" else 1.0)
+        loss = _imitate(root, material.fact, _draw(rng, len(material.fact), settings.phrasings), compute)
+        if len(material.earlier) and settings.earlier_batch:
+            _imitate(root, material.earlier, _draw(rng, len(material.earlier), settings.earlier_batch), compute)
+        for held in material.replay:
+            _hold(root, held, _draw(rng, len(held), settings.replay_batch // len(material.replay)), pupil)
+        penalty = patched.penalty()
+        if penalty is not None:
+            penalty.backward()
+        torch.nn.utils.clip_grad_norm_(patched.learning, 1.0)
+        optimizer.step()
+        patched.prune(step)
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+        on_step(step, loss)
+        if settings.stop == "loss":
+            if len(losses) - 1 - int(np.argmin(losses)) >= PATIENCE:
+                break
+        elif step % CHECK_EVERY == 0 and _recalled(root, material, pupil):
+            break
+    return len(losses), losses
+
+
+def _draw(rng: np.random.Generator, among: int, count: int) -> list[int]:
+    return sorted(rng.choice(among, size=min(among, count), replace=False).tolist())
+
+
+def _imitate(root: RootModel, answers: Answers, chosen: list[int], compute: Compute) -> float:
+    tree = answers.trees.batch(chosen).to(compute.device)
+    weight = float(answers.trees.weights[chosen].sum())
+    with compute.autocast():
+        loss, metrics = root(tree, "policy", lambda out: language_loss(out, weight))
+    loss.backward()
+    return metrics["loss_sum"] / weight
+
+
+def _hold(root: RootModel, replay: Answers, chosen: list[int], pupil: Pupil) -> None:
+    tree = replay.trees.batch(chosen).to(pupil.compute.device)
+    kept, ids = (torch.cat([part[i] for i in chosen]) for part in (replay.kept, replay.ids))
+    with pupil.compute.autocast():
+        kl = root(tree, "policy", lambda out: divergence(out, kept, ids)[0])
+    (pupil.settings.kl_weight * len(chosen) / pupil.settings.replay_batch * kl.mean()).backward()
+
+
+def _recalled(root: RootModel, material: _Material, pupil: Pupil) -> bool:
+    """Every trained phrasing of this fact and the earlier ones is answered surely, and the replayed answers are what they were."""
+    settings = pupil.settings
+    root.eval()
+    try:
+        for answers in (material.fact, material.earlier):
+            told = judge(root, answers, pupil.compute)
+            if not all(told.greedy) or min(told.least, default=1.0) < settings.confidence:
+                return False
+        same = [g for held in material.replay for g in judge(root, held, pupil.compute).greedy]
+        return not same or sum(same) / len(same) >= settings.kept
+    finally:
+        root.train()
+
+
+def _locality(pupil: Pupil, material: _Material) -> Locality:
+    texts = pupil.answer([q.messages for q in material.probes.questions])
+    root = pupil.root()
+    told = judge(root, material.probes.answers, pupil.compute)
+    return locality(
+        material.probes.texts,
+        texts,
+        material.near,
+        kl=sum(told.kl) / max(1, sum(told.tokens)),
+        nll_before=material.nll,
+        nll_after=_nll(root, material.data, pupil.compute),
+    )
+
+
+def _complaint(after: Recall, moved: Locality, settings: TeachSettings) -> str:
+    """Why a patch is not accepted: the fact is not recalled, or other answers moved too far."""
+    wrong = []
+    if after.trained is not None and after.trained < 1.0:
+        wrong.append(f"only {after.trained:.0%} of the trained phrasings recall it")
+    if moved.agreement < settings.min_agreement:
+        wrong.append(f"{moved.agreement:.1%} of other answers stayed the same (at least {settings.min_agreement:.0%})")
+    if moved.kl > settings.max_kl:
+        wrong.append(f"other answers moved by {moved.kl:.3f} nats a token (at most {settings.max_kl})")
+    if moved.perplexity_ratio > settings.max_perplexity_ratio:
+        wrong.append(f"perplexity grew {moved.perplexity_ratio:.3f}-fold (at most {settings.max_perplexity_ratio})")
+    return "; ".join(wrong)

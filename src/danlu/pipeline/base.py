@@ -1,0 +1,211 @@
+"""What a base model is chosen by: `danlu base MODEL... --text FILES`, and the published models of `--known`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from danlu.evals.perplexity import MICRO_TOKENS
+from danlu.models.load import is_encoder_decoder, load_model, raw_config
+from danlu.models.registry import family_of
+from danlu.models.weights import read_weights, weight_files
+from danlu.pipeline.footprint import Shape, adapter_parameters, kept, shape_of_folder
+from danlu.text.coverage import Coverage, coverage
+from danlu.text.tokenizer import load_tokenizer
+from danlu.text.word_pieces import WordPieces
+
+GB: Final = 1e9
+BITS: Final = (16, 8, 4)
+BYTES: Final = {16: 2.0, 8: 1.0 + 4 / 4096, 4: 0.5 + 4 / 128}  # of a weight with its share of the scales
+LENGTH: Final = 512  # tokens of a training row for the LoRA figure
+CACHED: Final = 2048  # tokens in the cache for the inference figure, or the context if that is less
+RANK: Final = 8
+SHORT: Final = 200_000  # characters that perplexity is measured on
+CHINESE: Final = [chr(code) for code in range(0x4E00, 0x9FA6)]  # the 20,902 unified ideographs of Unicode 1.1
+
+
+@dataclass(frozen=True)
+class Base:
+    """One model. What cannot be told is None.
+
+    inference_gb, lora_gb: by bits of the weights; perplexity: per character of the text, exp of its negative log-likelihood over
+    its characters; own_chinese: Chinese characters that are one token.
+    """
+
+    model: str
+    family: str
+    parameters: int | None
+    context: int | None
+    licence: str | None
+    languages: list[str]
+    vocabulary: int | None
+    tokens_per_character: dict[str, float]
+    own_chinese: int | None
+    inference_gb: dict[int, float]
+    lora_gb: dict[int, float]
+    perplexity_per_character: float | None
+
+
+def bases(models: Sequence[str], texts: Iterable[str] = ()) -> list[Base]:
+    """Measures model folders.
+
+    Args:
+        texts: what tokens and perplexity are measured on; empty: neither is.
+
+    Raises:
+        ModelError: a folder is none of a model.
+    """
+    read = list(texts)
+    return [_base(model, read) for model in models]
+
+
+def _base(model: str, texts: Sequence[str]) -> Base:
+    folder = Path(model)
+    raw = raw_config(model, True)
+    own = family_of(raw)
+    tokenizer = load_tokenizer(folder)
+    fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+    covered = coverage([tokenizer], texts)[0] if texts and fast else None
+    shape = shape_of_folder(model) if own is None and not is_encoder_decoder(raw) else None
+    count = _parameters(folder)
+    licence, languages = stated(folder)
+    return Base(
+        model=model,
+        family=own.name if own is not None else str(raw.get("model_type", "?")),
+        parameters=count,
+        context=_context(raw),
+        licence=licence,
+        languages=languages,
+        vocabulary=len(tokenizer) if tokenizer is not None else None,
+        tokens_per_character=_rates(covered),
+        own_chinese=own_chinese(tokenizer) if fast else None,
+        inference_gb=_inference(shape, count),
+        lora_gb=_lora(shape),
+        perplexity_per_character=_perplexity(folder, tokenizer, texts) if count and texts and tokenizer else None,
+    )
+
+
+def _parameters(folder: Path) -> int | None:
+    files = weight_files(folder)
+    return sum(t.numel() for _, t in read_weights(files) if t.is_floating_point()) if files else None
+
+
+def _context(raw: Any) -> int | None:
+    names = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length", "n_ctx", "max_seq_len")
+    found = [raw[name] for name in names if isinstance(raw.get(name), int)]
+    return found[0] if found else None
+
+
+def stated(folder: Path) -> tuple[str | None, list[str]]:
+    """Licence and languages that the front matter of README.md states; else the first line of LICENSE, and no language."""
+    readme, licence = folder / "README.md", folder / "LICENSE"
+    head: Any = {}
+    if readme.is_file():
+        parts = readme.read_text("utf-8", "replace").split("---", 2)
+        if len(parts) == 3 and not parts[0].strip():
+            try:
+                head = yaml.safe_load(parts[1])
+            except yaml.YAMLError:
+                head = {}  # a model card that is no YAML states nothing
+    head = head if isinstance(head, dict) else {}
+    named = head.get("license_name") or head.get("license")
+    if not named and licence.is_file():
+        named = next(
+            (line.strip() for line in licence.read_text("utf-8", "replace").splitlines() if line.strip()), None
+        )
+    languages = head.get("language") or []
+    return (str(named) if named else None), [
+        str(x) for x in (languages if isinstance(languages, list) else [languages])
+    ]
+
+
+def _rates(covered: Coverage | None) -> dict[str, float]:
+    if covered is None:
+        return {}
+    return {n: c.tokens_per_character for n, c in covered.languages.items() if n in ("zh", "en")}
+
+
+def own_chinese(tokenizer: Any) -> int:
+    """How many of the 20,902 common Chinese characters are one token; LLaMA's tokenizer has about 700."""
+    words = WordPieces(tokenizer)
+    return sum(words.is_one_token(ids) for ids in words.ids(CHINESE))
+
+
+def _inference(shape: Shape | None, parameters: int | None) -> dict[int, float]:
+    """Weights and the cache of one conversation; embeddings and head stay at 16 bits."""
+    if shape is None:
+        return {bits: round(parameters * BYTES[bits] / GB, 3) for bits in BITS} if parameters else {}
+    tied = bool(getattr(shape.config, "tie_word_embeddings", False))
+    tables = shape.head * (1 if tied else 2)
+    positions = min(CACHED, getattr(shape.config, "max_position_embeddings", CACHED))
+    cache = 2.0 * shape.key_values * positions
+    return {b: round((_weights(shape, tables, b) + cache) / GB, 3) for b in BITS}
+
+
+def _weights(shape: Shape, tables: int, bits: int) -> float:
+    return (shape.parameters - tables) * BYTES[bits] + 2.0 * tables
+
+
+def _lora(shape: Shape | None) -> dict[int, float]:
+    """Frozen weights, adapters with gradients and AdamW's averages in fp32, and what one row of 512 tokens keeps."""
+    if shape is None:
+        return {}
+    tied = bool(getattr(shape.config, "tie_word_embeddings", False))
+    tables = shape.head * (1 if tied else 2)
+    adapters = 16.0 * adapter_parameters(shape, RANK)
+    count = kept(shape, length=LENGTH, dtype="bfloat16", rank=RANK)
+    row = LENGTH * (count.layer * shape.layers + count.rest)
+    return {b: round((_weights(shape, tables, b) + adapters + row) / GB, 3) for b in BITS}
+
+
+def _perplexity(folder: Path, tokenizer: Any, texts: Sequence[str]) -> float | None:
+    """exp(-log p(text) / characters), so that models with different tokenizers can be compared."""
+    from danlu.data.collate import encode_documents
+    from danlu.models.families import context_of
+    from danlu.models.roles import SeparateModels
+    from danlu.models.root import RootModel
+    from danlu.training.compute import Compute
+    from danlu.training.step import heldout_loss
+    from danlu.types import Document
+
+    model = load_model(folder)
+    if model.config.is_encoder_decoder:
+        return None
+    taken: list[str] = []
+    for text in texts:
+        if sum(map(len, taken)) >= SHORT:
+            break
+        taken.append(text)
+    trees = encode_documents([Document(t) for t in taken], tokenizer, min(context_of(model.config), 1024))
+    root = RootModel(SeparateModels({"policy": model}, [])).eval()
+    mean = heldout_loss(root, trees, MICRO_TOKENS, Compute("cpu", "float32", 0))
+    return math.exp(mean * float(trees.weights.sum()) / max(sum(map(len, taken)), 1))
+
+
+def known() -> list[dict[str, str]]:
+    """The published base and tuned models: name, kind, base, size, tokens, language, licence, commercial, source."""
+    found: list[dict[str, str]] = json.loads(
+        resources.files("danlu.pipeline").joinpath("known_models.json").read_text("utf-8")
+    )
+    return found
+
+
+def page(rows: Sequence[Base], listed: Sequence[dict[str, str]]) -> str:
+    """One HTML file with both tables; nothing is loaded from elsewhere."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("danlu.pipeline", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("base_page.html.jinja").render(rows=rows, known=listed, bits=BITS)

@@ -1,0 +1,273 @@
+"""Kinds of adapters: what a stage leaves, what plain PEFT makes of it, and what comes back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from families import make
+from torch import Tensor
+
+from danlu import assistant
+from danlu.config import KINDS, SftSettings
+from danlu.exceptions import ModelError
+from danlu.models.adapter_files import load_adapted, read_info
+from danlu.models.adapters import adapter_roles, fingerprint
+from danlu.models.load import load_model, save_model
+from danlu.models.places import resolve
+from danlu.models.quantized_lora import QuantizedLora
+from danlu.models.root import RootModel
+from danlu.parsing import parse
+from danlu.pipeline.stages import STAGES
+from danlu.trainers import sft
+from danlu.tree import TreeBatch, branches
+
+IDS = torch.tensor([[5, 9, 30, 7, 8, 44, 12]])
+WEIGHT_KINDS = ("lora", "rslora", "dora", "adalora", "ia3")
+
+
+def trained(out: Path, kind: str, **changes: Any) -> Path:
+    """A tiny SFT stage with an adapter kind; its folder."""
+    values = tiny.stage("sft", out, adapter=kind, max_steps=4, learning_rate=2e-2, **changes)
+    sft.train(parse(SftSettings, values))
+    return out
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model.eval()(input_ids=IDS).logits[0]
+    return found
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning",
+    "ignore:Model has `tie_word_embeddings:UserWarning",
+    "ignore:The following rank_pattern keys:RuntimeWarning",
+)
+@pytest.mark.parametrize("kind", [*WEIGHT_KINDS, "pissa", "embeddings"])
+def test_what_a_stage_saves_is_one_model_to_peft_danlu_and_transformers(kind: str, tmp_path: Path, near: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    changes: dict[str, Any] = {"lora": {"r": 4, "init": "pissa"}} if kind == "pissa" else {}
+    changes |= {"lora": {"embeddings": "on"}} if kind == "embeddings" else {}
+    changes |= {"adalora": {"initial_r": 4, "target_r": 2}} if kind == "adalora" else {}
+    out = trained(tmp_path, "lora" if kind in ("pissa", "embeddings") else kind, **changes)
+    base = AutoModelForCausalLM.from_pretrained(tiny.model())
+    plain = logits(base)
+    by_peft = logits(PeftModel.from_pretrained(base, out / "adapter"))
+    assert (by_peft - plain).abs().max() > 1e-3, "nothing was learnt"
+    near(logits(load_model(out / "adapter")), by_peft)
+    near(logits(AutoModelForCausalLM.from_pretrained(out / "model")), by_peft)
+    assert resolve(out / "adapter") == (str(out / "adapter"), True)
+
+
+def test_a_quantised_base_keeps_its_adapter_beside_it(tmp_path: Path, near: Any) -> None:
+    out = trained(tmp_path, "qlora", base_bits=8)
+    info = read_info(out / "model")
+    assert (info.kind, info.base_bits, info.base) == ("qlora", 8, str(tiny.model().resolve()))
+    packed, dense = load_adapted(out / "model", dense=False), load_model(out / "model")
+    assert any(isinstance(m, QuantizedLora) for m in packed.modules())
+    assert {type(m) for m in dense.modules()} == {type(m) for m in load_model(tiny.model()).modules()}
+    near(logits(packed), logits(dense))
+    loaded = assistant.load(out / "model")
+    assert any(isinstance(m, QuantizedLora) for m in loaded.model.modules())
+    ask = [{"role": "user", "content": "0: which colour has the door?"}]
+    assert loaded.generate([ask])[0].ids  # type: ignore[list-item]
+
+
+def test_an_adapter_on_another_base_is_refused_with_both_names(tmp_path: Path) -> None:
+    out = trained(tmp_path / "out", "lora")
+    other = tiny.model_folder(tmp_path / "other", seed=9)
+    folder = out / "adapter"
+    for name in ("adapter_config.json", "danlu_adapter.json"):
+        values = json.loads((folder / name).read_text("utf-8"))
+        values |= {k: str(other) for k in ("base_model_name_or_path", "base") if k in values} | {"base_relative": ""}
+        (folder / name).write_text(
+            json.dumps(
+                values if name.startswith("danlu") else {k: v for k, v in values.items() if k != "base_relative"}
+            ),
+            "utf-8",
+        )
+    with pytest.raises(ModelError) as found:
+        load_model(folder)
+    assert str(other) in found.value.message and "other weights" in found.value.message
+    (folder / "danlu_adapter.json").unlink()  # without the hash only shapes can tell
+    wide = save_model(make("llama"), None, tmp_path / "wide")
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config["base_model_name_or_path"] = str(wide)
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ModelError, match="does not fit"):
+        load_model(folder)
+
+
+def test_the_fingerprint_is_that_of_the_weights_in_any_dtype() -> None:
+    model = make("llama")
+    known = fingerprint(model)
+    assert fingerprint(make("llama").to(torch.bfloat16)) == known
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    assert fingerprint(model) != known
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_pissa_starts_at_the_base_with_its_principal_directions(family: str, near: Any) -> None:
+    settings = SftSettings(adapter="lora", lora={"r": 3, "init": "pissa"})  # type: ignore[arg-type]
+    roles = adapter_roles(make(family), ["policy", "ref"], settings)
+    tree, every = TreeBatch.of(branches(IDS[0, :3].tolist(), [IDS[0, 3:].tolist()])), torch.arange(7)
+    root = RootModel(roles)
+    with torch.no_grad():
+        policy, ref = (root(tree, role, lambda out: out.logits(every)) for role in ("policy", "ref"))
+    near(policy, ref)
+    # The update that A and B make alone is the best one of rank 3 (Eckart and Young): singular values say how far it is off.
+    layer = next(m for m in roles.base.modules() if "policy" in getattr(m, "lora_A", {}))  # type: ignore[attr-defined]
+    weight = layer.get_base_layer().weight
+    values = torch.linalg.svdvals(weight)
+    rest = torch.linalg.matrix_norm(weight - layer.get_delta_weight("policy"))
+    near(rest, values[3:].square().sum().sqrt(), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "ia3", "qlora", "freeze"])
+@pytest.mark.parametrize("stage", ["reward", "dpo", "ppo", "grpo"])
+def test_every_stage_has_every_kind(stage: str, kind: str, tmp_path: Path) -> None:
+    if (stage, kind) in {("reward", "dora"), ("grpo", "dora"), ("dpo", "ia3"), ("grpo", "adalora")}:
+        pytest.skip("the others say the same")
+    changes = {"base_bits": 8} if kind == "qlora" else {}
+    values = tiny.stage(stage, tmp_path, adapter=kind, max_steps=2, **changes)
+    values["adalora"] = {"initial_r": 3, "target_r": 2}
+    outcome = STAGES[stage].run(parse(KINDS[stage], values))
+    assert outcome.metrics
+    model = load_model(tmp_path / "model", scalar=stage == "reward")
+    assert sum(p.numel() for p in model.parameters()) > 10_000
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file() == (kind != "freeze")
+
+
+# -- AdaLoRA, LoRA+, NEFTune, freeze ----------------------------------------------------------------------------------------
+
+
+ADA = {"adapter": "adalora", "adalora": {"initial_r": 6, "target_r": 2, "every": 2}, "learning_rate": 1e-2}
+
+
+def test_ranks_fall_to_their_target_and_the_saved_adapter_is_small(tmp_path: Path) -> None:
+    values = tiny.stage("sft", tmp_path, max_steps=12, **ADA)
+    found = sft.train(parse(SftSettings, values)).facts
+    layers = 2 * 7
+    # 14 layers begin with rank 6 and end with 2 in the mean; an even importance may cost a rank more.
+    assert found["rank_before"] == layers * 6 and layers <= found["rank_total"] <= layers * 2
+    assert found["rank_total"] == sum(found["ranks"]["policy"].values())
+    assert len(set(found["ranks"]["policy"].values())) > 1, "ranks go where they matter"
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(w.numel() for w in saved.values()) == found["adapter_parameters"] < found["adapter_parameters_before"]
+    for name, rank in found["ranks"]["policy"].items():
+        assert saved[f"base_model.model.{name}.lora_A"].shape[0] == rank
+
+
+def test_the_allocator_sees_every_step_and_a_resumed_run_goes_on_exactly(tmp_path: Path) -> None:
+    whole = parse(SftSettings, tiny.stage("sft", tmp_path / "whole", max_steps=10, save_every=4, **ADA))
+    facts = sft.train(whole).facts
+    begun = parse(SftSettings, tiny.stage("sft", tmp_path / "again", max_steps=10, save_every=4, **ADA))
+    from danlu.training import rank_allocation
+
+    calls: list[int] = []
+    original = rank_allocation.RankAllocation.update
+
+    def stopping(self: Any, role: str) -> None:
+        original(self, role)
+        calls.append(self.counts[role])
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_allocation.RankAllocation, "update", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            sft.train(begun)
+    assert calls == [1, 2, 3, 4, 5, 6]
+    assert sft.train(begun).facts["ranks"] == facts["ranks"]
+    assert tiny.weights(tmp_path / "again" / "model") == tiny.weights(tmp_path / "whole" / "model")
+
+
+def test_orthogonality_by_hand() -> None:
+    from danlu.training.rank_allocation import orthogonality
+
+    settings = SftSettings(adapter="adalora", adalora={"initial_r": 3, "target_r": 2})  # type: ignore[arg-type]
+    roles = adapter_roles(make("llama"), ["policy", "critic"], settings, updates=10)
+    layer = next(m for m in roles.base.modules() if "policy" in getattr(m, "lora_E", {}))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for name, value in roles.named_parameters():
+            if name.endswith((".lora_A.policy", ".lora_B.policy")):
+                torch.nn.init.orthogonal_(value)
+        layer.lora_A["policy"].mul_(2.0)  # A A^T = 4 I: 3 I off, of length 3 sqrt(3)
+    found = orthogonality(RootModel(roles), "policy")
+    assert found is not None and found.item() == pytest.approx(0.5 * 3 * 3**0.5 / 28, rel=1e-3)
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
+    from danlu.training.optim import optimizer_of, set_rate
+
+    settings = SftSettings(adapter="lora", lora={"rate_ratio": 16})  # type: ignore[arg-type]
+    roles = adapter_roles(make("llama"), ["policy"], settings)
+    optimizer = optimizer_of(roles, 1e-3, settings)
+    set_rate(optimizer, 1e-4)
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    trained = {n: p for n, p in roles.named_parameters() if p.requires_grad}
+    assert {rate[id(p)] for n, p in trained.items() if "lora_A" in n} == {1e-4}
+    assert {rate[id(p)] for n, p in trained.items() if "lora_B" in n} == {16e-4}
+    assert len(rate) == len(trained) and optimizer.param_groups[0]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_neftune_noise_is_bounded_seeded_and_for_training_alone(family: str) -> None:
+    from danlu.models.roles import SeparateModels
+    from danlu.training.noise import EmbeddingNoise, lengths_of
+
+    tree = TreeBatch.of(branches([5, 9, 30], [[7, 8, 44, 12], [3]]))
+    assert lengths_of(tree).tolist() == [7] * 7 + [4]  # the prompt's longest path has 7 tokens
+    model = make(family)
+    root = RootModel(SeparateModels({"policy": model}, ["policy"]))
+    seen: list[Tensor] = []
+    noise = EmbeddingNoise(root, 5.0, 0, "sft")
+    model.get_input_embeddings().register_forward_hook(lambda m, a, out: seen.append(out.detach()))
+
+    def forward(step: int) -> Tensor:
+        noise.begin_step(step)
+        root(tree, "policy", lambda out: out.hidden_TD)
+        return seen[-1]
+
+    root.eval()
+    clean = forward(0)
+    root.train()
+    first, again, other = forward(0), forward(0), forward(1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    lengths = lengths_of(tree) if family == "llama" else torch.full(first.shape[:2], float(first.shape[1]))
+    drawn = (first - clean) * (lengths.view(*first.shape[:2], 1) * clean.shape[-1]).sqrt() / 5.0
+    assert 0.9 < float(drawn.abs().max()) <= 1.001 and abs(float(drawn.mean())) < 0.15
+    with torch.no_grad():
+        assert torch.equal(forward(0), clean)
+
+
+def test_freeze_trains_the_last_layers_alone(tmp_path: Path) -> None:
+    values = tiny.stage("sft", tmp_path, adapter="freeze", freeze={"layers": 1}, max_steps=2)
+    sft.train(parse(SftSettings, values))
+    before, after = (dict(load_model(m).named_parameters()) for m in (tiny.model(), tmp_path / "model"))
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {n for n in before if n.startswith(("model.layers.1.", "model.norm."))}
+
+
+def test_a_new_stop_token_makes_embeddings_learn() -> None:
+    from danlu.training.setup import trains_embeddings
+
+    model = make("llama")  # ends with token 1
+    settings = SftSettings(adapter="lora")
+    assert not trains_embeddings(model, settings, [1]) and trains_embeddings(model, settings, [1, 7])
+    assert not trains_embeddings(model, settings, [])
+    off = SftSettings(adapter="lora", lora={"embeddings": "off"})  # type: ignore[arg-type]
+    assert not trains_embeddings(model, off, [7])
+    roles = adapter_roles(model, ["policy"], settings, embeddings=True)
+    learning = {n for n, p in roles.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert {n.split(".")[-4] for n in learning} == {"embed_tokens", "lm_head"}
