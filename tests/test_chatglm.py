@@ -436,4 +436,7 @@ def test_configuration_keys_decide() -> None:
     assert [f.name if f else None for f in found] == ["ChatGLM-6B"] * 5 + ["ChatGLM2-6B and ChatGLM3-6B"] * 5
     assert family_of({"model_type": "llama"}) is None
     assert isinstance(model("chatglm_v1"), ChatGLMForConditionalGeneration)
+    # Saving leaves defaults out, but never what tells the generations apart.
+    for kind in (ChatGLMConfig, ChatGLM2Config):
+        assert type(ChatGLMConfig.from_dict(json.loads(kind().to_json_string()))) is kind
     assert chatglm.model("chatglm2").config.vocab_size == 672

@@ -202,7 +202,7 @@ def test_image_tokens_of_the_first_revision(tmp_path: Path) -> None:
     folder = copied("chatglm_v1", tmp_path / "model", settings={"tokenizer_class": "ChatGLMTokenizer"})
     found, now = load_tokenizer(folder), tokenizer("chatglm_v1")
     assert found("你好")["input_ids"] == [i + 20000 for i in now("你好")["input_ids"]]
-    assert found.decode([7, 20440]) == "<image_7>你好"
+    assert found.decode([7, 20440, 20409]) == "<image_7>你好"
     assert len(found) == 20624 and found.pad_token_id == 20003
 
 

@@ -210,6 +210,7 @@ def test_trees_agree_with_rows(kind: str, recompute: bool, near: Near) -> None:
 def test_the_engine_writes_what_generate_writes(kind: str) -> None:
     """Prompts of several lengths, which begin and end together or not, beside one another and with beams."""
     net = make(kind)
+    net.generation_config.eos_token_id = None  # nothing stops
     prompts = [asked(20 + n, 3 + 4 * n % 11) for n in range(5)]
     wanted = []
     for n, prompt in enumerate(prompts):
@@ -234,7 +235,8 @@ def test_long_prompts_are_read_whole(kind: str, monkeypatch: pytest.MonkeyPatch)
     """A context sees all of itself, so it cannot be read in pieces; and a prefix takes no room of the prompt."""
     monkeypatch.setattr("danlu.generation.engine.PREFILL_TOKENS", 5)
     net, prompt = make(kind), asked(30, 20)
-    written = net.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=0)
+    net.generation_config.eos_token_id = None
+    written = net.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)
     found = generate(LocalEngine(net), [Request(prompt, SamplingParams(max_new_tokens=5, temperature=0.0))])
     assert list(found[0].ids) == written[0, len(prompt) :].tolist()
 
@@ -318,6 +320,8 @@ def test_sft_and_the_chat_after_it(name: str, tmp_path: Path) -> None:
     assert history == [("你好", response)]
     *_, (streamed, _) = assistant.stream_chat("你好", history=[], params=greedy)
     assert streamed == response
+    again, _ = assistant.model.chat(assistant.tokenizer, "你好", do_sample=False, max_new_tokens=6)  # the engine's own model
+    assert name == "chatglm3" or again == response
     before = recorded_model(name).state_dict()
     assert any(not torch.equal(before[n], t) for n, t in assistant.model.state_dict().items())
 

@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from danlu.exceptions import ModelError
 from danlu.models import chatglm  # registers `model_type: chatglm`, whose configuration decides for this one
-from danlu.models.attention import PLAN_ARGUMENT
+from danlu.models.attention import NAME, PLAN_ARGUMENT
 from danlu.models.chatglm_chat import ChatGLM2Chat
 from danlu.models.chatglm_config import ChatGLM2Config
 from danlu.models.chatglm_heads import (
@@ -147,7 +147,10 @@ class SelfAttention(nn.Module):
         key, value = with_prefix(key, value, prefix)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        plan = kwargs.get(PLAN_ARGUMENT) or getattr(self, PLAN_ARGUMENT, None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
+        if plan is None and self.config._attn_implementation == NAME:
+            attend = plain_attention  # a model that an engine holds still is what it was: `model.chat`
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, attention_mask, scaling=self.width**-0.5, dropout=dropout, **kwargs)
         return self.dense(mixed.reshape(*x.shape[:2], -1))  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from danlu.exceptions import ModelError
 
 FIRST_VOCABULARY = 150528  # of the first public revision (March 2023): 20000 image tokens stand before the text's
 LATER_KEYS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size")
+FIRST_KEYS = ("inner_hidden_size", "position_encoding_2d")
 REFUSED = {
     "quantization_embeddings": "quantised embeddings",
     "use_xformers": "xformers attention",
@@ -82,6 +83,10 @@ class ChatGLMConfig(PretrainedConfig):  # type: ignore[misc]
         if not is_first_generation(config_dict):
             return ChatGLM2Config.from_dict(config_dict, **kwargs)
         return super().from_dict(_known(config_dict), **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is not a default, and what tells the generations apart."""
+        return {**super().to_diff_dict(), **{key: getattr(self, key) for key in FIRST_KEYS}}
 
 
 class ChatGLM2Config(PretrainedConfig):  # type: ignore[misc]
@@ -160,6 +165,10 @@ class ChatGLM2Config(PretrainedConfig):  # type: ignore[misc]
         """As transformers' own."""
         made: Self = super().from_dict(_known(config_dict), **kwargs)
         return made
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is not a default, and what tells the generations apart."""
+        return {**super().to_diff_dict(), **{key: getattr(self, key) for key in LATER_KEYS}}
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
