@@ -75,7 +75,7 @@ def adapter_roles(
         configs = peft_config(base, settings, updates=updates, embeddings=embeddings)
         pissa = settings.lora.init == "pissa" and settings.adapter in ("lora", "rslora")
         found = AdapterRoles(base, roles, config=configs, pissa=pissa, trained=learning, seed=seed)
-    noted = {"kind": settings.adapter, "base": str(Path(name).resolve()) if Path(name).is_dir() else name}
+    noted = {"kind": settings.adapter, "base": str(Path(name).resolve()) if name and Path(name).is_dir() else name}
     noted_in: Any = found
     noted_in.danlu_adapter = {**noted, "base_hash": base_hash, "base_bits": settings.frozen_bits}
     return found
@@ -294,9 +294,7 @@ def fingerprint(model: Any) -> str:
     if any(is_quantized_layer(m) for m in model.modules()):
         return str(getattr(model, HASH, ""))
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.split(".")[0] in ("score", "classifier"):
-            continue
+    for name, parameter in sorted(model.base_model.named_parameters()):  # heads differ from role to role
         flat = parameter.detach().flatten()
         if flat.numel() == 0 or flat.is_meta:
             continue

@@ -213,6 +213,17 @@ class AdapterRoles(nn.Module):
             if f".{role}." in f"{name}." and any(part in name for part in ADAPTER_PARTS)
         }
 
+    @torch.no_grad()
+    def mask_ranks(self) -> None:
+        """AdaLoRA: takes off again the ranks that were given up, which averaged or restored weights may have."""
+        patterns = {r: getattr(c, "rank_pattern", None) or {} for r, c in self.peft.peft_config.items()}
+        for name, values in self.base.named_parameters():
+            role = name.rpartition(".")[2]
+            if ".lora_E." in name and patterns.get(role):
+                kept = patterns[role].get(name, patterns[role].get(name.removesuffix(f".{role}")))
+                if kept is not None:
+                    values.mul_(torch.tensor(kept, device=values.device).view(-1, 1))
+
     def engine_weights(self, role: RoleName) -> Iterator[tuple[str, torch.Tensor]]:
         """What an engine needs to answer as the role does, for `Engine.update_weights`: merged weights where its model is the
         plain base, else the adapter's own (see `adapters.engine_model`).
