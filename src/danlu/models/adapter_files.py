@@ -22,11 +22,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
 from danlu.models.places import ADAPTER_CONFIG, base_of
-from danlu.models.quantized_lora import QuantizedLora, dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
+from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
 
@@ -201,7 +202,7 @@ def load_adapted(
 
 def finish(model: Any, info: AdapterInfo, *, dense: bool) -> Any:
     """A model that `put_on` returned, with the adapter in its weights where that can be, and the adapter's settings."""
-    if info.mergeable and (dense or not any(isinstance(m, QuantizedLora) for m in model.modules())):
+    if info.mergeable and (dense or not any(is_quantized_layer(m) for m in model.modules())):
         model = merge_into(model)
     return settle(model, info)
 
@@ -264,6 +265,8 @@ def _inject(model: Any, info: AdapterInfo, shown: str) -> Any:
             f"an adapter of kind {info.kind} does not stand on a quantised base", file=info.folder, hint="use 16 bits"
         )
     if kinds:
+        from danlu.models.quantized_lora import QuantizedLora
+
         config._register_custom_module(dict.fromkeys(kinds, QuantizedLora))
     try:
         tensors = load_file(info.folder / WEIGHTS)
@@ -302,6 +305,8 @@ def merge_into(model: Any) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
+    from danlu.models.quantized_lora import QuantizedLora
+
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     tied = last is not None and _inner(first).weight is _inner(last).weight
     for name, module in list(model.named_modules()):
@@ -327,13 +332,20 @@ def merge_into(model: Any) -> Any:
     return model.requires_grad_(True)
 
 
-def _dense(packed: Any, weight: Tensor, like: Any) -> nn.Linear:
-    """A linear layer with this weight and a packed layer's bias, in the dtype of the embeddings."""
-    made = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-    made.weight.copy_(weight)
+def _dense(packed: Any, weight: Tensor, like: Any) -> nn.Module:
+    """A linear layer with this weight `[out, in]` and a packed layer's bias, in the dtype of the embeddings."""
+    made: Any
+    if getattr(packed, "danlu_transposed", False):
+        made = Conv1D(packed.out_features, packed.in_features)
+        made.weight.copy_(weight.t())
+        made.bias.zero_()
+    else:
+        made = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+        made.weight.copy_(weight)
     if packed.bias is not None:
         made.bias.copy_(packed.bias)
-    return made.to(_inner(like).weight.device, _inner(like).weight.dtype)
+    dense: nn.Module = made.to(_inner(like).weight.device, _inner(like).weight.dtype)
+    return dense
 
 
 def _inner(module: Any) -> Any:

@@ -21,7 +21,7 @@ from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.heads import head_of
 from danlu.models.load import load_model
 from danlu.models.quantize import quantize_model
-from danlu.models.quantized_lora import QuantizedLora, shown_to_peft
+from danlu.models.quantized_layers import is_quantized_layer, shown_to_peft
 from danlu.models.root import RoleName, prepare
 
 SCALAR_ROLES: tuple[RoleName, ...] = ("critic", "reward")
@@ -203,7 +203,7 @@ class AdapterRoles(nn.Module):
     @property
     def mergeable(self) -> bool:
         """Whether a role can become a plain model: not on a quantised base."""
-        return not any(isinstance(m, QuantizedLora) for m in self.base.modules())
+        return not any(is_quantized_layer(m) for m in self.base.modules())
 
     def weights(self, role: str) -> dict[str, torch.Tensor]:
         """The role's own parameters by their names in the base, scalar head apart."""
