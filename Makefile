@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup check test demo bench learning docs slow browser foreign seeds families clean
+.PHONY: setup check test demo bench learning docs slow matrix families foreign browser seeds clean
 
 setup: $(DEV_STAMP)
 
@@ -58,6 +58,11 @@ learning: $(DEV_STAMP)
 # Minutes each: not part of `test`.
 slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow -rs
+
+# Families x adapters, for the table in docs/adapters.md; about half an hour.
+matrix: $(DEV_STAMP)
+	DANLU_MATRIX=docs/adapters.json $(BIN)/python -m pytest tests/test_adapters_matrix.py -m slow -q -rs
+	$(BIN)/python docs/generate.py
 
 browser: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/browser -m browser -rs

@@ -1,7 +1,7 @@
 """Writes the parts of the documentation that the code already knows, so that they cannot go stale.
 
 docs/settings.md is made from danlu.config, docs/health.md from the health rules, docs/formats.md and a page for each format from
-the registry of formats.
+the registry of formats, and the table in docs/adapters.md from a stored run.
 
     python docs/generate.py            write
     python docs/generate.py --check    exit status 1 if a committed page differs
@@ -26,7 +26,7 @@ from danlu.data.formats.registry import FORMATS, REFUSED
 from danlu.data.kinds import SERVED_BY
 from danlu.data.rows_out import row_of
 from danlu.reward_config import TERMS, RewardTerm
-from danlu.train_config import Source, StageSettings, TrainSettings
+from danlu.train_config import AdapterKind, Source, StageSettings, TrainSettings
 from danlu.training.health import CORRECTIONS, PAUSE
 from danlu.training.rules import RULES
 from danlu.types import Origin, RecordKind
@@ -38,6 +38,8 @@ FORMATS_PAGE = DOCS / "formats.md"
 FORMAT_PAGES = DOCS / "formats"
 FAMILIES_PAGE = DOCS / "families.md"
 FAMILIES_RUN = DOCS / "families.json"  # written by `make families`
+ADAPTERS = DOCS / "adapters.md"
+ADAPTERS_RUN = DOCS / "adapters.json"  # written by `make matrix`
 
 HEAD = """\
 # Settings
@@ -72,7 +74,7 @@ A list of objects; the `kind` of each says which settings it has. [Rewards](rewa
 
 def main(arguments: list[str]) -> int:
     """Writes the pages, or compares them with `--check`; returns the exit status."""
-    pages = {SETTINGS: settings_page(), HEALTH: health_page(), FORMATS_PAGE: formats_page()}
+    pages = {SETTINGS: settings_page(), HEALTH: health_page(), FORMATS_PAGE: formats_page(), ADAPTERS: adapters_page()}
     pages[FAMILIES_PAGE] = families_page()
     pages |= {FORMAT_PAGES / f"{entry.name}.md": format_page(entry) for entry in FORMATS}
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text("utf-8") != text]
@@ -109,6 +111,34 @@ def families_page() -> str:
     lines += [f"| {name} | {' | '.join(row.get(c, '') for c in columns)} |" for name, row in found.items()]
     table = "\n".join(lines) + "\n" if found else ""
     return f"{before}{begin}{head}-->\n{table}{end}{after}"
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+MATRIX = "<!-- matrix: made by docs/generate.py from docs/adapters.json. Do not edit below. -->\n"
+
+
+def adapters_page() -> str:
+    """docs/adapters.md: what people wrote, and the table of the last `make matrix`."""
+    written = ADAPTERS.read_text("utf-8").split(MATRIX)[0]
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    if ADAPTERS_RUN.is_file():
+        table = json.loads(ADAPTERS_RUN.read_text("utf-8"))
+    kinds = [k for k in get_args(AdapterKind) if any(k in row for row in table.values())]
+    if not table:
+        return f"{written}{MATRIX}\nNo run is stored yet.\n"
+    lines = ["\n| family | " + " | ".join(kinds) + " |\n", "|---" * (len(kinds) + 1) + "|\n"]
+    for family, row in sorted(table.items()):
+        lines.append(f"| {family} | " + " | ".join(_outcome(row.get(kind)) for kind in kinds) + " |\n")
+    return written + MATRIX + "".join(lines)
+
+
+def _outcome(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "not run"
+    if "refused" in cell:
+        return "refused"
+    return f"{cell['loss']:.3f}" if cell["good"] else f"**{cell['loss']:.3f}, {cell['stops']} stops**"
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

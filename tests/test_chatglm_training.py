@@ -320,7 +320,9 @@ def test_sft_and_the_chat_after_it(name: str, tmp_path: Path) -> None:
     assert history == [("你好", response)]
     *_, (streamed, _) = assistant.stream_chat("你好", history=[], params=greedy)
     assert streamed == response
-    again, _ = assistant.model.chat(assistant.tokenizer, "你好", do_sample=False, max_new_tokens=6)  # the engine's own model
+    again, _ = assistant.model.chat(
+        assistant.tokenizer, "你好", do_sample=False, max_new_tokens=6
+    )  # the engine's own model
     assert name == "chatglm3" or again == response
     before = recorded_model(name).state_dict()
     assert any(not torch.equal(before[n], t) for n, t in assistant.model.state_dict().items())

@@ -230,3 +230,20 @@ def test_memory_is_within_a_tenth_of_the_measured_peak(size: str, settings: dict
     given = SftSettings(max_length=512, **settings)
     found = sum(stage_memory(shape, given, "full", dtype=settings["dtype"], length=170, processes=1).values())
     assert found == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "ia3", "freeze"])
+def test_the_plan_counts_what_a_kind_of_adapter_trains(kind: str) -> None:
+    """Against the model itself, made with that adapter."""
+    from danlu.models.adapters import adapter_roles, freeze_parts
+    from danlu.pipeline.footprint import learnt_parameters
+
+    settings = SftSettings(adapter=kind, freeze={"layers": 1})  # type: ignore[arg-type]
+    model = starter(1000, **WIDE.model_dump(), seed=0, ids={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
+    if kind == "freeze":
+        freeze_parts(model, settings.freeze)
+        trained = sum(p.numel() for p in model.model.layers.parameters() if p.requires_grad)
+    else:
+        roles = adapter_roles(model, ["policy"], settings, updates=10)
+        trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
+    assert learnt_parameters(shape_of_starter(WIDE, 1000), settings) == trained

@@ -20,7 +20,8 @@ from danlu.training.rules import RULES
 
 STAGE = "out seed"
 TRAIN = (
-    "model data eval_data eval_fraction skip_bad max_records dtype adapter lora processes strategy template max_length "
+    "model data eval_data eval_fraction skip_bad max_records dtype adapter lora adalora prefix freeze base_bits neftune_alpha "
+    "processes strategy template max_length "
     "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens optimizer "
     "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "
     "save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
@@ -44,7 +45,10 @@ FROZEN = {
     "EarlyStopping": "monitor mode patience",
     "Best": "monitor mode keep restore",
     "Defence": "on spike_z window patience cooldown_steps cooldown_rate max_skipped max_rollbacks",
-    "Lora": "r alpha dropout target",
+    "Lora": "r alpha dropout target init rate_ratio embeddings",
+    "AdaLora": "initial_r target_r warmup final every beta orthogonality",
+    "Prefix": "tokens projection hidden",
+    "Freeze": "layers head",
     "StageSettings": STAGE,
     "TrainSettings": f"{STAGE} {TRAIN}",
     "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",

@@ -18,7 +18,7 @@ from danlu.generation.protocol import FinishReason, Request, SamplingParams, Top
 from danlu.generation.speculative import drafter_of
 from danlu.models.adapter_files import load_adapted, put_on, read_info, settle
 from danlu.models.load import check_tokenizer, load_model
-from danlu.models.places import is_adapter, resolve, tokenizer_place
+from danlu.models.places import adapter_place, is_adapter, resolve, tokenizer_place
 from danlu.models.quantize import bits_of, is_quantized, load_in_bits, load_quantized, quantize_model
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.text_to_text import seam_of
@@ -99,7 +99,7 @@ class Assistant:
         """
         from danlu.training.runs import resolve_model
 
-        place = resolve_model(str(folder))
+        place = adapter_place(resolve_model(str(folder)))
         if not is_adapter(place):
             raise ModelError(
                 "this is not an adapter folder (no adapter_config.json)", file=place, hint="give out/adapter"

@@ -42,6 +42,7 @@ def merge(
     import torch
 
     from danlu.models.merging import TOLERANCE, merge_adapters
+    from danlu.training.runs import resolve_model
 
     try:
         shares = [float(w) for w in weights.split(",")] if weights else None
@@ -49,7 +50,15 @@ def merge(
         raise UsageError(f"--weights wants numbers (found: {weights})", hint="--weights 0.7,0.3") from None
     out = into or Path(f"{adapters[0].rstrip('/')}-merged")
     chosen = getattr(torch, dtype) if dtype else None
-    report = merge_adapters(adapters, out, weights=shares, method=method, density=density, seed=seed, dtype=chosen)
+    report = merge_adapters(
+        [resolve_model(a) for a in adapters],
+        out,
+        weights=shares,
+        method=method,
+        density=density,
+        seed=seed,
+        dtype=chosen,
+    )
     say(
         f"G-MERGE holds: logits differ by {report['logit_difference']:.1e} at most (limit {TOLERANCE:g} of "
         f"{max(1.0, report['logit_scale']):.3g})"

@@ -22,17 +22,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
 from danlu.models.places import ADAPTER_CONFIG, base_of
-from danlu.models.quantized_lora import QuantizedLora, dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
+from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
 
 INFO: Final = "danlu_adapter.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 SCHEMA: Final = 1
+SCORE: Final = "score.weight"  # of a reward model, in a role's gathered weights too
 MERGEABLE: Final = ("LORA", "ADALORA", "IA3")
 PREFIXES: Final = ("PREFIX_TUNING", "PROMPT_TUNING")
 NAME: Final = "default"  # of the one adapter on a loaded model
@@ -116,7 +118,8 @@ def save_adapter(
         _write_peft(roles, role, temporary, noted["base"], roles.weights(role) if weights is None else weights)
     else:
         importlib.import_module(PREFIX).save_prefix(roles, role, temporary, noted["base"])
-    relative = os.path.relpath(noted["base"], folder) if Path(noted["base"]).is_dir() else ""
+    known = bool(noted["base"]) and Path(noted["base"]).is_dir()
+    relative = os.path.relpath(noted["base"], folder) if known else ""
     about = {"schema": SCHEMA, **noted, "base_relative": relative, "role": role, "config": dict(config or {})}
     (temporary / INFO).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
     base = adapted.base
@@ -134,13 +137,12 @@ def _write_peft(roles: AdapterRoles, role: RoleName, folder: Path, base: str, we
     from peft import get_peft_model_state_dict
 
     config = copy.deepcopy(roles.peft.peft_config[role])
-    named = {f"base_model.model.{name}": value.detach() for name, value in weights.items()}
+    named = {f"base_model.model.{name}": value.detach() for name, value in weights.items() if name != SCORE}
     found: dict[str, Tensor] = get_peft_model_state_dict(
         roles.peft, state_dict=named, adapter_name=role, save_embedding_layers=False
     )
-    config.rank_pattern = roles.peft.peft_config[role].rank_pattern if config.peft_type == "ADALORA" else {}
-    if config.peft_type == "IA3":
-        del config.rank_pattern
+    if roles.peft_type == "ADALORA":  # by names without the role's, as PEFT just made them
+        config.rank_pattern = roles.peft.peft_config[role].rank_pattern
     if roles.pissa:
         start = {f"base_model.model.{n}": w.detach() for n, w in roles.weights(START).items()}
         found = _with_start(found, start)
@@ -150,7 +152,7 @@ def _write_peft(roles: AdapterRoles, role: RoleName, folder: Path, base: str, we
     if role in SCALAR_ROLES:
         head = next(n for n, m in roles.base.named_modules() if m is roles.base.get_output_embeddings())
         found = {n: w for n, w in found.items() if not n.startswith(f"base_model.model.{head}.")}
-        found["base_model.model.score.weight"] = roles.head(role).weight.detach()
+        found[f"base_model.model.{SCORE}"] = weights.get(SCORE, roles.head(role).weight).detach()
         config.task_type = "SEQ_CLS"
         config.modules_to_save = [*(n for n in config.modules_to_save or () if n != head), "score"]
     config.base_model_name_or_path = base
@@ -200,7 +202,7 @@ def load_adapted(
 
 def finish(model: Any, info: AdapterInfo, *, dense: bool) -> Any:
     """A model that `put_on` returned, with the adapter in its weights where that can be, and the adapter's settings."""
-    if info.mergeable and (dense or not any(isinstance(m, QuantizedLora) for m in model.modules())):
+    if info.mergeable and (dense or not any(is_quantized_layer(m) for m in model.modules())):
         model = merge_into(model)
     return settle(model, info)
 
@@ -263,6 +265,8 @@ def _inject(model: Any, info: AdapterInfo, shown: str) -> Any:
             f"an adapter of kind {info.kind} does not stand on a quantised base", file=info.folder, hint="use 16 bits"
         )
     if kinds:
+        from danlu.models.quantized_lora import QuantizedLora
+
         config._register_custom_module(dict.fromkeys(kinds, QuantizedLora))
     try:
         tensors = load_file(info.folder / WEIGHTS)
@@ -301,16 +305,14 @@ def merge_into(model: Any) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
+    from danlu.models.quantized_lora import QuantizedLora
+
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     tied = last is not None and _inner(first).weight is _inner(last).weight
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLora):
-            base: Any = module.get_base_layer()
-            dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
-            dense.weight.copy_(dense_weight(base) + module.get_delta_weight(NAME))
-            if base.bias is not None:
-                dense.bias.copy_(base.bias)
-            _replace(model, name, dense.to(next(base.buffers()).device))
+            packed: Any = module.get_base_layer()
+            _replace(model, name, _dense(packed, dense_weight(packed) + module.get_delta_weight(NAME), first))
         elif isinstance(module, ModulesToSaveWrapper):
             _replace(model, name, module.modules_to_save[NAME])
         elif isinstance(module, BaseTunerLayer):
@@ -318,11 +320,7 @@ def merge_into(model: Any) -> Any:
             _replace(model, name, module.get_base_layer())
     for name, module in list(model.named_modules()):  # what the adapter did not stand on
         if is_quantized_layer(module):
-            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            dense.weight.copy_(dense_weight(module))
-            if module.bias is not None:
-                dense.bias.copy_(module.bias)
-            _replace(model, name, dense)
+            _replace(model, name, _dense(module, dense_weight(module), first))
     if tied:
         same = torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
         model.config.tie_word_embeddings = same
@@ -332,6 +330,22 @@ def merge_into(model: Any) -> Any:
         if attribute in model.__dict__:
             delattr(model, attribute)
     return model.requires_grad_(True)
+
+
+def _dense(packed: Any, weight: Tensor, like: Any) -> nn.Module:
+    """A linear layer with this weight `[out, in]` and a packed layer's bias, in the dtype of the embeddings."""
+    made: Any
+    if getattr(packed, "danlu_transposed", False):
+        made = Conv1D(packed.out_features, packed.in_features)
+        made.weight.copy_(weight.t())
+        made.bias.zero_()
+    else:
+        made = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+        made.weight.copy_(weight)
+    if packed.bias is not None:
+        made.bias.copy_(packed.bias)
+    dense: nn.Module = made.to(_inner(like).weight.device, _inner(like).weight.dtype)
+    return dense
 
 
 def _inner(module: Any) -> Any:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.quantize import quantize_model
-from danlu.models.quantized_lora import QuantizedLora, is_quantized_layer, quantized_kinds
+from danlu.models.quantized_layers import is_quantized_layer, quantized_kinds
 from danlu.models.roles import AdapterRoles
 from danlu.models.root import RoleName
 from danlu.train_config import AdaLora, Freeze, TrainSettings
@@ -75,7 +75,7 @@ def adapter_roles(
         configs = peft_config(base, settings, updates=updates, embeddings=embeddings)
         pissa = settings.lora.init == "pissa" and settings.adapter in ("lora", "rslora")
         found = AdapterRoles(base, roles, config=configs, pissa=pissa, trained=learning, seed=seed)
-    noted = {"kind": settings.adapter, "base": str(Path(name).resolve()) if Path(name).is_dir() else name}
+    noted = {"kind": settings.adapter, "base": str(Path(name).resolve()) if name and Path(name).is_dir() else name}
     noted_in: Any = found
     noted_in.danlu_adapter = {**noted, "base_hash": base_hash, "base_bits": settings.frozen_bits}
     return found
@@ -107,7 +107,12 @@ def quantize_base(model: Any, bits: int) -> Any:
     options: dict[str, Any] = {"bits": bits} if "bits" in inspect.signature(quantize_model).parameters else {}
     if bits != 8 and not options:
         raise ModelError(f"a base of {bits} bits is not available", hint="base_bits: 8")
-    return quantize_model(model, **options)
+    turned = [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    quantize_model(model, **options)
+    for name in turned:
+        if is_quantized_layer(layer := model.get_submodule(name)):
+            layer.danlu_transposed = True  # it becomes what it was when it is made dense again
+    return model
 
 
 def peft_config(base: Any, settings: TrainSettings, *, updates: int, embeddings: bool) -> Any:
@@ -134,7 +139,10 @@ def peft_config(base: Any, settings: TrainSettings, *, updates: int, embeddings:
     config = peft.LoraConfig(
         r=options.r, use_rslora=settings.adapter == "rslora", use_dora=settings.adapter == "dora", **common
     )
-    config._register_custom_module(dict.fromkeys(quantized_kinds(base), QuantizedLora))
+    if kinds := quantized_kinds(base):
+        from danlu.models.quantized_lora import QuantizedLora
+
+        config._register_custom_module(dict.fromkeys(kinds, QuantizedLora))
     return config
 
 
@@ -265,7 +273,11 @@ def freeze_parts(model: Any, options: Freeze) -> None:
         layer.requires_grad_(True)
     inside = {id(p) for p in layers.parameters()}
     for name, module in trunk.named_modules():
-        if name.endswith("norm") or name in ("ln_f", "final_layer_norm", "final_layernorm"):
+        if (name.endswith("norm") and "embedding" not in name) or name in (
+            "ln_f",
+            "final_layer_norm",
+            "final_layernorm",
+        ):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(parameter.requires_grad or id(parameter) not in inside)
     for name in ("score", "classifier"):
@@ -294,9 +306,7 @@ def fingerprint(model: Any) -> str:
     if any(is_quantized_layer(m) for m in model.modules()):
         return str(getattr(model, HASH, ""))
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.split(".")[0] in ("score", "classifier"):
-            continue
+    for name, parameter in sorted(model.base_model.named_parameters()):  # heads differ from role to role
         flat = parameter.detach().flatten()
         if flat.numel() == 0 or flat.is_meta:
             continue

@@ -20,7 +20,7 @@ from danlu.exceptions import ModelError
 from danlu.models.adapter_files import AdapterInfo, merge_into, put_on, read_info, settle
 from danlu.models.adapters import quantize_base
 from danlu.models.load import load_model, save_model
-from danlu.models.places import is_adapter, tokenizer_place
+from danlu.models.places import adapter_place, is_adapter, tokenizer_place
 from danlu.text.tokenizer import load_tokenizer
 
 Method = Literal["linear", "ties", "dare"]
@@ -92,6 +92,7 @@ def merge_adapters(
 
 
 def _adapter(folder: str | Path) -> AdapterInfo:
+    folder = adapter_place(str(folder))
     if not is_adapter(folder):
         raise ModelError("this is not an adapter folder (no adapter_config.json)", file=folder, hint="give out/adapter")
     info = read_info(folder)

@@ -20,6 +20,12 @@ def is_adapter(folder: str | Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
+def adapter_place(name: str) -> str:
+    """The adapter folder that is meant: this one, or that beside the merged model which a stage left."""
+    beside = Path(name).with_name("adapter")
+    return str(beside) if Path(name).is_dir() and not is_adapter(name) and is_adapter(beside) else name
+
+
 def base_of(adapter: str | Path) -> str:
     """The model that an adapter folder names as its base: a folder if one is there, else what it says; "" if nothing.
 

@@ -21,7 +21,7 @@ from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.heads import head_of
 from danlu.models.load import load_model
 from danlu.models.quantize import load_in_bits
-from danlu.models.quantized_lora import QuantizedLora, shown_to_peft
+from danlu.models.quantized_layers import is_quantized_layer, shown_to_peft
 from danlu.models.root import RoleName, prepare
 
 SCALAR_ROLES: tuple[RoleName, ...] = ("critic", "reward")
@@ -202,7 +202,7 @@ class AdapterRoles(nn.Module):
     @property
     def mergeable(self) -> bool:
         """Whether a role can become a plain model: not on a quantised base."""
-        return not any(isinstance(m, QuantizedLora) for m in self.base.modules())
+        return not any(is_quantized_layer(m) for m in self.base.modules())
 
     def weights(self, role: str) -> dict[str, torch.Tensor]:
         """The role's own parameters by their names in the base, scalar head apart."""
@@ -211,6 +211,17 @@ class AdapterRoles(nn.Module):
             for name, parameter in self.base.named_parameters(remove_duplicate=False)
             if f".{role}." in f"{name}." and any(part in name for part in ADAPTER_PARTS)
         }
+
+    @torch.no_grad()
+    def mask_ranks(self) -> None:
+        """AdaLoRA: takes off again the ranks that were given up, which averaged or restored weights may have."""
+        patterns = {r: getattr(c, "rank_pattern", None) or {} for r, c in self.peft.peft_config.items()}
+        for name, values in self.base.named_parameters():
+            role = name.rpartition(".")[2]
+            if ".lora_E." in name and patterns.get(role):
+                kept = patterns[role].get(name, patterns[role].get(name.removesuffix(f".{role}")))
+                if kept is not None:
+                    values.mul_(torch.tensor(kept, device=values.device).view(-1, 1))
 
     def engine_weights(self, role: RoleName) -> Iterator[tuple[str, torch.Tensor]]:
         """What an engine needs to answer as the role does, for `Engine.update_weights`: merged weights where its model is the

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, RolloutSettings
 from danlu.config import Starter
 from danlu.losses.logprobs import CHUNK_ENTRIES
+from danlu.models.adapters import ia3_targets
 from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
@@ -30,7 +32,7 @@ from danlu.training.step import language_loss
 from danlu.tree import TreeBatch, conversation, forest
 
 MB = 2.0**20
-Strategy = Literal["full", "lora", "qlora", "prefix", "zero1", "zero2", "zero3"]
+Strategy = Literal["full", "freeze", "lora", "qlora", "prefix", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = ("full", "lora", "qlora", "prefix", "zero1", "zero2", "zero3")
 # Peak over what is kept: the backward pass's own arrays, and what an allocator cannot hand out again (measured, docs/log.md).
 OVERHEAD = {"float32": 1.1, "bfloat16": 1.3}
@@ -207,12 +209,60 @@ def _bytes(root: RootModel, rows: int, length: int, compute: Compute) -> int:
 def adapter_parameters(shape: Shape, rank: int) -> int:
     """Of LoRA on every linear layer of the trunk: rank times what goes in and what comes out."""
     import transformers
-    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         trunk = transformers.AutoModelForCausalLM.from_config(shape.config).base_model
     sides = [sum(m.weight.shape) for m in trunk.modules() if isinstance(m, nn.Linear | Conv1D)]
     return rank * sum(sides)
+
+
+def learnt_parameters(shape: Shape, settings: TrainSettings) -> int:
+    """Numbers that learn in the settings' kind of adapter, or in the last layers (`freeze`); of other settings those of LoRA.
+
+    DoRA has a length for every output beside LoRA's; AdaLoRA begins with `initial_r` and has a singular value for each rank; (IA)^3
+    has a factor for each key, value and inner feature; a prefix has keys and values for each of its tokens, or their embeddings.
+    """
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(shape.config)
+    trunk = model.base_model
+    linear = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    match settings.adapter:
+        case "full":
+            return shape.parameters
+        case "freeze":
+            layers = max((m for m in trunk.modules() if isinstance(m, nn.ModuleList)), key=len)
+            found = sum(p.numel() for layer in list(layers)[-settings.freeze.layers :] for p in layer.parameters())
+            return found + (shape.head if settings.freeze.head else 0)
+        case "dora":
+            outs = sum(m.weight.shape[1 if isinstance(m, Conv1D) else 0] for m in linear.values())
+            return adapter_parameters(shape, settings.lora.r) + outs
+        case "adalora":
+            rank = settings.adalora.initial_r
+            return adapter_parameters(shape, rank) + rank * len(linear)
+        case "ia3":
+            keys, inner = ia3_targets(model, settings.lora.target)
+            scaled = 0
+            for name, module in linear.items():
+                sides = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]  # in, out
+                scaled += sides[0] if name.endswith(tuple(inner)) else sides[1] if name.endswith(tuple(keys)) else 0
+            return int(scaled)
+        case "ptuning":
+            return settings.prefix.tokens * shape.key_values
+        case "prompt":
+            return settings.prefix.tokens * shape.width
+        case _:
+            return adapter_parameters(shape, settings.lora.r)
+
+
+def own_strategy(settings: TrainSettings) -> Strategy:
+    """The strategy that a stage's own adapter is."""
+    if settings.adapter in ("full", "freeze"):
+        return "full" if settings.adapter == "full" else "freeze"
+    if settings.adapter in ("ptuning", "prompt"):
+        return "prefix"
+    return "qlora" if settings.frozen_bits != 16 else "lora"
 
 
 def stage_memory(
@@ -231,9 +281,12 @@ def stage_memory(
         "qlora": lambda: adapter_parameters(shape, settings.lora.r),
         "prefix": lambda: PREFIX * shape.key_values,
     }.get(strategy, lambda: shape.parameters)()
+    if strategy == own_strategy(settings):
+        learnt = learnt_parameters(shape, settings)
     models, learners = _models(settings, small=small)
     share = {"zero1": (1, 1), "zero2": (1, processes), "zero3": (processes, processes)}.get(strategy, (1, 1))
-    base = (shape.parameters - shape.head) * 0.55 + shape.head * 4 if strategy == "qlora" else shape.parameters * 4
+    packed = 1.02 if settings.frozen_bits == 8 else 0.55  # bytes a number takes with its scale
+    base = (shape.parameters - shape.head) * packed + shape.head * 4 if strategy == "qlora" else shape.parameters * 4
     copies = 2.0 * shape.products if dtype == "bfloat16" and strategy != "qlora" else 0.0
     weights = models * base / share[0] + copies
     gradients = 4.0 * learnt / share[1]
@@ -257,7 +310,7 @@ def stage_memory(
         positions = settings.rollout.batch * (length + settings.rollout.max_new_tokens)
         cache = positions * shape.key_values * (2.0 if dtype == "bfloat16" else 4.0)
     # At the end adapters are merged into a copy of the weights, and that is written from another.
-    merged = 8.0 * shape.parameters if strategy in ("lora", "qlora") else 0.0
+    merged = 8.0 * shape.parameters if strategy == "lora" else 0.0
     parts = {
         "weights": weights,
         "gradients": gradients,

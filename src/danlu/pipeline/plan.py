@@ -17,6 +17,8 @@ from danlu.pipeline.footprint import (
     STRATEGIES,
     Shape,
     Strategy,
+    learnt_parameters,
+    own_strategy,
     shape_of_folder,
     shape_of_starter,
     stage_memory,
@@ -36,8 +38,8 @@ MANY = 8  # processes, where the settings name none
 
 
 def estimate(recipe: Recipe) -> list[dict[str, Any]]:
-    """One row per stage: `{"stage", "kind", "parameters", "tokens", "tokens_per_parameter", "flops", "memory_mb", "seconds",
-    "fits", "parts", "strategies"}`.
+    """One row per stage: `{"stage", "kind", "parameters", "trained_parameters", "tokens", "tokens_per_parameter", "flops",
+    "memory_mb", "seconds", "fits", "parts", "strategies"}`.
 
     `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory,
     time and `fits` of the others. ZeRO is that of as many processes as the settings say, or of `MANY`.
@@ -130,18 +132,22 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
             "strategies": [],
         }
     several = settings.processes if isinstance(settings.processes, int) else 1
-    own: Strategy = "lora" if settings.adapter == "lora" else "full"
+    own = own_strategy(settings)
     if own == "full" and several > 1:
         shared: dict[str, Strategy] = {"zero2": "zero2", "fsdp2": "zero3"}
         own = shared.get(settings.strategy, own)
-    found = {s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY) for s in STRATEGIES}
+    shown = list(dict.fromkeys([*STRATEGIES, own]))
+    found = {s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY) for s in shown}
     chosen = found[own]
     return row | {
         "memory_mb": chosen["memory_mb"],
         "seconds": chosen["seconds"],
         "fits": chosen["fits"],
         "parts": chosen["parts"],
-        "strategies": [{"strategy": s, **{k: v for k, v in f.items() if k != "parts"}} for s, f in found.items()],
+        "trained_parameters": learnt_parameters(shape, settings),
+        "strategies": [
+            {"strategy": s, **{k: v for k, v in f.items() if k != "parts"}} for s, f in found.items() if s in STRATEGIES
+        ],
     }
 
 

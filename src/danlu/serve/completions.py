@@ -44,7 +44,7 @@ def model(name: str, request: Request) -> dict[str, Any]:
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation, whole or as server-sent events."""
     state = request.app.state
-    name: str = body.model if body.model in state.adapters else state.model_name  # type: ignore[assignment]
+    name: str = body.model if body.model and body.model in state.adapters else state.model_name
     assistant = _assistant_of(request, body.model, strict=bool(state.adapters))
     body.check(assistant.model.config.vocab_size)
     messages = [message.plain() for message in body.messages]

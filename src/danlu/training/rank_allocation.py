@@ -66,6 +66,12 @@ class RankAllocation:
         """After an optimizer step with this role's gradients: importances, and where it is time, ranks."""
         config = self._take(role)
         last = config.total_step - config.tfinal
+        if not self._weighed(
+            role
+        ):  # the singular values begin at zero, so a first update says of nothing that it matters
+            self.allocators[role].update_ipt(self.model.model)
+            self.counts[role] += 1
+            return
         step = self.counts[role] + 1  # PEFT counts from 1: nothing is cut before the warm-up is over
         if step >= last and role not in self.settled:
             step = last
@@ -73,20 +79,16 @@ class RankAllocation:
         self.model.update_and_allocate(step)
         self.counts[role] += 1
 
+    def _weighed(self, role: str) -> bool:
+        return any(bool(t.any()) for n, t in self.allocators[role].exp_avg_ipt.items() if ".lora_E." in n)
+
     def finish(self) -> None:
         """Where a stage ends before its schedule does, ranks fall to their target now."""
-        for role, allocator in self.allocators.items():
+        for role in self.allocators:
             config = self._take(role)
-            if role not in self.settled and allocator.ipt:
+            if role not in self.settled and self._weighed(role):
                 self.settled.add(role)
                 self.model.update_and_allocate(config.total_step - config.tfinal)
-
-    def mask(self) -> None:
-        """Takes ranks off again that weights from elsewhere have."""
-        for role, allocator in self.allocators.items():
-            pattern = self.model.peft_config[role].rank_pattern
-            if pattern:
-                allocator.mask_using_rank_pattern(self.model.model, pattern)
 
     def _take(self, role: str) -> Any:
         self.model.trainable_adapter_name, self.model.rankallocator = role, self.allocators[role]

@@ -12,9 +12,9 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from danlu.models.adapter_files import save_adapter
+from danlu.models.adapter_files import SCORE, save_adapter
 from danlu.models.load import save_model
-from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.roles import SCALAR_ROLES, AdapterRoles, SeparateModels
 from danlu.models.root import RoleName
 from danlu.training import distributed
 from danlu.training.sharding import whole_on_main
@@ -52,7 +52,10 @@ def save_role(
     roles: nn.Module, role: RoleName, tokenizer: Any, folders: Sequence[Path], config: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a role's adapter into each of the folders; rank 0 writes, all ranks take part."""
-    weights = whole_on_main(roles.weights(role).items()) if isinstance(roles, AdapterRoles) else None
+    weights = None
+    if isinstance(roles, AdapterRoles):
+        scalar = {SCORE: roles.head(role).weight} if role in SCALAR_ROLES else {}
+        weights = whole_on_main({**roles.weights(role), **scalar}.items())
     if distributed.is_main():
         for folder in folders:
             save_adapter(roles, role, folder, tokenizer, weights, config)
@@ -61,6 +64,8 @@ def save_role(
 
 def _save_adapted(model: Any, tokenizer: Any, folder: Path, roles: nn.Module, role: RoleName) -> None:
     merges = isinstance(roles, AdapterRoles) and roles.mergeable
+    if isinstance(roles, AdapterRoles):
+        roles.mask_ranks()
     save_role(roles, role, tokenizer, [adapter_folder(folder), *([] if merges else [folder])])
     if isinstance(roles, AdapterRoles) and merges:
         named = roles.merged(role)

@@ -336,7 +336,7 @@ class Session:
             return {}
         checkpoint.load(self.checkpoints / _best_name(bests[0]["step"]), self.module, {})
         if self.ranks is not None:
-            self.ranks.mask()  # those weights may be from before the ranks fell
+            self.ranks.roles.mask_ranks()  # those weights may be from before the ranks fell
         found: dict[str, float] = bests[0]["metrics"]
         return found
 

@@ -1,0 +1,54 @@
+"""Linear layers of packed numbers (`quantize.py`), as those see them who put adapters on them. Needs no PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of packed numbers: it has features, buffers and no weight that could learn."""
+    features = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return (
+        features
+        and not isinstance(module, nn.Linear)
+        and not any(True for _ in module.children())
+        and not any(True for _ in module.parameters(recurse=False))
+        and any(True for _ in module.buffers(recurse=False))
+    )
+
+
+def quantized_kinds(model: nn.Module) -> list[type[nn.Module]]:
+    """The classes of a model's quantised layers."""
+    return sorted({type(m) for m in model.modules() if is_quantized_layer(m)}, key=lambda kind: kind.__name__)
+
+
+@contextmanager
+def shown_to_peft(model: nn.Module) -> Iterator[None]:
+    """Inside the block PEFT can put adapters on quantised layers: it looks for a tensor of theirs by the name `qweight`."""
+    layers = [m for m in model.modules() if is_quantized_layer(m) and not hasattr(m, "qweight")]
+    for layer in layers:
+        # Past nn.Module, so that no state dict has it.
+        object.__setattr__(layer, "qweight", next(layer.buffers()))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            object.__delattr__(layer, "qweight")
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Module) -> Tensor:
+    """fp32 weight `[out, in]` that a quantised layer stands for: what it makes of the unit vectors."""
+    if hasattr(layer, "dequantized"):
+        known: Tensor = layer.dequantized(torch.float32)  # type: ignore[operator]
+        return known
+    like = next(b for b in layer.buffers())
+    width: int = layer.in_features  # type: ignore[assignment]
+    bias: Tensor | None = getattr(layer, "bias", None)
+    rows = [layer(part) for part in torch.eye(width, device=like.device).split(1024)]
+    found: Tensor = torch.cat(rows).float()
+    return (found if bias is None else found - bias.float()).t().contiguous()

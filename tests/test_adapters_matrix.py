@@ -1,0 +1,166 @@
+"""Families x adapters: eight rows are learnt to near zero, the stop token comes, and saved == loaded == merged.
+
+`make matrix` runs the whole product and writes docs/adapters.json, of which docs/adapters.md has its table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, make
+
+from danlu.config import SftSettings
+from danlu.exceptions import ModelError
+from danlu.generation.engine import LocalEngine
+from danlu.generation.protocol import Request, SamplingParams, generate
+from danlu.models.adapter_files import load_adapted, save_adapter
+from danlu.models.adapters import adapter_roles, freeze_parts, targets_of
+from danlu.models.load import load_model, save_model
+from danlu.models.merging import difference, probe
+from danlu.models.roles import AdapterRoles, SeparateModels
+from danlu.models.root import RootModel
+from danlu.training.compute import Compute
+from danlu.training.optim import optimizer_of, set_rate
+from danlu.training.rank_allocation import allocation_of
+from danlu.training.step import accumulate, apply, language_loss
+from danlu.tree import TreeBatch, conversation, forest
+
+STOP, STEPS, NEAR_ZERO = 1, 400, 0.05
+# Eight prompts of two tokens with answers of two and the stop token; first tokens differ.
+ROWS = [[10 + n, 20 + 3 * n % 17, 5 + (7 * n) % 50, 5 + (11 * n + 3) % 50, STOP] for n in range(8)]
+# kind: (learning rate, settings)
+KINDS: dict[str, tuple[float, dict[str, Any]]] = {
+    "full": (3e-3, {}),
+    "freeze": (1e-2, {"freeze": {"layers": 2, "head": False}}),
+    "lora": (1e-2, {}),
+    "rslora": (1e-2, {}),
+    "dora": (1e-2, {}),
+    "adalora": (3e-2, {"adalora": {"initial_r": 12, "target_r": 8, "orthogonality": 0.1}, "lora": {"alpha": 96}}),
+    "qlora": (1e-2, {"base_bits": 8}),
+    "ia3": (1e-1, {}),
+    "ptuning": (3e-2, {"prefix": {"tokens": 16}}),
+    "prompt": (1e-1, {"prefix": {"tokens": 16}}),
+}
+QUICK = [("llama", k) for k in KINDS] + [(f, "lora") for f in FAMILIES if f != "llama"]
+WHOLE = [(f, k) for f in FAMILIES for k in KINDS]
+
+
+@dataclass
+class Cell:
+    """What a family and a kind came to."""
+
+    loss: float
+    steps: int
+    stops: int
+    difference: float
+
+    @property
+    def good(self) -> bool:
+        return self.loss < NEAR_ZERO and self.stops == len(ROWS) and self.difference < 1e-4
+
+
+def cell(family: str, kind: str, folder: Path) -> Cell:
+    """Trains, generates, saves, loads and merges."""
+    rate, options = KINDS[kind]
+    base = save_model(make(family), None, folder / "base")
+    model = load_model(base)
+    if (
+        kind == "ia3"
+    ):  # a random model's eight rows are too much for its three vectors a layer: here every linear layer has one
+        options = {"lora": {"target": targets_of(model, "auto")}}
+    settings = SftSettings(adapter=kind, **options)  # type: ignore[arg-type]
+    roles: Any
+    if settings.adapted:
+        roles = adapter_roles(model, ["policy"], settings, updates=STEPS, seed=1)
+    else:
+        roles = SeparateModels({"policy": model}, ["policy"])
+        if kind == "freeze":
+            freeze_parts(model, settings.freeze)
+    root = RootModel(roles).train()
+    optimizer = optimizer_of(root, rate, settings)
+    ranks = allocation_of(root, STEPS)
+    if ranks is not None:
+        ranks.watch({"optimizer": optimizer})
+    tree = TreeBatch.of(forest(conversation(ids, [0.0, 0.0, 1.0, 1.0, 1.0]) for ids in ROWS))
+    compute, loss, step = Compute("cpu", "float32", 1), float("inf"), 0
+    for step in range(1, STEPS + 1):
+        set_rate(optimizer, rate * min(1.0, step / 10) * (1 - step / (STEPS + 1)))
+        loss = accumulate(root, "policy", [(tree, 24.0)], language_loss, compute)["loss"]
+        apply(optimizer, list(root.parameters()), 1.0)
+        if loss < NEAR_ZERO / 5 and kind != "adalora":
+            break
+    root.eval()
+    with torch.no_grad():
+        loss = float(root(tree, "policy", lambda out: language_loss(out, 24.0))[0])
+    if not settings.adapted:
+        save_model(model, None, folder / "model")
+        return Cell(
+            loss,
+            step,
+            _stops(load_model(folder / "model")),
+            difference(probe(load_model(folder / "model")), probe(model))[0],
+        )
+    save_adapter(roles, "policy", folder / "adapter", None)
+    beside = load_adapted(folder / "adapter", dense=False)
+    whole = load_model(folder / "adapter")
+    with torch.no_grad():
+        every = torch.arange(tree.tokens)
+        trained = root(tree, "policy", lambda out: out.logits(every))
+        again = RootModel(SeparateModels({"policy": beside}, []))(tree, "policy", lambda out: out.logits(every))
+        merged = RootModel(SeparateModels({"policy": whole}, []))(tree, "policy", lambda out: out.logits(every))
+    scale = max(1.0, float(trained.abs().max()))
+    off = max(difference(again, trained)[0], difference(merged, trained)[0]) / scale
+    if isinstance(roles, AdapterRoles) and roles.mergeable:
+        plain = make(family)
+        plain.load_state_dict(roles.merged("policy"), strict=False)
+        off = max(off, difference(probe(plain), probe(whole))[0] / scale)
+    return Cell(loss, step, _stops(beside), off)
+
+
+def _stops(model: Any) -> int:
+    """Of the prompts, how many are answered with their answer and the stop token."""
+    params = SamplingParams(max_new_tokens=6, temperature=0.0, stop_ids=frozenset([STOP]))
+    found = generate(LocalEngine(model, None), [Request(ids[:2], params) for ids in ROWS])
+    return sum(list(done.ids) == ids[2:] for done, ids in zip(found, ROWS, strict=True))
+
+
+def _needs(kind: str) -> None:
+    if kind in ("ptuning", "prompt"):
+        pytest.importorskip("danlu.models.prefix")
+
+
+@pytest.mark.parametrize(("family", "kind"), QUICK, ids=lambda x: x)
+def test_eight_rows_are_learnt(family: str, kind: str, tmp_path: Path) -> None:
+    _needs(kind)
+    found = cell(family, kind, tmp_path)
+    assert found.good, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), WHOLE, ids=lambda x: x)
+def test_the_whole_matrix(family: str, kind: str, tmp_path: Path) -> None:
+    _needs(kind)
+    try:
+        found = cell(family, kind, tmp_path)
+    except ModelError as error:
+        _store(family, kind, {"refused": error.message})
+        assert "int8" in error.message or "linear layers" in error.message, error
+        return
+    _store(family, kind, {"loss": round(found.loss, 4), "steps": found.steps, "stops": found.stops, "good": found.good})
+    assert found.good, found
+
+
+def _store(family: str, kind: str, row: dict[str, Any]) -> None:
+    """Into the file that `DANLU_MATRIX` names, if it names one (`make matrix`)."""
+    if "DANLU_MATRIX" not in os.environ:
+        return
+    path = Path(os.environ["DANLU_MATRIX"])
+    table: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    table.setdefault(family, {})[kind] = row
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", "utf-8")
