@@ -104,6 +104,15 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             f"{row['seconds'] / 60:,.1f} min",
         )
     people.print(table)
+    shown = [row for row in rows if "inference_mb" in row]
+    if shown:
+        bits = list(shown[0]["inference_mb"])
+        heads = [f"{what}, {b} bits" for what in ("answering", "LoRA") for b in bits]
+        table = Table("stage", *heads, title="Memory by the bits of the weights")
+        for row in shown:
+            found = [row[key][b] for key in ("inference_mb", "tuning_mb") for b in bits]
+            table.add_row(row["stage"], *(f"{mb:,.0f} MB" for mb in found))
+        people.print(table)
     trained = [row for row in rows if row["strategies"]]
     if trained:
         names = [s["strategy"] for s in trained[0]["strategies"]]

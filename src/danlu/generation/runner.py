@@ -35,6 +35,8 @@ class CachedRunner:
     def __init__(self, model: Any, memory: int) -> None:
         self.model = model
         self.shape = _shape(model)
+        # Bits are promised in float32; in other dtypes a single row is worth a single row's time.
+        self.rows = ROWS if self.shape.dtype == torch.float32 else 1
         self.cache = KeyValueCache(self.shape, int(memory * (1 - PREFIX_SHARE)))
         self.prefixes = PrefixStore(int(memory * PREFIX_SHARE))
         self._begin()
@@ -112,7 +114,7 @@ class CachedRunner:
             self.cache.extend(read.lane, read.lane.length + len(read.ids))
         plan = StepPlan.of(self.cache, reads)
         device = self.shape.device
-        padding = [0] * (-len(plan.ids) % ROWS)
+        padding = [0] * (-len(plan.ids) % self.rows)
         offset = self.cache.root.offset if self.cache.root is not None else 0
         positions = [p + offset for p in plan.positions]
         output = self.model.base_model(
@@ -128,8 +130,8 @@ class CachedRunner:
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """`[M, V]`."""
         rows = len(hidden_MD)
-        if 0 < rows < ROWS:
-            hidden_MD = torch.cat([hidden_MD, hidden_MD[:1].expand(ROWS - rows, -1)])
+        if 0 < rows < self.rows:
+            hidden_MD = torch.cat([hidden_MD, hidden_MD[:1].expand(self.rows - rows, -1)])
         return logits_of(self.model, hidden_MD)[:rows]
 
 

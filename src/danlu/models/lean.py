@@ -21,6 +21,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from danlu.models.attention import PLAN_ARGUMENT, TreePlan
+from danlu.models.packed import PackedLinear, joined
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,7 +42,8 @@ def _lean(kind: Any) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = kwargs.get(PLAN_ARGUMENT)
         known = plan is not None and (not isinstance(plan, TreePlan) or plan.on_key_value is None)
-        if args or not known or not _is_plain(self):
+        layers = _plain_layers(self) if known and not args else ""
+        if not layers or (layers == "packed" and isinstance(plan, TreePlan)):
             return kind.forward(self, hidden_states, *args, **kwargs)
         if isinstance(plan, TreePlan):
             return _forward(self, hidden_states[0], plan, *kwargs["position_embeddings"])[None]
@@ -52,12 +54,17 @@ def _lean(kind: Any) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
-def _is_plain(layer: Any) -> bool:
+def _plain_layers(layer: Any) -> str:
+    """Whether a layer's products are all linear ones ("dense") or all "packed"; "" where it has adapters, hooks or dropout."""
     parts = [getattr(layer.self_attn, n) for n in ATTENTION] + [getattr(layer.mlp, n) for n in FEED_FORWARD]
     around = [layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
     dropout = layer.self_attn.attention_dropout if layer.training else 0.0
     hooked = any(p._forward_hooks or p._forward_pre_hooks for p in (*around, *parts))
-    return not dropout and not hooked and all(type(p) is nn.Linear for p in parts)
+    if dropout or hooked:
+        return ""
+    if all(type(p) is nn.Linear for p in parts):
+        return "dense"
+    return "packed" if all(isinstance(p, PackedLinear) for p in parts) else ""
 
 
 def _forward(layer: Any, x_TD: Tensor, plan: TreePlan, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,7 +104,7 @@ def _generate(layer: Any, x_TD: Tensor, plan: Any, cos: Tensor, sin: Tensor) -> 
     dtype, width = x_TD.dtype, attention.head_dim
     normed, _ = _norm(x_TD, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon, dtype)
     q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-    rows = torch.nn.functional.linear(normed, *_side_by_side([q, k, v])).view(len(x_TD), -1, width)
+    rows = _together(attention, [q, k, v], normed).view(len(x_TD), -1, width)
     heads, groups = q.out_features // width, k.out_features // width
     turned = _rotate(rows[:, : heads + groups], cos[0], sin[0]).transpose(0, 1)
     value = rows[:, heads + groups :].transpose(0, 1)
@@ -108,9 +115,26 @@ def _generate(layer: Any, x_TD: Tensor, plan: Any, cos: Tensor, sin: Tensor) -> 
     second = layer.post_attention_layernorm
     normed, _ = _norm(middle, second.weight, second.variance_epsilon, dtype)
     inner = feed_forward.gate_proj.out_features
-    both = torch.nn.functional.linear(normed, *_side_by_side([feed_forward.gate_proj, feed_forward.up_proj]))
+    both = _together(feed_forward, [feed_forward.gate_proj, feed_forward.up_proj], normed)
     active = torch.nn.functional.silu(both[:, :inner]).mul_(both[:, inner:])
     out: Tensor = feed_forward.down_proj(active).add_(middle)
+    return out
+
+
+def _together(owner: Any, parts: list[Any], rows: Tensor) -> Tensor:
+    """The products of several layers with the same rows, side by side `[T, sum of N]`."""
+    if not isinstance(parts[0], PackedLinear):
+        return torch.nn.functional.linear(rows, *_side_by_side(parts))
+    # Kept outside of the module's own attributes, so that it is neither saved nor counted; made again when a part was replaced.
+    kept = owner.__dict__.get("danlu_joined")
+    if kept is None or any(a is not b for a, b in zip(kept[0], (p.codes_as_stored() for p in parts), strict=True)):
+        fits = rows.dtype == torch.bfloat16 or parts[0].bits == 8
+        layer = joined(parts) if fits else None
+        kept = ([p.codes_as_stored() for p in parts], layer)
+        owner.__dict__["danlu_joined"] = kept
+    if kept[1] is None:
+        return torch.cat([p(rows) for p in parts], dim=-1)
+    out: Tensor = kept[1](rows)
     return out
 
 

@@ -206,7 +206,7 @@ class Int4Linear(PackedLinear):
 
     def product(self, rows: Tensor) -> Tensor:
         rows = self.rows_in_order(rows)
-        if rows.dtype != torch.bfloat16 or not self._prepare():
+        if rows.dtype != torch.bfloat16 or not self.prepare():
             return nn.functional.linear(rows, self.stored(rows.dtype))
         assert self._prepared is not None
         if kernels.is_few(rows):
@@ -217,17 +217,17 @@ class Int4Linear(PackedLinear):
             return out
         return rows @ kernels.transposed(self.weight_int4, self.blocked, self._prepared)
 
-    def _prepare(self) -> bool:
+    def prepare(self) -> bool:
         """Lays the bytes as the kernel wants them, at the first use; whether there is a kernel for this layer."""
         if self._prepared is not None:
             return True
-        block = self.blocked or kernels.int4_block(self.weight_int4.device.type)
+        block = kernels.int4_block(self.weight_int4.device.type)
         group = kernels.group_for(self.in_features, self.scale.shape[1])
         if not block or not group or self.out_features % block:
             return False
         if not self.blocked:
-            # In place: other layers may look at the same bytes (`joined`), and nothing is held twice.
-            self.weight_int4.copy_(kernels.blocked(self.codes(), block))
+            with torch.inference_mode(False):  # the model may be trained on later
+                self.weight_int4 = kernels.blocked(self.codes(), block)
             self.blocked = block
         self._prepared = kernels.scale_and_zero(self.scale, self.zero, self.in_features // group)
         return True
@@ -353,6 +353,8 @@ def from_chatglm(weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None =
 def joined(parts: Sequence[PackedLinear]) -> PackedLinear | None:
     """One layer of several that read the same input, output after output; None where they cannot lie side by side.
 
+    Of 4 bits only layers that the kernel takes are joined: their blocks of rows then lie side by side as well.
+
     The layers' own codes become views of the joined ones, so nothing is held twice.
     """
     first = parts[0]
@@ -367,6 +369,15 @@ def joined(parts: Sequence[PackedLinear]) -> PackedLinear | None:
     )
     if not alike:
         return None
+    if isinstance(first, Int4Linear) and not all(p.prepare() for p in parts if isinstance(p, Int4Linear)):
+        return None
+    with torch.inference_mode(False):  # the layers may be trained on later
+        return _side_by_side(parts)
+
+
+def _side_by_side(parts: Sequence[PackedLinear]) -> PackedLinear:
+    first = parts[0]
+    names = ("scale", "zero", "bias")
     together = {n: torch.cat([getattr(p, n) for p in parts]) for n in names if getattr(first, n) is not None}
     sizes = [p.out_features for p in parts]
     if isinstance(first, Int8Linear):
@@ -374,15 +385,13 @@ def joined(parts: Sequence[PackedLinear]) -> PackedLinear | None:
         layer: PackedLinear = Int8Linear(codes, together["scale"], together.get("bias"), together.get("zero"))
         name = "weight_int8"
     else:
-        block = {int(p.blocked) for p in parts}  # type: ignore[arg-type]
-        if len(block) > 1:
-            return None
         codes = torch.cat([p.codes_as_stored() for p in parts])
         layer = Int4Linear(codes, together["scale"], together.get("zero"), together.get("bias"))
-        layer.blocked = block.pop()
+        layer.blocked = kernels.int4_block(codes.device.type)
         name = "weight_int4"
     for part, own in zip(parts, codes.split(sizes), strict=True):
         setattr(part, name, own)
+        part._prepared = None  # the joined layer has its own
     for key in ("scale", "zero", "bias"):
         for part, own in zip(parts, together[key].split(sizes) if key in together else [], strict=False):
             setattr(part, key, own)

@@ -206,6 +206,31 @@ def _bytes(root: RootModel, rows: int, length: int, compute: Compute) -> int:
 # -- a stage --------------------------------------------------------------------------------------------------------------
 
 
+# Bytes of a packed weight: its code, and of groups of 64 the scale (2), the zero (1) and what the kernel wants of both (4).
+WEIGHT_BYTES = {16: 2.0, 8: 1.0, 4: 0.5 + 7 / 64}
+
+
+def inference_memory(shape: Shape, bits: int, *, positions: int = 2048) -> dict[str, float]:
+    """Megabytes of a model that answers in bfloat16: weights in 16, 8 or 4 bits (embeddings and head in 16), and its cache.
+
+    Args:
+        positions: tokens that the cache holds.
+    """
+    tied = bool(getattr(shape.config, "tie_word_embeddings", False))
+    tables = shape.head * (1 if tied else 2)
+    weights = (shape.parameters - tables) * WEIGHT_BYTES[bits] + 2.0 * tables
+    return {"weights": weights / MB, "cache": 2.0 * positions * shape.key_values / MB, "buffers": BUFFERS_MB}
+
+
+def tuning_memory(shape: Shape, settings: TrainSettings, bits: int, *, dtype: str, length: int) -> dict[str, float]:
+    """Megabytes of training LoRA adapters on a base of 16 (as it is), 8 or 4 bits; see `stage_memory`."""
+    parts = stage_memory(shape, settings, "lora" if bits == 16 else "qlora", dtype=dtype, length=length, processes=1)
+    if bits == 8:
+        models, _ = _models(settings, small=True)
+        parts["weights"] += models * (shape.parameters - shape.head) * (1.0 - 0.55) / MB
+    return parts
+
+
 def adapter_parameters(shape: Shape, rank: int) -> int:
     """Of LoRA on every linear layer of the trunk: rank times what goes in and what comes out."""
     import transformers

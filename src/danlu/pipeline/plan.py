@@ -17,11 +17,13 @@ from danlu.pipeline.footprint import (
     STRATEGIES,
     Shape,
     Strategy,
+    inference_memory,
     learnt_parameters,
     own_strategy,
     shape_of_folder,
     shape_of_starter,
     stage_memory,
+    tuning_memory,
 )
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.run import TOWN
@@ -34,6 +36,7 @@ TOWN_TOKENS = {"pretrain": 465_000, "sft": 235_000, "comparisons": 1_200_000, "p
 # Share of the bare matrix rate that the plain loop reaches on this layout at small sizes (docs/log.md).
 EFFICIENCY = 0.3
 RUNTIME_MB = 370  # Python, torch and transformers themselves (CPU build)
+BITS = (16, 8, 4)
 MANY = 8  # processes, where the settings name none
 
 
@@ -42,7 +45,8 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
     "memory_mb", "seconds", "fits", "parts", "strategies"}`.
 
     `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory,
-    time and `fits` of the others. ZeRO is that of as many processes as the settings say, or of `MANY`.
+    time and `fits` of the others. Training stages also have `inference_mb` (a cache of 2,048 tokens) and `tuning_mb` (LoRA) by the
+    bits of the weights. ZeRO is that of as many processes as the settings say, or of `MANY`.
     """
     rate = gemm_rate()
     room = memory_here()
@@ -139,7 +143,14 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
     shown = list(dict.fromkeys([*STRATEGIES, own]))
     found = {s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY) for s in shown}
     chosen = found[own]
+    length = max(16, settings.max_length // 2)
+    dtype = "float32" if settings.dtype == "float32" else "bfloat16"
     return row | {
+        "inference_mb": {str(b): RUNTIME_MB + sum(inference_memory(shape, b).values()) for b in BITS},
+        "tuning_mb": {
+            str(b): RUNTIME_MB + sum(tuning_memory(shape, settings, b, dtype=dtype, length=length).values())
+            for b in BITS
+        },
         "memory_mb": chosen["memory_mb"],
         "seconds": chosen["seconds"],
         "fits": chosen["fits"],

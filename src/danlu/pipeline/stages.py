@@ -380,6 +380,8 @@ def _rounded(settings: QuantizeSettings, source: str, tokenizer: Any, trees: Any
         outcome.metrics["perplexity_before"] = perplexity.perplexity(model, trees)
     if settings.method == "rtn":
         return quantize_model(model, settings.bits, **options)
+    del model  # its attention has been told to expect token trees
+    model = load_model(source)
     rows = quantizing.calibration_rows(settings, tokenizer, model.config, source)
     outcome.facts["calibration_tokens"] = rows.numel()
     with Bar("quantize: layers", len(transformer_layers(model))) as bar:
