@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from danlu.assistant import Assistant
-from danlu.data.collate import Trees
 from danlu.generation.protocol import SamplingParams
 from danlu.generation.seeds import mix_seed
 from danlu.knowledge.adapter import Patched
@@ -36,6 +35,13 @@ PATIENCE = 20  # steps without a lower loss, where the loss decides (the noteboo
 LAST_RATE = 0.1  # share of the rate at the last step
 MAX_ANSWER = 96  # tokens of a probe's answer, or twice the fact's if that is more
 EARLIER_PROBED = 3  # phrasings of each earlier fact among the locality probes
+
+
+T = TypeVar("T")
+
+
+def _at(values: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [values[i] for i in places]
 
 
 @dataclass(frozen=True)
@@ -146,9 +152,9 @@ class Held:
         left = [i for i, q in enumerate(self.questions) if plain(q.text) not in taken]
         if len(left) == len(self.questions):
             return self
-        parts = (self.questions, self.texts, self.answers.trees.items, self.answers.kept, self.answers.ids)
-        questions, texts, items, kept, ids = ([part[i] for i in left] for part in parts)
-        return Held(questions, texts, Answers(Trees(items), kept, ids))
+        held = self.answers
+        answers = Answers(_at(held.trees.items, left), _at(held.kept, left), _at(held.ids, left))
+        return Held(_at(self.questions, left), _at(self.texts, left), answers)
 
 
 @dataclass
@@ -291,7 +297,7 @@ def _imitate(root: RootModel, answers: Answers, chosen: list[int], compute: Comp
     with compute.autocast():
         loss, metrics = root(tree, "policy", lambda out: language_loss(out, weight))
     loss.backward()
-    return metrics["loss_sum"] / weight
+    return float(metrics["loss_sum"]) / weight
 
 
 def _hold(root: RootModel, replay: Answers, chosen: list[int], pupil: Pupil) -> None:
