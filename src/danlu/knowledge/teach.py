@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ class Held:
         if len(left) == len(self.questions):
             return self
         held = self.answers
-        answers = Answers(_at(held.trees.items, left), _at(held.kept, left), _at(held.ids, left))
+        answers = Answers(Trees(_at(held.trees.items, left)), _at(held.kept, left), _at(held.ids, left))
         return Held(_at(self.questions, left), _at(self.texts, left), answers)
 
 
