@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from danlu.assistant import Assistant
+from danlu.data.collate import Trees
 from danlu.generation.protocol import SamplingParams
 from danlu.generation.seeds import mix_seed
 from danlu.knowledge.adapter import Patched
