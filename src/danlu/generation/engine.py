@@ -151,6 +151,13 @@ class LocalEngine(StepwiseEngine[_Row]):
                 self.forget_prompts()
             self.version = version
 
+    def close(self) -> None:
+        """Lets go of the model and its cache; the engine answers nothing after that."""
+        with self._lock:
+            if self._running or self._waiting:
+                raise EngineError("the engine cannot close while requests are running")
+            self.model = self._made = self.drafter = None
+
     def forget_prompts(self) -> None:
         """Drops what was kept of earlier prompts; needed after the model's weights or its prefix were changed in place.
 

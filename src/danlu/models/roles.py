@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -227,7 +227,7 @@ class AdapterRoles(nn.Module):
         """What an engine needs to answer as the role does, for `Engine.update_weights`: merged weights where its model is the
         plain base, else the adapter's own (see `adapters.engine_model`).
         """
-        yield from (self.merged(role) if self.mergeable else self.weights(role)).items()
+        yield from self._merged(role) if self.mergeable else self.weights(role).items()
 
     def merged(self, role: RoleName) -> dict[str, torch.Tensor]:
         """The base's parameters by their plain names, with the role's adapter added.
@@ -235,24 +235,29 @@ class AdapterRoles(nn.Module):
         Raises:
             ModelError: the base is quantised.
         """
+        return dict(self._merged(role))
+
+    @torch.no_grad()
+    def _merged(self, role: RoleName) -> Iterator[tuple[str, torch.Tensor]]:
+        """`merged`, one after the other: a copy of all weights is never held."""
         if not self.mergeable:
             raise ModelError(
                 "an adapter cannot be merged into a quantised base",
                 hint="merge it into the base as it was: danlu merge",
             )
         self.trunk(role)
-        merged: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
-            for name, module in self.base.named_modules():
-                if hasattr(module, "modules_to_save"):
-                    copied = module.modules_to_save[role]
-                    merged |= {f"{name}.{key}": value.detach() for key, value in copied.named_parameters()}
-                elif hasattr(module, "get_base_layer"):
-                    merged |= {f"{name}.{key}": value for key, value in self._merged_layer(module, role)}
-            own = (*ADAPTER_PARTS, ".base_layer.", ".original_module.", ".ranknum.")
-            plain = {n: v.detach() for n, v in self.base.named_parameters() if not any(part in n for part in own)}
         tied = _tied_name(self.base)
-        return {name: value for name, value in {**plain, **merged}.items() if name != tied}
+        for name, module in self.base.named_modules():
+            found: Iterable[tuple[str, torch.Tensor]] = ()
+            if hasattr(module, "modules_to_save"):
+                found = module.modules_to_save[role].named_parameters()
+            elif hasattr(module, "get_base_layer"):
+                found = self._merged_layer(module, role)
+            yield from ((f"{name}.{key}", value.detach()) for key, value in found if f"{name}.{key}" != tied)
+        own = (*ADAPTER_PARTS, ".base_layer.", ".original_module.", ".ranknum.")
+        for name, value in self.base.named_parameters():
+            if name != tied and not any(part in name for part in own):
+                yield name, value.detach()
 
     def _merged_layer(self, module: Any, role: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Weight and bias of an adapted layer; see `merged_parameter`."""

@@ -125,6 +125,7 @@ def train(settings: GrpoSettings) -> TrainResult:
         facts |= {**players.reward.facts, **template_facts(template), **told}
 
     folder = Path(settings.out) / "model"
+    players.leave()
     players.policy.generation_config.eos_token_id = sorted(template.stop_ids)
     save_result(players.policy, template.tokenizer, folder, root.trunks, "policy")
     return TrainResult(folder, metrics, facts)

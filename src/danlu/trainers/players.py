@@ -42,6 +42,11 @@ class Players:
     compute: Compute
     template: ChatTemplate
 
+    def leave(self) -> None:
+        """All but the policy go: what is written at the end of a stage is made of another copy of its weights."""
+        self.engine.close()
+        self.reward.terms.clear()
+
 
 def players_of(
     settings: GrpoSettings,

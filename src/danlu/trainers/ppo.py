@@ -158,6 +158,7 @@ def train(settings: PpoSettings) -> TrainResult:
         facts |= players.reward.facts
         facts |= ptx.facts if ptx is not None else {}
 
+    players.leave()
     players.policy.generation_config.eos_token_id = sorted(template.stop_ids)
     save_result(players.policy, template.tokenizer, out / "model", root.trunks, "policy")
     if ema is not None:
