@@ -176,7 +176,6 @@ def test_the_check_sees_other_weights(tmp_path: Path) -> None:
 
     found = export_check.check(tmp_path / "out", "f32", model, small.tokenizer(), python=sys.executable)
     assert not found.gate.passed and "differ by more than the bound" in found.gate.sentence
-    assert found.numbers["greedy_same"] < found.numbers["greedy"]
 
 
 # -- cards ----------------------------------------------------------------------------------------------------------------

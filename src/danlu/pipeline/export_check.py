@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from danlu.exceptions import ModelError, TemplateError
 from danlu.pipeline.gates import Gate
 from danlu.text.chat_template import ChatTemplate
+from danlu.text.word_pieces import core_of, nodes
 from danlu.types import Message
 
 CODE: Final = "G-EXPORT"
@@ -125,7 +127,7 @@ def check(
     """
     template = ChatTemplate(tokenizer) if tokenizer is not None and not scalar else None
     prompts = _prompts(model, tokenizer, template)
-    lines = _lines(tokenizer, lossy_tokens) if tokenizer is not None else []
+    lines = _lines(tokenizer, lossy_tokens, llama=target.is_file()) if tokenizer is not None else []
     stop_ids = template.stop_ids if template is not None else frozenset[int]()
     job = {
         "model": str(target),
@@ -167,12 +169,15 @@ def check(
 # -- what is asked ------------------------------------------------------------------------------------------------------------
 
 
-def _lines(tokenizer: Any, lossy: bool) -> list[str]:
-    """LINES, and some with the tokenizer's own control tokens; of a lossy tokenizer those that need no bytes."""
+def _lines(tokenizer: Any, lossy: bool, *, llama: bool) -> list[str]:
+    """LINES, and some with the tokenizer's own control tokens, without those that llama.cpp is known to read otherwise."""
     special = [t for t in dict.fromkeys(tokenizer.all_special_tokens) if t]
     lines = [*LINES]
     if special:
         lines += [f"{special[0]}Hello{special[-1]}\nworld", " ".join(special) + " 你好", "".join(special)]
+    if llama and any(step["type"] == "NFC" for step in nodes(core_of(tokenizer)["normalizer"])):
+        # It composes characters first and llama.cpp does not, as the export's note says: such lines would only repeat that.
+        lines = [line for line in lines if unicodedata.normalize("NFC", line) == line]
     if lossy:
         byte = {i for t, i in tokenizer.get_vocab().items() if t.startswith("<0x")} | {tokenizer.unk_token_id}
         lines = [line for line in lines if not byte & set(tokenizer(line, add_special_tokens=False)["input_ids"])]
