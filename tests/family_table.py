@@ -5,7 +5,9 @@ python tests/family_table.py docs/families.json [FAMILY...]
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -28,7 +30,9 @@ from danlu.models.load import is_encoder_decoder, load_model, save_model
 from danlu.models.registry import family_of
 from danlu.trainers import sft
 
-CAN = ("load", "chat", "sft", "serve", "convert")
+PTUNING = ("ptuning",) if importlib.util.find_spec("danlu.models.prefix") else ()
+CAN = ("load", "chat", "sft", *PTUNING, "serve", "convert")
+NEEDS_DECODER = "needs a decoder"
 IDS = {"vocab_size": small.VOCAB, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 # As users know them; the name among tests/families.py, tests/seq2seq_models.py, or of a folder of recordings.
 FAMILIES: dict[str, str] = {
@@ -113,13 +117,13 @@ def examine(folder: Path, where: Path) -> dict[str, str]:
         response, history = danlu.load(folder).chat("hello", history=[], params=short)
         assert history == [("hello", response)]
 
-    def trains() -> None:
+    def trains(adapter: str = "full", rate: float = 1e-3) -> None:
         turns = [{"role": "user", "content": "the door?"}, {"role": "assistant", "content": "red"}]
         data = where / "rows.jsonl"
         data.write_text((json.dumps({"messages": turns}) + "\n") * 4, "utf-8")
         settings = SftSettings(
-            model=str(folder), data=str(data), eval_data=str(data), out=str(where / "sft"), max_steps=3, max_length=64,
-            learning_rate=1e-3, tokens_per_step=128, micro_tokens=128, dtype="float32",
+            model=str(folder), data=str(data), eval_data=str(data), out=str(where / adapter), max_steps=3, max_length=64,
+            adapter=adapter, learning_rate=rate, tokens_per_step=128, micro_tokens=128, dtype="float32",
         )  # fmt: skip
         result = sft.train(settings)
         assert result.metrics["eval_loss"] < result.metrics["first_eval_loss"]
@@ -152,7 +156,18 @@ def examine(folder: Path, where: Path) -> dict[str, str]:
         with torch.no_grad():
             assert float((plain(**given).logits - model(**given).logits).abs().max()) <= LOGITS
 
-    return dict(zip(CAN, map(attempt, (loads, chats, trains, serves, converts)), strict=True))
+    work: dict[str, Callable[[], Any]] = {
+        "load": loads,
+        "chat": chats,
+        "sft": trains,
+        "serve": serves,
+        "convert": converts,
+    }
+    work["ptuning"] = lambda: trains("ptuning", 2e-2)
+    found = {column: attempt(work[column]) for column in CAN}
+    if "encoder-decoders train all their weights" in found.get("ptuning", ""):
+        found["ptuning"] = NEEDS_DECODER
+    return found
 
 
 def table(names: dict[str, str], shared: Path) -> dict[str, dict[str, str]]:
@@ -171,7 +186,7 @@ def main(arguments: list[str]) -> None:
     """See the module."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    shared = Path(__file__).parents[2] / "shared"
+    shared = Path(os.environ.get("DANLU_SHARED", Path(__file__).parents[2] / "shared"))
     wanted = {n: k for n, k in FAMILIES.items() if len(arguments) < 2 or k in arguments[1:]}
     found = table(wanted, shared)
     file = Path(arguments[0])
