@@ -49,7 +49,9 @@ def test_recorded_texts(name: str) -> None:
     pair = texts["tokenizer_pair"]
     assert words(pair["a"], pair["b"])["input_ids"] == pair["ids"]
     special = texts["special_ids"]
-    assert (words.bos_token_id, words.eos_token_id, words.pad_token_id) == tuple(special[k] for k in ("bos", "eos", "pad"))
+    assert (words.bos_token_id, words.eos_token_id, words.pad_token_id) == tuple(
+        special[k] for k in ("bos", "eos", "pad")
+    )
     control = {k: v for k, v in special.items() if k not in ("bos", "eos", "pad", "mask", "gmask")}
     assert {k: words.convert_tokens_to_ids(k) for k in control} == control
     assert len(words) == texts.get("vocab_size", 624)

@@ -78,7 +78,9 @@ def slowly(net: Any, ids: Sequence[int]) -> Tensor:
         weight = state[f"{name}.weight"]
         if config.rmsnorm:
             return x / (x.pow(2).mean() + config.layernorm_epsilon).sqrt() * weight
-        return (x - x.mean()) / (x.var(unbiased=False) + config.layernorm_epsilon).sqrt() * weight + state[f"{name}.bias"]
+        return (x - x.mean()) / (x.var(unbiased=False) + config.layernorm_epsilon).sqrt() * weight + state[
+            f"{name}.bias"
+        ]
 
     def product(x: Tensor, name: str) -> Tensor:
         bias = state.get(f"{name}.bias")
@@ -316,7 +318,9 @@ def test_sft_and_the_chat_after_it(name: str, tmp_path: Path) -> None:
     assert history == [("你好", response)]
     *_, (streamed, _) = assistant.stream_chat("你好", history=[], params=greedy)
     assert streamed == response
-    again, _ = assistant.model.chat(assistant.tokenizer, "你好", do_sample=False, max_new_tokens=6)  # the engine's own model
+    again, _ = assistant.model.chat(
+        assistant.tokenizer, "你好", do_sample=False, max_new_tokens=6
+    )  # the engine's own model
     assert name == "chatglm3" or again == response
     before = recorded_model(name).state_dict()
     assert any(not torch.equal(before[n], t) for n, t in assistant.model.state_dict().items())

@@ -75,8 +75,9 @@ class TextToText(ChatTemplate):
         offered = tools if tools is not None else [()] * len(conversations)
         return [self.encode(m, tools=t) for m, t in zip(conversations, offered, strict=True)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without special tokens and the space around it."""
+    def decode(self, ids: Sequence[int], *, final: bool = True) -> str:
+        """The text of an answer, without special tokens and the space around it; nothing is finished for showing."""
+        del final
         text: str = self.tokenizer.decode(self._before_stop(ids), skip_special_tokens=True)
         return text.strip()
 
