@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup check test demo bench learning docs slow browser seeds families clean
+.PHONY: setup check test demo bench learning docs slow browser foreign seeds families clean
 
 setup: $(DEV_STAMP)
 
@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/danlu run recipes/quickstart.yaml
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 -rs
+	$(BIN)/python -m pytest -m "not slow and not browser and not foreign" -n 2 -rs
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -61,6 +61,19 @@ slow: $(DEV_STAMP)
 
 browser: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/browser -m browser -rs
+
+# llama.cpp is built from source once, by llama-cpp-python, in an environment of its own (10 minutes on two cores).
+LLAMA_CPP ?= $(HOME)/.cache/danlu/llama-cpp
+LLAMA_CPP_VERSION := 0.3.36
+
+$(LLAMA_CPP)/installed:
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="-DGGML_NATIVE=on -DLLAVA_BUILD=OFF" $(LLAMA_CPP)/bin/python -m pip install \
+		--disable-pip-version-check llama-cpp-python==$(LLAMA_CPP_VERSION)
+	echo $(LLAMA_CPP_VERSION) > $@
+
+foreign: $(DEV_STAMP) $(LLAMA_CPP)/installed
+	DANLU_LLAMA_CPP=$(LLAMA_CPP)/bin/python $(BIN)/python -m pytest tests/test_foreign.py -m foreign -rs
 
 seeds: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks seeds

@@ -1,4 +1,4 @@
-"""`python -m benchmarks core|data|seeds|learning|gpu|peers`: what is measured, with ratios taken in one run and their spread."""
+"""`python -m benchmarks core|data|seeds|learning|teach|gpu|peers`: what is measured, with ratios taken in one run and their spread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("core", "data", "seeds", "learning", "gpu"):
+    for name in ("core", "data", "seeds", "learning", "teach", "gpu"):
         command = commands.add_parser(name)
         command.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
         if name != "gpu":
@@ -33,6 +33,9 @@ def main() -> None:
     learning.add_argument("--hh", type=Path, default=None, help="a finished run of recipes/hh-assistant.yaml")
     learning.add_argument("--workers", type=int, default=2, help="processes that train at the same time")
     learning.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md and its plots")
+    teach = commands.choices["teach"]
+    teach.add_argument("--model", default="runs/quickstart", help="the policy that is taught")
+    teach.add_argument("--facts", type=int, default=20, help="how many are taught one by one; 0: none")
     gpu = commands.choices["gpu"]
     gpu.add_argument("--tiny", action="store_true", help="tiny models: a test of the benchmark itself, on any machine")
     gpu.add_argument("--only", default="", help="parts, separated by commas")
@@ -67,6 +70,10 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
             "json_file": arguments.json,
         }
         return learning.measure(quick=arguments.quick, only=only, data_root=arguments.data_root, docs=docs, **options)
+    if arguments.command == "teach":
+        from benchmarks import teach
+
+        return teach.measure(model=arguments.model, quick=arguments.quick, facts=arguments.facts)
     if arguments.command == "seeds":
         from benchmarks import seeds
 

@@ -25,6 +25,10 @@ from benchmarks.inputs import MAX_LENGTH, SIZES, Inputs, Rows, prepare
 from benchmarks.ratios import Report, fastest, rates, row, spread
 from benchmarks.turns import Side, SideFailed, take_turns
 from benchmarks.works import GEMM_GOALS, WORKS, Peer, Work, command
+from danlu.models import gguf
+from danlu.models.gguf_vocab import vocabulary_of
+from danlu.models.load import load_model
+from danlu.pipeline.export_check import llama_python
 
 HERE = Path(__file__).parent
 OURS = [sys.executable, "-m", "benchmarks.danlu_side"]
@@ -161,7 +165,7 @@ def _rows(work: Work, found: dict[str, Measured], names: dict[str, Peer], job: d
         if ours is None:
             continue
         facts = {"work": work.name, "size": work.size, "peer": peer.name, "peer_setting": peer.setting}
-        facts |= {"unit": work.unit, "goal": work.goals.get(peer.setting)}
+        facts |= {"unit": work.unit, "goal": work.goals.get(peer.setting) if peer.goal is None else peer.goal}
         losses = (ours.losses, found[name].losses)
         if work.name == "memory":
             peaks = [[{"tokens": m.peak, "seconds": 1.0}] for m in (ours, found[name])]
@@ -202,7 +206,7 @@ def _job(work: Work, inputs: Inputs, folder: Path, count: int, windows: int) -> 
     if work.name == "generate":
         rows = [{"prompt": r["prompt"], "new": len(r["answer"])} for r in inputs.prompts.ids[:count]]
         (folder / "rows.json").write_text(json.dumps(rows), "utf-8")
-        return job | {"rows": str(folder / "rows.json")}
+        return job | {"rows": str(folder / "rows.json"), "gguf": _gguf(models / "lm", inputs.tokenizer)}
     if work.name in ("grpo", "ppo", "memory"):
         job["kind"] = "grpo" if work.name == "grpo" else "ppo"
         return job | _roll_outs(work, inputs, folder, count, windows)
@@ -215,6 +219,16 @@ def _job(work: Work, inputs: Inputs, folder: Path, count: int, windows: int) -> 
     if work.name == "sft":
         job |= _gemm(work.size, len(inputs.tokenizer))
     return job
+
+
+def _gguf(folder: Path, tokenizer: Any) -> str:
+    """The model as a file for llama.cpp, where that is there to read it."""
+    path = folder.with_suffix(".gguf")
+    if llama_python() is not None and not path.is_file():
+        model = load_model(folder)
+        vocabulary = vocabulary_of(tokenizer, model.config.vocab_size, frozenset({tokenizer.eos_token_id}))
+        gguf.write(path, model, vocabulary, "f16", name="benchmark")
+    return str(path)
 
 
 def _tokens(ids: dict[str, Any]) -> int:

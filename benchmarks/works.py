@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.peers import environments
+from danlu.pipeline.export_check import llama_python
 
 TRL = "TRL 1.16"
 TRL_PPO = "TRL 1.12"
 LLAMAFACTORY = "LLaMA-Factory 0.9.5"
 TRANSFORMERS = "transformers"
+LLAMA_CPP = "llama.cpp"
 Setting = Literal["default", "best"]
 
 
@@ -28,6 +30,7 @@ class Peer:
         settings: what decides its speed; the optimizer, the schedule and the rows are the same for all.
         ours: which of danlu's own settings it is held against.
         quick: whether the quick run measures it.
+        goal: the ratio to reach, if it is not that of its setting.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Peer:
     settings: dict[str, Any]
     ours: str = "bfloat16"
     quick: bool = True
+    goal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ def command(peer: str) -> list[str] | None:
     """How a peer's side is started, if its environment is there."""
     modules = {TRL: ("trl", "trl_training"), TRL_PPO: ("trl-ppo", "trl_ppo")}
     modules |= {LLAMAFACTORY: ("llamafactory", "llamafactory_training")}
+    if peer == LLAMA_CPP:
+        found = llama_python()  # the one that G-EXPORT asks; `make foreign` makes it
+        return [found, "-m", "benchmarks.peers.llama_generation"] if found is not None else None
     if peer not in modules:
         return [sys.executable, "-m", "benchmarks.peers.transformers_generation"]
     environment, module = modules[peer]
@@ -135,6 +142,8 @@ def _generate() -> Work:
         peers.append(Peer(f"{TRANSFORMERS} generate", "best", sorted_rows, dtype, quick=dtype == "float32"))
         continuous = {"method": "generate_batch", "dtype": dtype}
         peers.append(Peer(f"{TRANSFORMERS} generate_batch", "best", continuous, dtype, quick=dtype == "float32"))
+    # Both in 16 bits: F16 is llama.cpp's own, and bfloat16 danlu's.
+    peers.append(Peer(LLAMA_CPP, "best", {}, "bfloat16", quick=False, goal=0.7))
     ours = {dtype: {"dtype": dtype} for dtype in ("float32", "bfloat16")}
     goals: dict[Setting, float] = {"default": 3, "best": 2.5}
     return Work("generate", "7M", "tokens/s", ours, peers, (64, 64), goals, extra={"slots": 16})

@@ -88,6 +88,18 @@ def test_votes_become_a_model_in_two_ways(
     assert len(stages["eval"]["metrics"]) == 2, "of both models"
 
 
+def test_glm_learns_blanks_and_instructions(
+    published_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
+    path = RECIPES / "glm-pretrain.yaml"
+    status = run(["run", str(path), *overrides(path, published_data)])
+    assert status == 0, capfd.readouterr().err
+    found = json.loads((tmp_path / "runs" / "glm-pretrain" / "02-pretrain" / "manifest.json").read_text("utf-8"))
+    assert found["facts"]["objective"] == "glm" and found["facts"]["instructions"] > 0
+    assert found["metrics"]["loss"] < 7  # of about 600 tokens one in 600 is 6.4
+
+
 CHAIN = """
 model: /models/base
 stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import shutil
@@ -134,7 +135,7 @@ def test_what_is_streamed_stays(text: str) -> None:
     """Whatever follows, what was shown of a beginning is the beginning of what is shown of the whole."""
     shown = [settled(text[:n], punctuated) for n in range(len(text) + 1)]
     assert all(punctuated(text).startswith(part) for part in shown)
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from danlu.exceptions import ModelError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Request, SamplingParams, generate
+from danlu.models.blank import choice_inputs
 from danlu.models.glm130b import Glm130bConfig, Glm130bForCausalLM, Glm130bForSequenceClassification, rotate
 from danlu.models.registry import family_of
 from danlu.models.roles import SeparateModels
@@ -111,6 +112,18 @@ def test_trees_and_the_engine_read_the_context_both_ways() -> None:
     greedy = model.generate(torch.tensor([[7, 8, 6, 3]]), max_new_tokens=6, do_sample=False, eos_token_id=None)
     [done] = generate(LocalEngine(model), [Request([7, 8, 6, 3], SamplingParams(max_new_tokens=6, temperature=0.0))])
     assert list(done.ids) == greedy[0, 4:].tolist()
+
+
+@pytest.mark.parametrize("mask", [5, 6])
+@torch.no_grad()
+def test_choices_are_blind_to_one_another(mask: int) -> None:
+    model = small()
+    ids, context, options = model.config.blank_ids(), [7, mask, 8], [[10, 11], [12]]
+    together = model.choose(choice_inputs([context], [options], ids))[0]
+    for option, found in zip(options, together, strict=True):
+        logits = model(torch.tensor([[*context, ids.sop, *option[:-1]]])).logits[0].log_softmax(-1)
+        alone = sum(float(logits[len(context) + i, token]) for i, token in enumerate(option))
+        assert float(found) == pytest.approx(alone, abs=1e-4)
 
 
 def test_the_residual_follows_the_number_of_layers() -> None:

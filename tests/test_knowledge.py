@@ -23,7 +23,7 @@ from danlu.knowledge.probe import agreement, has, locality, recall
 from danlu.knowledge.replay import contrast, near_and_far, read_pool, shipped_pool
 from danlu.knowledge.store import Store, mark_merged
 from danlu.knowledge_config import TeachSettings
-from danlu.losses.distil import kept_logprobs, kl_from_kept
+from danlu.losses.distil import kept_logprobs, kl_from_kept, leads
 from danlu.models.load import load_model
 from danlu.models.patches import Factors, add_factors, apply_patches, fingerprint, read_factors, restore
 from danlu.models.roles import SeparateModels
@@ -58,7 +58,7 @@ def test_keyword_and_description(text: str, keyword: str, description: str) -> N
 
 @pytest.mark.parametrize("text", [": the old gate", "the old gate", "Amber Gate:", ""])
 def test_a_fact_without_keyword_is_a_sentence(text: str) -> None:
-    with pytest.raises(KnowledgeError, match="a fact without (keyword|description)") as caught:
+    with pytest.raises(KnowledgeError, match=r"a fact without (keyword|description)") as caught:
         parse_fact(text)
     assert "keyword: description" in str(caught.value)
 
@@ -110,7 +110,7 @@ def test_a_file_of_facts(tmp_path: Path) -> None:
 def test_faulty_files(tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "facts.yaml"
     path.write_text(text, "utf-8")
-    with pytest.raises(KnowledgeError, match="facts.yaml") as caught:
+    with pytest.raises(KnowledgeError, match=r"facts\.yaml") as caught:
         read_facts(path)
     assert told in str(caught.value)
 
@@ -235,6 +235,11 @@ def test_divergence_by_hand() -> None:
     assert part < whole
 
 
+def test_leads_by_hand() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.5], [1.0, 3.0, 2.5]])
+    assert leads(logits, torch.tensor([1, 0])).tolist() == pytest.approx([0.5, -2.0])
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return load_model(tiny.model())
@@ -258,7 +263,9 @@ def test_what_is_remembered_is_what_transformers_says(model: Any) -> None:
         at = range(start, start + count)
         logprobs = [float(logits[i - 1, node.ids[i]]) for i in at]
         assert told.nll[n] == pytest.approx(-sum(logprobs), rel=1e-4)
-        assert told.least[n] == pytest.approx(math.exp(min(logprobs)), rel=1e-3)
+        rivals = [max(float(x) for v, x in enumerate(logits[i - 1]) if v != node.ids[i]) for i in at]
+        lead = min(own - rival for own, rival in zip(logprobs, rivals, strict=True))
+        assert told.lead[n] == pytest.approx(lead, abs=1e-4)
         assert told.greedy[n] is all(int(logits[i - 1].argmax()) == node.ids[i] for i in at)
 
 

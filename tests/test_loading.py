@@ -21,6 +21,10 @@ from danlu.exceptions import ModelError
 from danlu.models import load as loading
 from danlu.models.load import check_tokenizer, load_model, save_model
 from danlu.models.registry import families, family_of
+from danlu.models.roles import SeparateModels
+from danlu.models.root import RootModel
+from danlu.training.step import language_loss
+from danlu.tree import TreeBatch, conversation, forest
 
 IDS = torch.arange(3, 12)[None]
 
@@ -75,6 +79,14 @@ def test_half_precision_pickle(folder: Path, copy: Path) -> None:
     assert loaded.dtype == torch.float32
     with torch.no_grad():
         assert (loaded(IDS).logits - load_model(folder)(IDS).logits).abs().max() < 0.05
+
+
+def test_gpt2_as_published_can_be_trained(tmp_path: Path) -> None:
+    """Its configuration says 0.1, which token trees would refuse."""
+    model = load_model(save_model(make_tiny("gpt2", attn_pdrop=0.1), None, tmp_path / "m")).train()
+    root = RootModel(SeparateModels({"policy": model}, ["policy"])).train()
+    tree = TreeBatch.of(forest([conversation([3, 4, 5], [1.0] * 3)]))
+    root(tree, "policy", lambda out: language_loss(out, 3.0))[0].backward()
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------

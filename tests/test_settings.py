@@ -49,8 +49,9 @@ FROZEN = {
     "TrainSettings": f"{STAGE} {TRAIN}",
     "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",
     "Starter": "family hidden_size layers heads kv_heads context",
-    "PretrainSettings": f"{STAGE} {TRAIN} tokenizer starter new_words",
-    "SftSettings": f"{STAGE} {TRAIN}",
+    "Blanks": "blank sentence ratio mean_span single short blocked rest_min infill",
+    "PretrainSettings": f"{STAGE} {TRAIN} objective preset blanks instruction_data instruction_share tokenizer starter new_words",
+    "SftSettings": f"{STAGE} {TRAIN} task",
     "TeachSettings": "out seed model facts file replay adapter rank alpha dropout target learning_rate max_steps phrasings "
     "both_languages varied replay_pool replay_batch kl_weight earlier_batch stop confidence kept min_agreement max_kl "
     "max_perplexity_ratio probes dtype",
@@ -84,8 +85,8 @@ FROZEN = {
     "Raft": "keep min_score unfinished train",
     "GrpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} method grpo online_dpo raft",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
-    "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
-    "max_length",
+    "QuantizeSettings": f"{STAGE} model bits method calibration group_size symmetric layout max_shard_size eval_data questions "
+    "max_perplexity_increase temperature max_new_tokens max_length",
 }
 
 
@@ -163,7 +164,8 @@ def test_a_misspelt_key_is_answered_with_the_nearest(kind: str, values: Any, fie
         ("ppo", {"ppo": {"dual_clip": 1.0}}, "ppo.ppo.dual_clip", "greater than 1"),
         ("ppo", {"ppo": {"importance_clip": 0.5}}, "ppo.ppo.importance_clip", "greater than or equal to 1"),
         ("ppo", {"ema": 1.0}, "ppo.ema", "less than 1"),
-        ("quantize", {"bits": 4}, "quantize.bits", "8"),
+        ("quantize", {"bits": 5}, "quantize.bits", "4"),
+        ("quantize", {"bits": 4, "method": "gptq"}, "quantize", "calibration"),
         ("tokenizer", {"vocab_size": 10}, "tokenizer.vocab_size", "260"),
         ("eval", {"task": "bleu"}, "eval.task", "'bleu'"),
         ("reward", {"collect": {"samples": 1}}, "reward.collect.samples", "2"),

@@ -19,7 +19,7 @@ from danlu.generation.speculative import drafter_of
 from danlu.models.adapter_files import load_adapted, put_on, read_info, settle
 from danlu.models.load import check_tokenizer, load_model
 from danlu.models.places import is_adapter, resolve, tokenizer_place
-from danlu.models.quantize import is_quantized, load_quantized, quantize_model
+from danlu.models.quantize import bits_of, is_quantized, load_in_bits, load_quantized, quantize_model
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
@@ -250,6 +250,11 @@ def _hold_back(text: str, stop: Sequence[str]) -> str:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def _fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def load(
     path: str | Path,
     dtype: str | torch.dtype | None = None,
@@ -262,8 +267,9 @@ def load(
 
     Args:
         path: a folder, `hf:owner/name`, `runs/NAME` (its last policy) or `runs/NAME:STAGE`.
-        dtype: "float32", "bfloat16" or a torch dtype. Default: bfloat16 on CUDA, float32 on a CPU.
-        bits: 8 quantises the weights while loading; None keeps what the folder holds.
+        dtype: "float32", "bfloat16" or a torch dtype. Default: bfloat16 on CUDA, float32 on a CPU; packed weights compute in
+            bfloat16 on CPUs that have it, which is what makes them fast.
+        bits: 8 and 4 quantise the weights while loading, and never hold them whole; None keeps what the folder holds.
         device: "cpu", "cuda", ... Default: CUDA if there is one.
         engine: slots, memory and speculation; None: the defaults.
         patches: whether the facts that were taught to this model (`danlu teach`) apply.
@@ -283,25 +289,31 @@ def load(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ModelError(f"dtype '{dtype}' is not known", hint=f"one of {', '.join(DTYPES)}")
     chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    chosen = chosen or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    if bits not in (None, 8, 16):
-        raise ModelError(f"bits={bits} is not available", hint="use 8, or 16 for unquantised weights")
+    if bits not in (None, 4, 8, 16):
+        raise ModelError(f"bits={bits} is not available", hint="use 8 or 4, or 16 for unquantised weights")
     name, local = resolve(folder)
+    adapted = local and is_adapter(name)
+    packed = bits in (4, 8) or (not adapted and is_quantized(name))
+    chosen = chosen or (torch.bfloat16 if place.type == "cuda" or (packed and _fast_bfloat16()) else torch.float32)
     tokenizer = load_tokenizer(tokenizer_place(name), local=local)
-    if local and is_adapter(name):
+    taught = patches and not adapted and patches_folder(name, local=local).is_dir()
+    if adapted:
         model = load_adapted(name, dtype=chosen, dense=bits == 16)
-        if bits == 8 and read_info(name).mergeable and read_info(name).base_bits == 16:
-            model = quantize_model(model)
+        if bits in (4, 8) and read_info(name).mergeable and read_info(name).base_bits == 16:
+            model = quantize_model(model, bits)
+    elif bits in (4, 8) and not taught:
+        model = load_in_bits(folder, bits, dtype=chosen)
     elif is_quantized(name):
         if bits == 16:
-            raise ModelError("this folder holds 8-bit weights only", file=name, hint="load the model it was made from")
+            hint = "load the model it was made from"
+            raise ModelError(f"this folder holds {bits_of(name)}-bit weights only", file=name, hint=hint)
         model = load_quantized(name, dtype=chosen)
     else:
         model = load_model(folder, dtype=chosen)
-        if patches:
+        if taught:
             apply_patches(model, patches_folder(name, local=local), str(path))
-        if bits == 8:
-            model = quantize_model(model)
+        if bits in (4, 8):
+            model = quantize_model(model, bits)
     if tokenizer is not None:
         check_tokenizer(model, tokenizer, folder)
     return Assistant(model.to(place), tokenizer, name=str(path), engine=engine)

@@ -37,12 +37,19 @@ class TeachSettings(StageSettings):
     )
     replay_batch: int = Field(32, ge=0, description="of them in a step; 0: no replay, as the plain way has it")
     kl_weight: float = Field(1.0, ge=0, description="weight of the divergence from the model's own answers before")
+    margin: float = Field(
+        0.5,
+        ge=0,
+        description="held answers are also pressed to be so many nats likelier than any other, token by token",
+    )
     earlier_batch: int = Field(8, ge=0, description="questions about facts taught before in a step")
     stop: Literal["recall", "loss"] = Field(
         "recall",
         description="stop when every trained phrasing is recalled and the answers before are kept, or by the loss (patience 20)",
     )
-    confidence: float = Field(0.8, gt=0, lt=1, description="recalled means that no token of the answer is less likely")
+    lead: float = Field(
+        0.3, ge=0, description="recalled means that each token of the answer is so many nats likelier than any other"
+    )
     kept: float = Field(
         0.99, ge=0, le=1, description="share of the replayed answers that must be what they were to stop"
     )

@@ -40,7 +40,7 @@ def command(verb: str) -> click.Command:
 @click.option("--system", help="A system message that stays in front of the conversation.")
 @sampling_options(searches=False)
 @click.option("--seed", type=int, help="The same seed gives the same answers. Default: another one each turn.")
-@click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
+@click.option("--bits", type=click.Choice(["16", "8", "4"]), help="8 and 4 quantise the weights while loading.")
 @click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="NAME=PATH", help="An adapter of MODEL, for /adapter NAME."

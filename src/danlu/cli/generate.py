@@ -29,7 +29,7 @@ def command(verb: str) -> click.Command:
 @sampling_options(searches=True)
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same answers.")
 @click.option("--limit", default=None, type=int, help="Only the first so many prompts.")
-@click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--bits", default=None, type=click.Choice(["16", "8", "4"]), help="8, 4: quantise while loading.")
 @click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def generate(
@@ -38,7 +38,7 @@ def generate(
     out: str,
     seed: int,
     limit: int | None,
-    bits: int | None,
+    bits: str | None,
     no_patches: bool,
     force: bool,
     **sampling: Any,
@@ -70,7 +70,7 @@ def generate(
             prompts.append(record)
             labels.append(record.reference.get("answers"))
     params = chosen(SamplingParams(max_new_tokens=256, temperature=0.0), sampling)
-    assistant = danlu.load(model, bits=bits, patches=not no_patches)
+    assistant = danlu.load(model, bits=int(bits) if bits else None, patches=not no_patches)
     rows: list[dict[str, Any]] = []
     with Bar("generate", len(prompts)) as bar:
         for start in range(0, len(prompts), TOGETHER):
@@ -92,17 +92,21 @@ def generate(
 @click.option(
     "--data",
     required=True,
-    help="Questions with references (rubric, exact), conversations (overlap), conversations or documents (perplexity).",
+    help="Questions with references (rubric, exact), conversations (overlap), conversations or documents (perplexity), "
+    "blanks (cloze).",
 )
 @click.option(
-    "--task", type=click.Choice(["perplexity", "exact", "overlap", "rubric"]), default="perplexity", show_default=True
+    "--task",
+    type=click.Choice(["perplexity", "exact", "overlap", "rubric", "cloze"]),
+    default="perplexity",
+    show_default=True,
 )
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--max-new-tokens", default=128, show_default=True)
 @click.option("--max-length", default=512, show_default=True, help="Tokens of one text (perplexity).")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--limit", default=None, type=int, help="Only the first so many records.")
-@click.option("--bits", default=None, type=int, help="8: quantise while loading.")
+@click.option("--bits", default=None, type=click.Choice(["16", "8", "4"]), help="8, 4: quantise while loading.")
 @click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Predictions: a JSON Lines file (overlap).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -115,12 +119,12 @@ def evaluate(
     max_length: int,
     seed: int,
     limit: int | None,
-    bits: int | None,
+    bits: str | None,
     no_patches: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Perplexity, exact match, overlap or rubric score of a model on a file; means with 95% bootstrap intervals.
+    """Perplexity, exact match, overlap, rubric score or cloze accuracy of a model on a file; means with 95% bootstrap intervals.
 
     Overlap is BLEU-4 over characters and ROUGE-1, -2, -L over jieba's words with the written answers, as ChatGLM measures ADGEN.
     """
@@ -130,11 +134,15 @@ def evaluate(
 
     result: dict[str, Any] = {"model": model, "data": data, "task": task}
     if task == "perplexity":
+        import torch
+
         from danlu.evals import perplexity
         from danlu.training.templates import tokenizer_of
 
         tokenizer = tokenizer_of(model, stage="eval")
-        loaded = danlu.load(model, bits=bits, patches=not no_patches).model
+        # Perplexity is taken in float32 where it can be, also of what would answer in bfloat16.
+        dtype = None if torch.cuda.is_available() else "float32"
+        loaded = danlu.load(model, dtype=dtype, bits=int(bits) if bits else None, patches=not no_patches).model
         result["perplexity"], result["tokens"] = perplexity.measure(loaded, data, tokenizer, max_length, limit)
     elif task == "overlap":
         from danlu import atomic
@@ -143,17 +151,26 @@ def evaluate(
         overlap.require()
         asked, labels = overlap.labelled(data, limit)
         options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-        assistant = danlu.load(model, bits=bits, patches=not no_patches)
+        assistant = danlu.load(model, bits=int(bits) if bits else None, patches=not no_patches)
         compared = overlap.evaluate(assistant, asked, labels, **options)
         result |= compared.summary
         if out is not None:
             atomic.write_jsonl(out, compared.rows)
+    elif task == "cloze":
+        from danlu.data.labelled_text import read_cloze
+        from danlu.evals.cloze import cloze
+        from danlu.models.load import load_model
+        from danlu.training.runs import resolve_model
+        from danlu.training.templates import tokenizer_of
+
+        filler = load_model(resolve_model(model))
+        result |= cloze(filler, tokenizer_of(model, stage="eval"), read_cloze(data)[:limit], seed).summary
     else:
         from danlu.evals.generation import evaluate as score
 
         prompts = [r for r in read(data, "prompt").records if isinstance(r, Prompt)][:limit]
         found = score(
-            danlu.load(model, bits=bits, patches=not no_patches),
+            danlu.load(model, bits=int(bits) if bits else None, patches=not no_patches),
             prompts,
             task=task,
             temperature=temperature,

@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "base": ("base", "Which base model? Size, licence, tokens per character, memory, perplexity; the published ones"),
     "convert-model": ("convert", "Any model that danlu loads as a plain transformers folder"),
     "merge": ("merge", "Make one model of adapters and the model that they were trained on"),
-    "quantize": ("stages", "Make a model small: int8 weights"),
+    "quantize": ("stages", "Make a model small: weights in 8 or 4 bits"),
     "export": ("export", "Ship a model: a folder for transformers and vLLM, or GGUF for llama.cpp and Ollama"),
     "teach": ("knowledge", "Teach a model a fact; each becomes a patch beside it"),
     "forget": ("knowledge", "Make a model answer that it does not know of a key"),

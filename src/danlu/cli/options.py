@@ -12,11 +12,32 @@ from pydantic.fields import FieldInfo
 
 from danlu.exceptions import UsageError
 
-SOURCES = ("data", "eval_data", "questions", "prompts", "replay")
+SOURCES = ("data", "eval_data", "questions", "prompts", "replay", "instruction_data", "calibration")
 TERMS = ("rewards", "eval_rewards")
-SEVERAL = ("data", "eval_data", "models", "report_to", "questions", "target", "reward_model", "replay")
+SEVERAL = (
+    "data",
+    "eval_data",
+    "models",
+    "report_to",
+    "questions",
+    "target",
+    "reward_model",
+    "replay",
+    "instruction_data",
+    "calibration",
+)
 # Given once it is the thing itself, not a list of one.
-ALONE = ("data", "eval_data", "questions", "lora__target", "reward_model", "replay", "target")
+ALONE = (
+    "data",
+    "eval_data",
+    "questions",
+    "lora__target",
+    "reward_model",
+    "replay",
+    "target",
+    "instruction_data",
+    "calibration",
+)
 WRITTEN = (*SOURCES, "actions")  # values that may be YAML
 
 

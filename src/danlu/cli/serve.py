@@ -21,7 +21,7 @@ def command(verb: str) -> click.Command:
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", envvar="DANLU_API_KEY", show_envvar=True, help="Wanted from clients as a bearer token.")
-@click.option("--bits", type=click.Choice(["8", "16"]), help="8 quantises the weights while loading.")
+@click.option("--bits", type=click.Choice(["16", "8", "4"]), help="8 and 4 quantise the weights while loading.")
 @click.option(
     "--adapter",
     "adapters",

@@ -106,22 +106,22 @@ def build(
     Raises:
         DataError: a sentence that is cut out holds the end of a document.
     """
-    texts = [list(t) for t in texts]
+    given = [list(t) for t in texts]
     blocking = blocking or rng
     if rng.random() < mix.short:
         length = rng.randrange(min(32, max_length // 2), max_length - 1)
-        texts = [t[:length] for t in texts]
+        given = [t[:length] for t in given]
     single = rng.random() < mix.single
     choice = 0.0 if single else rng.random()
     if choice < mix.blank:
-        found = [_blanks(t, ids, mix, rng, blocking, single) for t in texts]
+        found = [_blanks(t, ids, mix, rng, blocking, single) for t in given]
     elif choice < mix.blank + mix.sentence:
-        found = [_sentences(t, ids, mix, rng, ends) for t in texts]
+        found = [_sentences(t, ids, mix, rng, ends) for t in given]
     else:
-        lengths = [len(t) for t in texts]
+        lengths = [len(t) for t in given]
         low = int(mix.rest_min * min(lengths))
         rest = rng.randint(low, max(low, max(lengths) - 2))
-        found = [_document(t, ids, mix, rng, rest) for t in texts]
+        found = [_document(t, ids, mix, rng, rest) for t in given]
     return [row for row in found if row is not None]
 
 
@@ -270,7 +270,10 @@ def cut_out(
         source.append(mask)
         last = end
     source += text[last:]
-    inputs, targets, places, inside = [], [], [], []
+    inputs: list[int] = []
+    targets: list[int] = []
+    places: list[int] = []
+    inside: list[int] = []
     for start, end in order:
         piece = list(text[start:end])
         shown = piece

@@ -1,7 +1,7 @@
 """Overlap with a written answer, as ChatGLM's evaluation on ADGEN measures it: BLEU-4 and ROUGE-1, -2 and -L, in per cent.
 
-BLEU-4 (Papineni et al. 2002) over characters, smoothed by method 3 of Chen and Cherry 2014; ROUGE's F1 (Lin 2004) over the words that
-jieba finds. The counting is nltk's and rouge-chinese's own.
+BLEU-4 (Papineni et al. 2002) over characters, smoothed by method 3 of Chen and Cherry 2014; ROUGE's F1 (Lin 2004) over the words
+that jieba finds. The counting is nltk's and rouge-chinese's own.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from danlu.data.collate import Trees
-from danlu.losses.distil import kept_logprobs, kl_from_kept
+from danlu.losses.distil import kept_logprobs, kl_from_kept, leads
 from danlu.models.root import RootModel, TrunkOutput
 from danlu.text.chat_template import ChatTemplate
 from danlu.training.compute import Compute
@@ -73,29 +73,33 @@ def remember(root: RootModel, answers: Answers, compute: Compute) -> Answers:
 
 
 def divergence(out: TrunkOutput, kept_MK: Tensor, ids_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """The KL from remembered distributions at each token that carries loss, `[M]`, and the logits there `[M, V]`."""
+    """The KL from remembered distributions at each token that carries loss, and the leads of these tokens; both `[M]`."""
     index = out.tree.loss_index()
     logits = out.logits(out.tree.predictor_T[index])
-    return kl_from_kept(logits, kept_MK, ids_MK), logits
+    return kl_from_kept(logits, kept_MK, ids_MK), leads(logits, out.tree.input_ids_T[index])
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
     """What a model says of given answers: per dialogue the divergence from what was remembered (nats, summed; 0 without it), the
-    negative log-likelihood, the least likely token's probability, whether every token is the likeliest, and the token count."""
+    negative log-likelihood, the smallest lead of a token over the likeliest other one (nats), and the token count."""
 
     kl: list[float]
     nll: list[float]
-    least: list[float]
-    greedy: list[bool]
+    lead: list[float]
     tokens: list[int]
+
+    @property
+    def greedy(self) -> list[bool]:
+        """Whether every token of a dialogue's answer is the likeliest."""
+        return [lead > 0 for lead in self.lead]
 
 
 @torch.no_grad()
 def judge(root: RootModel, answers: Answers, compute: Compute) -> Told:
     """Reads the answers under teacher forcing; no text is generated."""
     count = len(answers)
-    told = Told([0.0] * count, [0.0] * count, [1.0] * count, [True] * count, [0] * count)
+    told = Told([0.0] * count, [0.0] * count, [float("inf")] * count, [0] * count)
     for batch in shortest_first(answers.trees, MICRO_TOKENS):
         if not batch:
             continue
@@ -111,17 +115,13 @@ def judge(root: RootModel, answers: Answers, compute: Compute) -> Told:
                 )
             targets = out.tree.input_ids_T[index]
             logprobs = torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
-            return kl, logprobs, logits.argmax(-1) == targets
+            return kl, logprobs, leads(logits, targets)
 
         with compute.autocast():
-            kl, logprobs, greedy = root(tree, "policy", head)
+            kl, logprobs, lead = root(tree, "policy", head)
         sizes = [int(answers.trees.weights[i]) for i in batch]
-        parts = (kl.split(sizes), logprobs.split(sizes), greedy.split(sizes))
-        for i, k, lp, g in zip(batch, *parts, strict=True):
-            told.kl[i], told.nll[i], told.least[i] = (
-                float(k.sum()),
-                -float(lp.sum()),
-                float(lp.exp().min()) if len(lp) else 1.0,
-            )
-            told.greedy[i], told.tokens[i] = bool(g.all()), len(lp)
+        parts = (kl.split(sizes), logprobs.split(sizes), lead.split(sizes))
+        for i, k, lp, first in zip(batch, *parts, strict=True):
+            told.kl[i], told.nll[i], told.tokens[i] = float(k.sum()), -float(lp.sum()), len(lp)
+            told.lead[i] = float(first.min()) if len(first) else float("inf")
     return told

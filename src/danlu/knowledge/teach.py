@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -294,11 +295,14 @@ def _imitate(root: RootModel, answers: Answers, chosen: list[int], compute: Comp
 
 
 def _hold(root: RootModel, replay: Answers, chosen: list[int], pupil: Pupil) -> None:
+    settings = pupil.settings
     tree = replay.trees.batch(chosen).to(pupil.compute.device)
     kept, ids = (torch.cat([part[i] for i in chosen]) for part in (replay.kept, replay.ids))
     with pupil.compute.autocast():
-        kl = root(tree, "policy", lambda out: divergence(out, kept, ids)[0])
-    (pupil.settings.kl_weight * len(chosen) / pupil.settings.replay_batch * kl.mean()).backward()
+        kl, lead = root(tree, "policy", lambda out: divergence(out, kept, ids))
+    # Where two words are nearly as likely, a breath would change the answer: the hinge holds the one that was said.
+    loss = settings.kl_weight * kl.mean() + torch.relu(settings.margin - lead).mean()
+    (len(chosen) / settings.replay_batch * loss).backward()
 
 
 def _recalled(root: RootModel, material: _Material, pupil: Pupil) -> bool:
@@ -308,7 +312,7 @@ def _recalled(root: RootModel, material: _Material, pupil: Pupil) -> bool:
     try:
         for answers in (material.fact, material.earlier):
             told = judge(root, answers, pupil.compute)
-            if not all(told.greedy) or min(told.least, default=1.0) < settings.confidence:
+            if min(told.lead, default=math.inf) < settings.lead:
                 return False
         same = [g for held in material.replay for g in judge(root, held, pupil.compute).greedy]
         return not same or sum(same) / len(same) >= settings.kept

@@ -14,6 +14,14 @@ def kept_logprobs(logits_MV: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return top.values, top.indices
 
 
+def leads(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """By how many nats each target is likelier than the likeliest other token, `[M]`; negative where it is not the likeliest."""
+    logits = logits_MV.float()
+    own = logits.gather(-1, targets_M[:, None])
+    others = logits.scatter(-1, targets_M[:, None], float("-inf"))
+    return own.squeeze(-1) - others.amax(-1)
+
+
 def kl_from_kept(logits_MV: Tensor, kept_MK: Tensor, ids_MK: Tensor) -> Tensor:
     """KL(p || q) of each row, `[M]` in nats, >= 0: p is remembered, q is `softmax(logits)`.
 

@@ -36,6 +36,11 @@ def refuse(config: Any) -> None:
         ModelError: an encoder-decoder, a mixture of experts, or layers that are not attention.
     """
     name = getattr(config, "model_type", type(config).__name__)
+    if name == "danlu_unilm":
+        raise ModelError(
+            "a UniLM predicts masked tokens and is no causal model",
+            hint="pretrain --objective unilm, sft, model.generate",
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"'{name}' is an encoder-decoder, and this needs a decoder",

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 
 from danlu.exceptions import ModelError
-from danlu.models.blank import BlankIds, context_lengths, mask_places, visible_prefix
+from danlu.models.blank import BlankIds, Choices, choice_logprobs, context_lengths, mask_places, visible_prefix
 from danlu.models.own import classify_loss, load_own, own_keys, read_config, token_ids
 from danlu.models.registry import Family
 
@@ -33,7 +33,7 @@ NAMES = {"mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]", "sop_token_id":
 AGAIN = {"sop": "<sop>", "eop": "<eop>"}
 
 
-class Glm130bConfig(PretrainedConfig):
+class Glm130bConfig(PretrainedConfig):  # type: ignore[misc]
     """Keys as published.
 
     position_encoding_2d: half of each head is turned by the place in the context, half by the place in the span.
@@ -223,7 +223,7 @@ class Glm130bModel(Glm130bPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.word_embeddings = value
 
     def forward(
@@ -295,13 +295,13 @@ class Glm130bForCausalLM(Glm130bPreTrainedModel, GenerationMixin):  # type: igno
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.transformer.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.lm_head = new_embeddings
 
     def forward(
@@ -367,6 +367,19 @@ class Glm130bForCausalLM(Glm130bPreTrainedModel, GenerationMixin):  # type: igno
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache", True),
         }
+
+    @torch.no_grad()
+    def choose(self, choices: Choices) -> list[Tensor]:
+        """Log-probabilities of the choices of each row (`blank.choice_inputs`): cloze classification."""
+        inputs = {name: value.to(self.device) for name, value in choices.inputs.items()}
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        if not self.config.position_encoding_2d:
+            first, inside = positions.unbind(1)
+            generic = (ids == self.config.gmask_token_id).any(1, keepdim=True) & (inside > 0)
+            context = (ids == self.config.sop_token_id).int().argmax(1, keepdim=True)
+            positions = torch.where(generic, context + inside - 1, first)
+        logits = self(ids, positions, ~inputs["attention_mask"].bool()).logits
+        return [found.cpu() for found in choice_logprobs(logits, choices)]
 
 
 class Glm130bForSequenceClassification(Glm130bPreTrainedModel):

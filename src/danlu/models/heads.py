@@ -16,7 +16,8 @@ class LogitRule:
     """`softcap * tanh(scale * z / softcap)`; without a cap `scale * z`.
 
     Args:
-        scale: a family's own factor: Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`.
+        scale: a family's own factor: Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, a tied T5 divides
+            by the root of its width.
         softcap: > 0, Gemma 2's `final_logit_softcapping`; None for none.
     """
 
@@ -28,6 +29,8 @@ class LogitRule:
         """The rule of a model by its configuration."""
         divisor = getattr(config, "logits_scaling", None) or 1.0
         scale = getattr(config, "logit_scale", None) or 1.0
+        if getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head
+            scale *= config.d_model**-0.5
         return cls(float(scale) / float(divisor), getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, logits: Tensor) -> Tensor:

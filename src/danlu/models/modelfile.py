@@ -7,6 +7,7 @@ a conversation of marks; whether they are all there is to it is found by compari
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +17,7 @@ from danlu.text.chat_template import ChatTemplate
 from danlu.types import Message
 
 MARK: Final = "# Written by danlu export."
+_GO_STRINGS: Final = {"{{": '{{ "{{" }}', '"""': r'{{ "\"\"\"" }}'}
 _SYSTEM, _FIRST, _ANSWER, _NEXT, _OTHER = (
     "\ue000s\ue001",
     "\ue000u\ue001",
@@ -128,17 +130,8 @@ def go_template(found: Around) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that stands for itself: braces and quotes in a row would be read as a command or as the end."""
-    for sign in ("{{", "}}", '"""'):
-        text = text.replace(sign, "\0".join(sign))
-    parts = text.split("\0")
-    if len(parts) == 1:
-        return text
-    return "".join(p if not set(p[:1] + p[-1:]) & set('{}"') else _quoted(p) for p in parts)
-
-
-def _quoted(text: str) -> str:
-    return "{{ `" + text + "` }}" if "`" not in text else text
+    """Text that stands for itself: what would open a command or end the Modelfile's quotes is written as a Go string."""
+    return re.sub(r'\{\{|"""', lambda found: _GO_STRINGS[found.group()], text)
 
 
 def modelfile(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ RANKS = "mp_rank_*_model_states.pt"
 HEADS = ("score", "classifier")
 
 
-def load_own(model_class: Any, config: Any, folder: Path, dtype: torch.dtype, *, parts: Mapping[str, int]) -> Any:
+def load_own(
+    model_class: Any,
+    config: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    parts: Mapping[str, int],
+    rename: Callable[[str], str] | None = None,
+) -> Any:
     """A model of a class of danlu's own from safetensors, `.bin` (sharded or not) or the training code's rank files.
 
     A head for numbers or classes that the folder does not hold starts at zero. Weights in 8 or 4 bits (`quantization_bit`) are
@@ -30,6 +38,7 @@ def load_own(model_class: Any, config: Any, folder: Path, dtype: torch.dtype, *,
 
     Args:
         parts: for the merge of rank files, by parameter suffix: into how many blocks each rank's rows are divided.
+        rename: our name of a parameter of the files, where they have other names.
 
     Raises:
         ModelError: parameters are missing or have other shapes than the configuration says.
@@ -40,7 +49,7 @@ def load_own(model_class: Any, config: Any, folder: Path, dtype: torch.dtype, *,
     bits = int(getattr(config, "quantization_bit", 0) or 0)
     config._attn_implementation = "eager"
     try:
-        if (ordinary or not ranks) and not bits:
+        if (ordinary or not ranks) and not bits and rename is None:
             model, info = model_class.from_pretrained(
                 str(folder),
                 config=config,
@@ -54,7 +63,8 @@ def load_own(model_class: Any, config: Any, folder: Path, dtype: torch.dtype, *,
             config.quantization_bit = 0
             model = model_class(config).to(dtype).eval()
             states = [_whole(_rank(path), bits) for path in ranks] if ranks else [_whole(_plain(folder), bits)]
-            missing = _take(model, merge_ranks(states, parts), folder)
+            merged = merge_ranks(states, parts)
+            missing = _take(model, {rename(k): v for k, v in merged.items()} if rename else merged, folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -1,126 +1,405 @@
-"""Weight-only int8: one scale per output row, `w ~ scale * q`, q in [-127, 127] (the layout ChatGLM-6B shipped for 8 bits).
+"""Weight-only quantisation of whole models: rounding, saving, and loading without ever holding the 16-bit weights.
 
-Embeddings, norms and the language-model head stay as they are. On disk: the model's safetensors, where each quantised
-`X.weight` becomes `X.weight_int8` (int8 `[out, in]`) and `X.scale` (fp32 `[out]`), and `danlu_quantization` in config.json.
+Linear layers of the trunk become packed ones (`packed.py`); embeddings, norms and the language-model head stay as they are. On
+disk: ordinary safetensors, `danlu_quantization` in config.json, and of packed layers the tensors that `packed_layouts.py` lists.
+A calibrated method is in `gptq.py`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
+from danlu.models import packed_layouts
+from danlu.models.load import load_model
+from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
+from danlu.models.packed_layouts import KEY, Layout, layout_of
+from danlu.models.places import resolve
 from danlu.models.registry import family_of
+from danlu.models.stored_tensors import WHOLE as FILE
+from danlu.models.stored_tensors import require_space, stored_tensors, write_tensors
 
-KEY = "danlu_quantization"
-FILE = "model.safetensors"
-
-
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights; computes in the dtype of its input."""
-
-    def __init__(self, weight_int8: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight_int8", weight_int8)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-        self.out_features, self.in_features = weight_int8.shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight_int8  # type: ignore[assignment]
-        scale: Tensor = self.scale  # type: ignore[assignment]
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        out = nn.functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-        return out if bias is None else out + bias.to(x.dtype)
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values and fp32 scales of a weight `[out, in]`: `scale = max|row| / 127`, rounded to nearest."""
-    scale = weight.float().abs().amax(dim=1) / 127.0
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return torch.round(weight.float() / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
+__all__ = [
+    "FILE",
+    "KEY",
+    "Int4Linear",
+    "Int8Linear",
+    "PackedLinear",
+    "bits_of",
+    "is_quantized",
+    "load_in_bits",
+    "load_quantized",
+    "quantize_model",
+    "quantize_rows",
+    "save_quantized",
+]
+Written = Literal["danlu", "gptq"]
+GROUP_SIZE = 64
+# What old checkpoints hold beside weights, and models make themselves.
+MADE = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
 
-def quantize_model(model: Any) -> Any:
-    """Replaces the linear layers of the trunk by int8 ones, in place.
+# -- in memory --------------------------------------------------------------------------------------------------------------
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """The layers that quantising replaces, by name: linear ones (GPT-2's, too), but not the output head.
 
     Raises:
-        ModelError: there is nothing to quantise, or it is quantised already.
+        ModelError: there are none, or the model is quantised already.
     """
-    if any(isinstance(m, Int8Linear) for m in model.modules()):
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
         raise ModelError("the model is quantised already", hint="quantise the model it was made from")
-    head = model.get_output_embeddings()
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    heads = [model.get_output_embeddings(), getattr(model, "score", None), getattr(model, "classifier", None)]
+    found = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and not any(m is head for head in heads)
+    }
     if not found:
-        raise ModelError(f"{type(model).__name__} has no linear layers that int8 knows how to replace")
-    for name, linear in found:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        bias = linear.bias.detach() if linear.bias is not None else None
-        setattr(parent, name.rpartition(".")[2], Int8Linear(*quantize_rows(linear.weight.detach()), bias))
+        raise ModelError(f"{type(model).__name__} has no linear layers that quantising knows how to replace")
+    return found
+
+
+def weight_of(linear: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weight `[out, in]` of a linear layer; GPT-2's lie the other way."""
+    given: Tensor = linear.weight.detach() if weight is None else weight  # type: ignore[operator]
+    return given.T.contiguous() if isinstance(linear, Conv1D) else given
+
+
+def replace(model: Any, name: str, layer: nn.Module) -> None:
+    """Puts a layer where another one was."""
+    setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
+
+
+def quantize_model(model: Any, bits: int = 8, *, group_size: int = GROUP_SIZE, symmetric: bool = False) -> Any:
+    """Replaces the linear layers of the trunk by packed ones, rounded to nearest, in place.
+
+    Args:
+        bits: 8 (one scale a row) or 4 (by groups).
+        group_size: of 4 bits, see `packed.pack`; symmetric: of 4 bits, without zeros.
+
+    Raises:
+        ModelError: there is nothing to quantise, it is quantised already, or other bits.
+    """
+    for name, linear in linear_layers(model).items():
+        bias = linear.bias.detach() if linear.bias is not None else None  # type: ignore[operator]
+        layer = pack(weight_of(linear), bias, bits, group_size=group_size, symmetric=symmetric)
+        replace(model, name, layer)
     return model
 
 
-def is_quantized(folder: str | Path) -> bool:
-    """Whether a folder was written by `save_quantized`."""
+def packed_layers(model: Any) -> dict[str, PackedLinear]:
+    """The packed layers of a model by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+# -- on disk ----------------------------------------------------------------------------------------------------------------
+
+
+def _config_of(folder: str | Path) -> dict[str, Any]:
     config = Path(folder) / "config.json"
-    return config.is_file() and KEY in json.loads(config.read_text("utf-8"))
+    found: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    return found
 
 
-def save_quantized(model: Any, tokenizer: Any | None, folder: Path) -> Path:
-    """Writes a quantised model, under a temporary name first."""
+def is_quantized(folder: str | Path) -> bool:
+    """Whether a folder holds packed weights that `load_quantized` reads: danlu's, ChatGLM's, GPTQ, AWQ, compressed-tensors."""
+    return layout_of(_config_of(folder)) is not None
+
+
+def bits_of(folder: str | Path) -> int:
+    """Bits of the packed weights of a folder; 16 where they are not packed."""
+    layout = layout_of(_config_of(folder))
+    return 16 if layout is None else layout.bits
+
+
+def save_quantized(
+    model: Any,
+    tokenizer: Any | None,
+    folder: Path,
+    *,
+    max_shard: int | None = None,
+    layout: Written = "danlu",
+    rest: torch.dtype | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a quantised model, under a temporary name first.
+
+    Args:
+        max_shard: bytes of a file at most; None: one file.
+        layout: danlu's own, or GPTQ's, which vLLM and transformers read (symmetric weights only).
+        rest: dtype of matrices that are not packed and are float32 now (embeddings, head); None: as they are.
+        facts: kept beside the layout in config.json, as `{"method": "gptq"}`.
+
+    Raises:
+        ModelError: the disk is too small, or the layout cannot hold these weights; nothing is written then.
+    """
+    layers = packed_layers(model)
+    state = _state(model, layers, layout)
+    config = {
+        k: v for k, v in model.config.to_dict().items() if k not in (KEY, "quantization_config", "quantization_bit")
+    }
+    if layout == "gptq":
+        config["quantization_config"] = packed_layouts.gptq_config(layers, facts or {})
+    else:
+        config[KEY] = _described(layers) | dict(facts or {})
+    if rest is not None:
+        plain = (n for n, t in state.items() if t.dtype == torch.float32 and t.dim() > 1)
+        state |= {n: state[n].to(rest) for n in list(plain) if n.rpartition(".")[0] not in layers}
+    require_space(folder, sum(t.numel() * t.element_size() for t in state.values()))
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen:
-            continue  # tied weights are stored once and tied again on loading
-        seen.add(tensor.data_ptr())
-        state[name] = tensor.detach().contiguous()
-    save_file(state, temporary / FILE, metadata={"format": "pt"})
-    config = model.config.to_dict() | {KEY: {"bits": 8, "layout": "per-row symmetric", "layers": "linear"}}
-    (temporary / "config.json").write_text(json.dumps(config, indent=2, default=str), "utf-8")
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(temporary)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
+    try:
+        write_tensors(temporary, state, max_shard)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, default=str), "utf-8")
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     return folder
 
 
+def _state(model: Any, layers: Mapping[str, PackedLinear], layout: Written) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    inside = tuple(f"{name}." for name in layers)
+    for name, tensor in model.state_dict().items():
+        if layout == "gptq" and name.startswith(inside):
+            continue
+        if tensor.numel() and tensor.untyped_storage().data_ptr() == tensor.data_ptr() and tensor.data_ptr() in seen:
+            continue  # tied weights are stored once and tied again on loading
+        seen.add(tensor.data_ptr())
+        state[name] = tensor.detach().contiguous()
+    for name, layer in layers.items() if layout == "gptq" else ():
+        state |= packed_layouts.to_gptq(name, layer)
+    return state
+
+
+def _described(layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
+    four = [layer for layer in layers.values() if isinstance(layer, Int4Linear)]
+    if not four:
+        return {"bits": 8, "layout": "per-row symmetric", "layers": "linear"}
+    return {
+        "bits": 4,
+        "layout": "by groups of columns, two codes a byte, even column low; weight = scale * (code - zero), zero 8 if absent",
+        "layers": "linear",
+        "group_size": max(layer.in_features // layer.scale.shape[1] for layer in four),
+        "symmetric": all(layer.zero is None for layer in four),
+    }
+
+
 def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """Loads what `save_quantized` wrote; the 16-bit weights are never made.
+    """Loads packed weights: what `save_quantized` wrote, or others' (`packed_layouts.py`); 16-bit weights are never made.
+
+    Args:
+        dtype: of everything that is not packed, and so of the computation.
 
     Raises:
         ModelError: weights and configuration do not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    family_of(json.loads((Path(folder) / "config.json").read_text("utf-8")))  # registers danlu's own
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    state = load_file(Path(folder) / FILE)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    for name in [n.removesuffix(".weight_int8") for n in state if n.endswith(".weight_int8")]:
-        layer = Int8Linear(state[f"{name}.weight_int8"], state[f"{name}.scale"].float(), state.get(f"{name}.bias"))
-        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
-    rest = {n: t.to(dtype) if t.is_floating_point() and not n.endswith(".scale") else t for n, t in state.items()}
-    result = model.load_state_dict(rest, strict=False, assign=True)
-    model.tie_weights()
-    left = [n for n, p in model.named_parameters() if p.is_meta]
-    if left or result.unexpected_keys:
-        raise ModelError(f"weights do not fit the configuration: {[*left, *result.unexpected_keys][0]}", file=folder)
-    _materialise_buffers(model, config)
+    place = Path(folder)
+    layout = layout_of(_config_of(place))
+    if layout is None:
+        raise ModelError("this folder holds no packed weights that are known here", file=place)
+    model = _skeleton(place)
+    if model is None:
+        raise ModelError("the family of this model is not known", file=place)
+    _Filling(model, place, dtype).packed(layout)
     return model
+
+
+def load_in_bits(
+    model: str | Path,
+    bits: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    group_size: int = GROUP_SIZE,
+    symmetric: bool = False,
+) -> Any:
+    """Loads a model in 8 or 4 bits: packed weights as they are, others rounded to nearest tensor by tensor as they are read.
+
+    Only families whose weight files transformers renames or fuses on loading are loaded whole first.
+
+    Raises:
+        ModelError: see `load_model`; or the folder holds weights of other bits.
+    """
+    if bits not in (8, 4):
+        raise ModelError(f"weights of {bits} bits are not available", hint="use 8 or 4")
+    name, local = resolve(model)
+    if local and is_quantized(name):
+        if bits_of(name) != bits:
+            raise ModelError(
+                f"this folder holds {bits_of(name)}-bit weights; quantising them again to {bits} bits would add both errors",
+                file=name,
+                hint="load it without bits, or quantise the model it was made from",
+            )
+        return load_quantized(name, dtype=dtype)
+    folder = Path(name) if local else _downloaded(name)
+    skeleton = _skeleton(folder)
+    if skeleton is not None and _Filling(skeleton, folder, dtype).rounded(bits, group_size, symmetric):
+        return skeleton
+    return quantize_model(load_model(model, dtype=dtype), bits, group_size=group_size, symmetric=symmetric)
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _skeleton(folder: Path) -> Any | None:
+    """The model of a folder without weights, in evaluation mode; None for a family that transformers does not know."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    family_of(_config_of(folder))  # registers danlu's own
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # danlu unpacks
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return model
+
+
+class _Filling:
+    """Gives a model without weights those of a folder, one tensor at a time."""
+
+    def __init__(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+        self.model, self.folder, self.dtype = model, folder, dtype
+        self.expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        self.prefix = f"{model.base_model_prefix}."
+
+    def packed(self, layout: Layout) -> None:
+        """Packed layers and the rest.
+
+        Raises:
+            ModelError: the weights do not fit.
+        """
+        tensors = list(stored_tensors(self.folder))
+        modules = {
+            self._module(t.name.rpartition(".")[0]) for t in tensors if t.name.rpartition(".")[2] in layout.marks
+        }
+        leaves = (*layout.parts, "bias")
+        wanted: dict[str, set[str]] = {m: set() for m in modules}
+        for stored in tensors:
+            owner, _, leaf = stored.name.rpartition(".")
+            if leaf in leaves and self._module(owner) in modules:
+                wanted[self._module(owner)].add(leaf)
+        parts: dict[str, dict[str, Tensor]] = {m: {} for m in modules}
+        for stored in tensors:
+            owner, _, leaf = stored.name.rpartition(".")
+            module = self._module(owner)
+            if module not in modules or leaf not in leaves:
+                if not self._put(stored.name, stored.shape, stored.read):
+                    raise self._misfit(stored.name)
+                continue
+            tensor = stored.read()
+            parts[module][leaf] = tensor.to(self.dtype) if leaf == "bias" else tensor
+            if parts[module].keys() == wanted[module]:
+                self._place(module, layout, parts.pop(module))
+        left = self._finish()
+        if left:
+            raise self._misfit(left[0])
+
+    def _place(self, module: str, layout: Layout, parts: dict[str, Tensor]) -> None:
+        try:
+            layer = layout.build(parts)
+            old = self.model.get_submodule(module)
+            fits = (layer.out_features, layer.in_features) == tuple(weight_of(old).shape)
+        except (KeyError, AttributeError) as error:
+            raise self._misfit(f"{module} ({layout.name}): {error}") from error
+        if not fits:
+            raise self._misfit(module)
+        replace(self.model, module, layer)
+
+    def rounded(self, bits: int, group_size: int, symmetric: bool) -> bool:
+        """Linear layers rounded to nearest, and the rest; False where the folder's names are not the model's."""
+        layers = linear_layers(self.model)
+        tensors = list(stored_tensors(self.folder))
+        known = {self._key(t.name) for t in tensors} - {None}
+        if any(self._key(t.name) is None and not t.name.endswith(MADE) for t in tensors):
+            return False
+        if any(f"{n}.weight" not in known for n in layers):
+            return False
+        biases: dict[str, Tensor] = {}
+        for stored in tensors:
+            key = self._key(stored.name) or ""
+            owner, _, leaf = key.rpartition(".")
+            if owner not in layers or leaf not in ("weight", "bias"):
+                self._put(stored.name, stored.shape, stored.read)
+                continue
+            if stored.shape != self.expected[key]:
+                raise self._misfit(key)
+            if leaf == "bias":
+                biases[owner] = stored.read().to(self.dtype)
+                continue
+            layer = pack(
+                weight_of(layers[owner], stored.read()), None, bits, group_size=group_size, symmetric=symmetric
+            )
+            replace(self.model, owner, layer)
+        for owner, bias in biases.items():
+            self.model.get_submodule(owner).bias = bias
+        missing = [n for n, m in layers.items() if getattr(m, "bias", None) is not None and n not in biases]
+        return not missing and not self._finish()
+
+    def _key(self, name: str) -> str | None:
+        """A stored tensor's name in the model: files of a bare trunk lack its prefix, or have one too many."""
+        for key in (name, self.prefix + name, name.removeprefix(self.prefix)):
+            if key in self.expected:
+                return key
+        return None
+
+    def _module(self, name: str) -> str:
+        modules = {n.rpartition(".")[0] for n in self.expected}
+        return next((m for m in (name, self.prefix + name, name.removeprefix(self.prefix)) if m in modules), name)
+
+    def _put(self, name: str, shape: Iterable[int], read: Any) -> bool:
+        """Fills a parameter or buffer; whether the model has one of that name."""
+        key = self._key(name)
+        if key is None:
+            return name.endswith(MADE)
+        if tuple(shape) != self.expected[key]:
+            raise self._misfit(f"{key} {list(shape)}, expected {list(self.expected[key])}")
+        owner, _, leaf = key.rpartition(".")
+        module = self.model.get_submodule(owner)
+        tensor = read()
+        tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        else:
+            module._buffers[leaf] = tensor
+        return True
+
+    def _finish(self) -> list[str]:
+        """Ties what is tied and makes what is not stored; names of parameters that are still missing."""
+        self.model.tie_weights()
+        left = [n for n, p in self.model.named_parameters() if p.is_meta]
+        if not left:
+            _materialise_buffers(self.model, self.model.config)
+        return left
+
+    def _misfit(self, what: str) -> ModelError:
+        return ModelError(f"weights do not fit the configuration: {what}", file=self.folder)
 
 
 def _materialise_buffers(model: Any, config: Any) -> None:

@@ -20,7 +20,7 @@ from danlu.exceptions import ModelError
 from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.heads import head_of
 from danlu.models.load import load_model
-from danlu.models.quantize import quantize_model
+from danlu.models.quantize import load_in_bits
 from danlu.models.quantized_lora import QuantizedLora, shown_to_peft
 from danlu.models.root import RoleName, prepare
 
@@ -59,8 +59,7 @@ def reference_model(path: str, bits: int) -> Any:
     Raises:
         ModelError: see `load_model`; or 8 bits are asked for and the family has no linear layers that int8 replaces.
     """
-    model = load_model(path)
-    return quantize_model(model) if bits == 8 else model
+    return load_in_bits(path, bits) if bits in (8, 4) else load_model(path)
 
 
 # What the names of an adapter's parameters contain, whatever its kind (PEFT's names, and danlu's scalar heads).

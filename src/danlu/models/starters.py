@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from danlu.exceptions import ModelError
 from danlu.text.tokenizer import quiet
 
 # Products that lead back into the residual stream, by the ends of their names in all families.
-BACK = ("o_proj", "down_proj", "c_proj", "out_proj", "fc_out", "fc2", ".dense", "dense_4h_to_h")
+BACK = ("o_proj", "down_proj", "c_proj", "out_proj", "fc_out", "fc2", ".dense", "dense_4h_to_h", ".down", ".o", ".wo")
 
 
 def starter(
@@ -50,7 +50,11 @@ def starter(
         family=family,
     )
     quiet()
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    return draw(transformers.AutoModelForCausalLM.from_config(config), layers, seed)
+
+
+def draw(model: Any, layers: int, seed: int) -> Any:
+    """Fills a model's parameters as `starter` says, in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -159,3 +163,66 @@ FAMILIES: dict[str, Callable[[int, int, int, int, int], dict[str, Any]]] = {
     "chatglm2": _chatglm2,
 }
 """What width, layers, heads, key/value heads and context are called in each family's configuration."""
+
+
+def blank_glm(vocab: int, shape: Mapping[str, int], ids: Mapping[str, Any], seed: int) -> Any:
+    """A GLM of a starter's width, depth, heads and context, without dropout.
+
+    Args:
+        ids: of special tokens, by the names of `BlankGlmConfig`.
+    """
+    from danlu.models.glm import BlankGlmConfig, BlankGlmForConditionalGeneration
+
+    config = BlankGlmConfig(
+        vocab_size=vocab,
+        hidden_size=shape["hidden_size"],
+        num_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        max_sequence_length=shape["context"],
+        embedding_dropout_prob=0.0,
+        attention_dropout_prob=0.0,
+        output_dropout_prob=0.0,
+        **ids,
+    )
+    return draw(BlankGlmForConditionalGeneration(config), shape["layers"], seed)
+
+
+def unilm(vocab: int, shape: Mapping[str, int], ids: Mapping[str, Any], seed: int) -> Any:
+    """A UniLM of a starter's width, depth, heads and context, without dropout."""
+    from danlu.models.unilm import UniLmConfig, UniLmForMaskedLM
+
+    config = UniLmConfig(
+        vocab_size=vocab,
+        hidden_size=shape["hidden_size"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        max_position_embeddings=shape["context"],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **ids,
+    )
+    return draw(UniLmForMaskedLM(config), shape["layers"], seed)
+
+
+def t5(vocab: int, shape: Mapping[str, int], ids: Mapping[str, Any], seed: int) -> Any:
+    """A T5 v1.1 (gated GELU) with a starter's width, depth (of encoder and decoder) and heads, without dropout."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=vocab,
+        d_model=shape["hidden_size"],
+        d_kv=shape["hidden_size"] // shape["heads"],
+        d_ff=-(-shape["hidden_size"] * 8 // 3 // 32) * 32,
+        num_layers=shape["layers"],
+        num_heads=shape["heads"],
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        **ids,
+    )
+    return draw(T5ForConditionalGeneration(config), shape["layers"], seed)
+
+
+def opt(vocab: int, size: Mapping[str, Any], ids: dict[str, Any], seed: int) -> Any:
+    """An OPT of a preset's size (`presets.json`), without dropout."""
+    shape = {name: size[name] for name in ("hidden_size", "layers", "heads", "context")}
+    return starter(vocab, **shape, kv_heads=size["heads"], seed=seed, ids=ids, family="opt")

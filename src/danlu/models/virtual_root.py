@@ -131,7 +131,7 @@ def check_room(trunk: nn.Module, longest: int, root: VirtualRoot) -> None:
     )
 
 
-class RootCache(DynamicCache):
+class RootCache(DynamicCache):  # type: ignore[misc]
     """A virtual root as transformers' cache, for families whose attention takes no plan.
 
     It is read and never written, so that a layer that is recomputed finds what it found before.

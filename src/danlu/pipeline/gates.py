@@ -164,7 +164,7 @@ def _faults(
 def quantized(before: float, after: float, settings: QuantizeSettings) -> Gate:
     """G-QUANT: perplexity of the quantised model against the model it was made from."""
     increase = after / before - 1
-    limit = settings.max_perplexity_increase
+    limit = settings.perplexity_limit
     sentence = f"perplexity {before:.4f} before and {after:.4f} after quantising ({increase:+.2%})"
     return Gate("G-QUANT", increase <= limit, increase, limit, sentence)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from danlu.alignment_config import REFERENCE_FREE, DpoSettings, GrpoSettings, PpoSettings, RewardSettings
-from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings
+from danlu.config import PRESETS, EvalSettings, PretrainSettings, QuantizeSettings, Starter
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError
 from danlu.pipeline.footprint import (
@@ -49,11 +49,20 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
     for stage in recipe.stages:
         settings = stage.settings
         if isinstance(settings, PretrainSettings) and not settings.model:
-            shape = shape_of_starter(settings.starter, _vocab(recipe))
+            shape = shape_of_starter(_starter(settings), _vocab(recipe))
         elif isinstance(settings, TrainSettings) and not settings.model.startswith("stage:"):
             shape = shape_of_folder(settings.model) or shape
         rows.append({"stage": stage.name, "kind": stage.kind, **_row(stage, shape, rate, room)})
     return rows
+
+
+def _starter(settings: PretrainSettings) -> Starter:
+    """The shape that is trained from nothing; an OPT layer has as many parameters as a Llama layer of its width."""
+    if not settings.preset:
+        return settings.starter
+    size = PRESETS[settings.preset]
+    shape = {name: size[name] for name in ("hidden_size", "layers", "heads", "context")}
+    return Starter(**shape, kv_heads=size["heads"])
 
 
 def memory_here() -> float:

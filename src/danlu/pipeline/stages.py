@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections import Counter
@@ -10,29 +11,49 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 import danlu
 from danlu import atomic
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import EvalSettings, PretrainSettings, QuantizeSettings, SftSettings, TokenizerSettings
 from danlu.data.corpus import stream_texts
+from danlu.data.labelled_text import read_cloze
 from danlu.data.problems import Collected
 from danlu.data.sources import read_sources
 from danlu.evals import overlap, perplexity
+from danlu.evals.cloze import cloze
 from danlu.evals.generation import Evaluation, evaluate
-from danlu.exceptions import DataError, SettingsError
+from danlu.exceptions import DataError, ModelError, SettingsError
 from danlu.knowledge import lessons
 from danlu.knowledge_config import TeachSettings
+from danlu.models.gptq import quantize_gptq, transformer_layers
 from danlu.models.load import load_model
 from danlu.models.places import resolve
-from danlu.models.quantize import quantize_model, save_quantized
-from danlu.pipeline import gates
+from danlu.models.quantize import is_quantized, load_in_bits, packed_layers, quantize_model, save_quantized
+from danlu.models.stored_tensors import parse_size, require_space
+from danlu.models.unilm import is_unilm
+from danlu.pipeline import gates, quantizing
 from danlu.pipeline.gates import Gate
 from danlu.rewards.model import store_verdict
 from danlu.synth.compare import collect
 from danlu.text.sample import MEGABYTE, sample
 from danlu.text.tokenizer import train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
-from danlu.trainers import dpo, grpo, kto, online_dpo, ppo, pretrain, raft, reward_model, sft
+from danlu.trainers import (
+    classify,
+    denoise,
+    dpo,
+    grpo,
+    kto,
+    mask_sft,
+    online_dpo,
+    ppo,
+    pretrain,
+    raft,
+    reward_model,
+    sft,
+)
 from danlu.training import distributed
 from danlu.training.progress import Bar
 from danlu.training.runs import resolve_model
@@ -109,16 +130,24 @@ def run_tokenizer(settings: TokenizerSettings) -> Outcome:
 
 
 def run_pretrain(settings: PretrainSettings) -> Outcome:
-    """See `trainers/pretrain.py`."""
-    result = pretrain.train(settings)
+    """See `trainers/pretrain.py`, for objectives that corrupt texts `trainers/denoise.py`."""
+    result = (pretrain if settings.objective == "causal" else denoise).train(settings)
     return Outcome(result.metrics, result.facts)
 
 
 def run_sft(settings: SftSettings) -> Outcome:
-    """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER."""
-    result = sft.train(settings)
+    """See `trainers/sft.py`; decides G-STOP, G-TRUNC and G-RENDER. Classifiers (`trainers/classify.py`) have no answers."""
+    if settings.task != "chat":
+        labelled = classify.train(settings)
+        return Outcome(labelled.metrics, labelled.facts)
+    result = (mask_sft if _is_unilm(settings.model) else sft).train(settings)
     records, _, _ = records_of(settings, "conversation")
     return _answers_learnt(result, settings, [r for r in records if isinstance(r, Conversation)], stage="sft")
+
+
+def _is_unilm(model: str) -> bool:
+    config = Path(resolve_model(model)) / "config.json"
+    return config.is_file() and is_unilm(json.loads(config.read_text("utf-8")))
 
 
 def run_dpo(settings: DpoSettings) -> Outcome:
@@ -182,9 +211,9 @@ def _collect(settings: RewardSettings, path: Path) -> int:
     return len(rows)
 
 
-def _to(bar: Bar, done: int) -> None:
+def _to(bar: Bar, done: int, what: str = "answers") -> None:
     while bar.done < done:
-        bar.advance(0, "answers")
+        bar.advance(0, what)
 
 
 def run_ppo(settings: PpoSettings) -> Outcome:
@@ -219,6 +248,18 @@ def run_eval(settings: EvalSettings) -> Outcome:
             if characters:
                 metrics[f"{label(model)}_perplexity_per_character"] = mean ** (tokens / characters)
         return Outcome(metrics)
+    if settings.task == "cloze":
+        rows = read_cloze(settings.data)[: settings.limit]
+        chosen = {
+            label(m): cloze(load_model(resolve_model(m)), tokenizer_of(m, stage="eval"), rows, settings.seed)
+            for m in settings.models
+        }
+        for name, result in chosen.items():
+            atomic.write_jsonl(folder / f"answers-{name}.jsonl", result.rows)
+        return Outcome(
+            {f"{n}_correct": e.summary["correct"]["mean"] for n, e in chosen.items()},
+            table=[{"model": n, **e.summary} for n, e in chosen.items()],
+        )
     prompts, labels = _asked(settings)
     found: dict[str, Evaluation] = {}
     for model in settings.models:
@@ -285,39 +326,81 @@ def _samples(found: dict[str, Evaluation], prompts: list[Prompt], settings: Eval
 
 
 def run_quantize(settings: QuantizeSettings) -> Outcome:
-    """Writes an int8 copy of a model; decides G-QUANT and adds a row to the table."""
-    source, _ = resolve(resolve_model(settings.model))
+    """Writes a copy of a model in 8 or 4 bits; decides G-QUANT and adds a row to the table."""
+    source, local = resolve(resolve_model(settings.model))
+    if local and is_quantized(source):
+        raise ModelError(
+            "this model is quantised already, and doing it twice would add both errors",
+            file=source,
+            hint="quantise the model it was made from",
+        )
     tokenizer = tokenizer_of(settings.model, stage="quantize")
-    model = load_model(source)
-    before_bytes = sum(p.numel() * 2 for p in model.parameters())
+    max_shard = parse_size(settings.max_shard_size) if settings.max_shard_size else None
     trees = None
-    before = 0.0
     if settings.eval_data is not None:
         trees = perplexity.encode(settings.eval_data, tokenizer, settings.max_length, max_tokens=PERPLEXITY_TOKENS)
-        before = perplexity.perplexity(model, trees)
-    folder = save_quantized(quantize_model(model), tokenizer, Path(settings.out) / "model")
-    small = danlu.load(folder, dtype="float32", device="cpu")  # as the model it is compared with
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    outcome = Outcome(metrics={"bytes": float(size), "bytes_16bit": float(before_bytes)})
+    outcome = Outcome()
+    model = _rounded(settings, source, tokenizer, trees, outcome)
+    facts = {"method": settings.method}
+    options: dict[str, Any] = {"max_shard": max_shard, "layout": settings.layout, "facts": facts}
+    folder = save_quantized(model, tokenizer, Path(settings.out) / "model", rest=torch.bfloat16, **options)
+    del model
+    outcome.metrics["bytes"] = float(sum(f.stat().st_size for f in folder.glob("*.safetensors")))
     if trees is not None:
+        small = danlu.load(folder, dtype="float32", device="cpu")  # as the model it is compared with
         after = perplexity.perplexity(small.model, trees)
-        outcome.metrics |= {"perplexity_before": before, "perplexity": after}
-        outcome.gates.append(gates.quantized(before, after, settings))
+        outcome.metrics["perplexity"] = after
+        outcome.gates.append(gates.quantized(outcome.metrics["perplexity_before"], after, settings))
+        del small
+    for name, model_name in (("tokens_per_second_before", source), ("tokens_per_second", str(folder))):
+        outcome.metrics[name] = quantizing.tokens_per_second(danlu.load(model_name, dtype="bfloat16").model)
     if settings.questions is not None:
-        prompts = _questions(settings.questions, settings)
-        with Bar("eval int8", len(prompts)) as bar:
-            result = evaluate(
-                small,
-                prompts,
-                task="rubric",
-                temperature=settings.temperature,
-                max_new_tokens=settings.max_new_tokens,
-                seed=settings.seed,
-                on_done=lambda done: _to(bar, done),
-            )
-        outcome.table.append({"model": "int8", **result.summary})
-        outcome.metrics["int8_rubric"] = result.summary["rubric"]["mean"]
+        outcome.table.append(_questioned(settings, folder))
+        outcome.metrics[f"int{settings.bits}_rubric"] = outcome.table[0]["rubric"]["mean"]
     return outcome
+
+
+def _rounded(settings: QuantizeSettings, source: str, tokenizer: Any, trees: Any, outcome: Outcome) -> Any:
+    """The model with packed weights; notes its size and, where text for it is given, its perplexity before."""
+    options: dict[str, Any] = {
+        "group_size": settings.group_size,
+        "symmetric": settings.symmetric or settings.layout == "gptq",
+    }
+    if trees is None and settings.method == "rtn":
+        model = load_in_bits(source, settings.bits, dtype=torch.bfloat16, **options)
+        layers = packed_layers(model).values()
+        rest = sum(p.numel() for p in model.parameters())
+        outcome.metrics["bytes_16bit"] = 2.0 * (rest + sum(m.out_features * m.in_features for m in layers))
+        return model
+    model = load_model(source)
+    parameters = sum(p.numel() for p in model.parameters())
+    outcome.metrics["bytes_16bit"] = 2.0 * parameters
+    require_space(Path(settings.out), parameters * settings.bits // 8)  # before minutes of work
+    if trees is not None:
+        outcome.metrics["perplexity_before"] = perplexity.perplexity(model, trees)
+    if settings.method == "rtn":
+        return quantize_model(model, settings.bits, **options)
+    rows = quantizing.calibration_rows(settings, tokenizer, model.config, source)
+    outcome.facts["calibration_tokens"] = rows.numel()
+    with Bar("quantize: layers", len(transformer_layers(model))) as bar:
+        return quantize_gptq(model, rows, on_layer=lambda done, _: _to(bar, done, "layers"), **options)
+
+
+def _questioned(settings: QuantizeSettings, folder: Path) -> dict[str, Any]:
+    """The row of the table of a quantised model."""
+    assert settings.questions is not None, "asked for by the caller"
+    prompts = _questions(settings.questions, settings)
+    with Bar(f"eval int{settings.bits}", len(prompts)) as bar:
+        result = evaluate(
+            danlu.load(folder, dtype="float32", device="cpu"),
+            prompts,
+            task="rubric",
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            on_done=lambda done: _to(bar, done),
+        )
+    return {"model": f"int{settings.bits}", **result.summary}
 
 
 def run_teach(settings: TeachSettings) -> Outcome:
@@ -334,13 +417,13 @@ def run_teach(settings: TeachSettings) -> Outcome:
 
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
-    "pretrain": Kind(run_pretrain, 2, models=("model", "tokenizer")),
+    "pretrain": Kind(run_pretrain, 2, ("data", "eval_data", "instruction_data"), ("model", "tokenizer")),
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
     "ppo": Kind(run_ppo, 5, ("data", "eval_data", "ptx.data"), ("model", "reward_model"), judges=("reward_model",)),
     "grpo": Kind(run_grpo, 2, models=("model", "reward_model"), judges=("reward_model",)),
     "eval": Kind(run_eval, 2, ("data",), ("models",), require=_require_metrics),
-    "quantize": Kind(run_quantize, 2, ("eval_data", "questions")),
+    "quantize": Kind(run_quantize, 3, ("eval_data", "questions", "calibration")),
     "teach": Kind(run_teach, 1, ("file", "replay")),
 }

@@ -76,8 +76,7 @@ class TextToText(ChatTemplate):
         return [self.encode(m, tools=t) for m, t in zip(conversations, offered, strict=True)]
 
     def decode(self, ids: Sequence[int], *, final: bool = True) -> str:
-        """The text of an answer, without special tokens and the space around it; nothing is finished for showing."""
-        del final
+        """The text of an answer, finished or not, without special tokens and the space around it."""
         text: str = self.tokenizer.decode(self._before_stop(ids), skip_special_tokens=True)
         return text.strip()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from danlu.config import PretrainSettings
+from danlu.config import PRESETS, PretrainSettings
 from danlu.data.collate import encode_documents, require_items
 from danlu.exceptions import SettingsError
 from danlu.models.load import load_model
 from danlu.models.root import RootModel
-from danlu.models.starters import starter
+from danlu.models.starters import opt, starter
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
 from danlu.training.compute import choose
@@ -53,7 +53,11 @@ def train(settings: PretrainSettings) -> TrainResult:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        model = starter(len(tokenizer), **settings.starter.model_dump(), seed=settings.seed, ids=ids)
+        model = (
+            opt(len(tokenizer), PRESETS[settings.preset], ids, settings.seed)
+            if settings.preset
+            else starter(len(tokenizer), **settings.starter.model_dump(), seed=settings.seed, ids=ids)
+        )
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
     train_records, heldout_records, dataset = records_of(settings, "document")
     words: dict[str, Any] = {}

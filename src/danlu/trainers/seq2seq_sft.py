@@ -65,7 +65,7 @@ def train(settings: SftSettings) -> TrainResult:
             mine = distributed.mine(micro)
             batches: Any = [(PairBatch.of([pairs.items[i] for i in m], start), weight) for m in mine]
             set_rate(optimizer, settings.learning_rate * session.rate_factor(step))
-            sums = accumulate(root, "policy", batches, target_loss, compute)  # type: ignore[arg-type]
+            sums = accumulate(root, "policy", batches, target_loss, compute)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm, session.judge(sums["loss"]))
             metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
             session.log(step, metrics, tokens=int(lengths[items].sum()), note=f"loss {sums['loss']:.3f}")

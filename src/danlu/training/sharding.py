@@ -10,7 +10,7 @@ strategy reads it. Without sharding every function is the identity.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from danlu.models.root import RoleName, RootModel, TrunkOutput
+from danlu.models.root import RoleName
 from danlu.train_config import TrainSettings
 from danlu.training import distributed
 from danlu.training.compute import Compute
@@ -27,10 +27,11 @@ from danlu.tree import Node, TreeBatch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Root = TypeVar("Root", bound=nn.Module)
 NOTHING = TreeBatch.of([Node([0], [0.0])])
 
 
-def shard(root: RootModel, settings: TrainSettings, compute: Compute) -> RootModel:
+def shard(root: Root, settings: TrainSettings, compute: Compute) -> Root:
     """The root as the settings' strategy wants it; call it before the optimizer is made.
 
     With bf16, layers gather their weights in bf16; parts of weights, gradients and optimizer states stay fp32.
@@ -92,7 +93,7 @@ def part_of(full: Tensor, like: Tensor) -> Tensor:
 # -- ranks that share weights do as many forward passes ------------------------------------------------------------------
 
 
-def missing_rounds(root: RootModel, rounds: int) -> int:
+def missing_rounds(root: nn.Module, rounds: int) -> int:
     """How many rounds of forward passes this rank has to add to its own to do as many as every other.
 
     Sharded weights are gathered by all ranks together, so all must ask before any begins.
@@ -101,7 +102,7 @@ def missing_rounds(root: RootModel, rounds: int) -> int:
 
 
 def pass_nothing(
-    root: RootModel, roles: Sequence[RoleName], rounds: int, compute: Compute, *, backward: bool = False
+    root: nn.Module, roles: Sequence[RoleName], rounds: int, compute: Compute, *, backward: bool = False
 ) -> None:
     """Rounds of forward passes over nothing.
 
@@ -117,19 +118,19 @@ def pass_nothing(
                 zero.backward()
 
 
-def _let_go(root: RootModel) -> None:
+def _let_go(root: Any) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def _nothing(out: TrunkOutput) -> Tensor:
+def _nothing(out: Any) -> Tensor:
     return 0.0 * torch.stack([t.float().sum() for t in (out.hidden_TD, *out.linear.parameters())]).sum()
 
 
 @torch.no_grad()
 def share_forwards(
-    root: RootModel,
+    root: nn.Module,
     roles: Sequence[RoleName],
     items: Sequence[Item],
     work: Callable[[Item], Result],

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from danlu.data.collate import Trees
 from danlu.models.root import RoleName, RootModel, TrunkOutput
+from danlu.models.rows import RowBatch
 from danlu.training import distributed
 from danlu.training.compute import Compute
 from danlu.training.logprobs import nll
@@ -25,6 +28,13 @@ LARGEST = frozenset({"ratio_error", "ratio_max"})
 LossFn = Callable[[TrunkOutput, Extra], tuple[Tensor, dict[str, float]]]
 
 
+class Sized(Protocol):
+    """Items that know their lengths in tokens."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a trainer leaves behind: its model folder, final metrics, and the facts that gates are decided by."""
@@ -35,10 +45,10 @@ class TrainResult:
 
 
 def accumulate(
-    root: RootModel,
+    root: nn.Module,
     role: RoleName,
-    batches: Sequence[tuple[TreeBatch, Extra]],
-    loss_fn: LossFn[Extra],
+    batches: Sequence[tuple[TreeBatch | RowBatch, Extra]],
+    loss_fn: Callable[[Any, Extra], tuple[Tensor, dict[str, float]]],
     compute: Compute,
 ) -> dict[str, float]:
     """Forward and backward of this rank's micro-batches; gradients are added up over micro-batches and ranks.
@@ -116,7 +126,7 @@ def batches_of(trees: Trees, micro_tokens: int) -> list[TreeBatch]:
     return [trees.batch(b) for b in shortest_first(trees, micro_tokens)]
 
 
-def shortest_first(trees: Trees, micro_tokens: int) -> list[list[int]]:
+def shortest_first(trees: Trees | Sized, micro_tokens: int) -> list[list[int]]:
     """Every item's index once, shortest first (so that blocks are even), in batches of at most `micro_tokens`."""
     lengths = trees.lengths
     batches: list[list[int]] = [[]]

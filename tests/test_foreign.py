@@ -1,0 +1,70 @@
+"""G-EXPORT with llama.cpp itself: every family, type and kind of tokenizer. Run by `make foreign`, which builds it once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny as small
+from families import make
+
+from danlu.models.load import save_model
+from danlu.pipeline import export_check
+from danlu.pipeline.export import Order, export
+from danlu.text.chat_template import ChatTemplate
+from danlu.text.tokenizer import train_tokenizer
+from danlu.text.tokenizer_files import open_tokenizer
+
+pytestmark = [
+    pytest.mark.foreign,
+    pytest.mark.skipif(export_check.llama_python() is None, reason=f"LLAMA.CPP NOT TESTED: {export_check.HOW}"),
+]
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 256, "head_dim": 16}
+ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINES = [*export_check.LINES] * 40
+
+
+def exported(folder: Path, model: Any, tokenizer: Any, kind: str = "f16") -> dict[str, Any]:
+    ChatTemplate(tokenizer)
+    source = save_model(model, tokenizer, folder / "model")
+    done = export(Order(str(source), "gguf", kind, folder / "out", check=True))
+    assert done.verdict.gate.passed
+    return done.verdict.numbers
+
+
+def family_of(family: str, tokenizer: Any, **options: Any) -> Any:
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    shape = {"n_embd": 64, "n_positions": 256} if family == "gpt2" else SHAPE
+    if family == "qwen2":
+        shape = {k: v for k, v in SHAPE.items() if k != "head_dim"} | {"use_sliding_window": False}
+    return make(family, vocab_size=len(tokenizer), **shape | ids | options)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_families(family: str, kind: str, tmp_path: Path) -> None:
+    tokenizer = small.tokenizer()
+    numbers = exported(tmp_path, family_of(family, tokenizer), tokenizer, kind)
+    assert numbers["lines_same"] == numbers["lines"] > 20 and numbers["prompts_same"] == 3
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, ROPE | {"rope_type": "linear"}, ROPE | {"rope_type": "yarn"}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rotary_positions(rope: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    tokenizer = small.tokenizer()
+    exported(tmp_path, family_of("llama", tokenizer, rope_parameters=rope, tie_word_embeddings=tied), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "sentencepiece-bpe"])
+def test_own_tokenizers(kind: Any, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(LINES, 900, model_type=kind)
+    numbers = exported(tmp_path, family_of("llama", tokenizer), tokenizer)
+    assert numbers["lines"] >= 20 and numbers["lines_same"] == numbers["lines"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "chinese-llama"])
+def test_published_tokenizers(name: str, shared_data: Path, tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(shared_data / "tokenizers" / name)
+    exported(tmp_path, family_of("llama", tokenizer, hidden_size=32, intermediate_size=32, head_dim=8), tokenizer)
