@@ -25,6 +25,7 @@ from danlu.models.chatglm_quantized import (
     unpack_nibbles,
 )
 from danlu.models.load import load_model, save_model
+from danlu.models.quantize import load_quantized
 
 
 def states(past: Any) -> Tensor:
@@ -284,6 +285,7 @@ def test_packed_weights_stay_packed_and_mean_what_was_recorded(name: str, tmp_pa
     key = next(k for k in found.tensors if k.startswith("dequantised."))
     layer = net.get_submodule(key.removeprefix("dequantised.").removesuffix(".weight"))
     assert torch.equal(layer.dequantized().float(), found.tensors[key])
+    assert type(load_quantized(found.folder).get_submodule(key[12:-7])) is ChatGlmQuantizedLinear
     # A change of dtype keeps the scales, and saving keeps the layout.
     assert torch.equal(net.float().get_submodule(key[12:-7]).dequantized().float(), found.tensors[key])
     again = load_model(save_model(net, None, tmp_path / "again")).eval()
@@ -420,7 +422,7 @@ def test_fp16_shards_of_bin_load(tmp_path: Path) -> None:
         ("chatglm_v1", {"num_layers": 4}, "missing from the weights"),
         ("chatglm2", {"multi_query_group_num": 3}, "do not share 3 keys evenly"),
         ("chatglm2", {"kv_channels": 6}, "half of it is rotated"),
-        ("chatglm2", {"ffn_hidden_size": 16}, "cannot be loaded"),
+        ("chatglm2", {"ffn_hidden_size": 16}, "config.json asks for"),
     ],
 )
 def test_folders_that_do_not_fit(source: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:

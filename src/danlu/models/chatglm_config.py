@@ -134,6 +134,7 @@ class ChatGLM2Config(PretrainedConfig):  # type: ignore[misc]
     original_rope: bool = True
     rope_ratio: float = 1.0
     use_cache: bool = True
+    bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = 0
     pre_seq_len: int | None = None

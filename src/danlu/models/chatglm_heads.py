@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from danlu.exceptions import ModelError
+from danlu.models.chatglm_prefix import NAME, prefix_file
 from danlu.models.chatglm_quantized import LARGEST, put_empty, quantize_blocks
+from danlu.models.weights import check_weights, checked
 from danlu.text.tokenizer import quiet
 
 IGNORED = -100  # labels that take no loss
@@ -166,35 +167,31 @@ class ScoreHead:
 def load_folder(kind: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A model of a class from a folder's weights, safetensors or `.bin`, whole or in shards.
 
-    A saved prefix encoder beside them is applied; quantised blocks stay packed.
+    A saved prefix encoder beside them is applied; quantised blocks stay packed. A head of scores that is not there is left to
+    the caller (`load_model` makes it 0).
 
     Raises:
         ModelError: weights are missing, damaged, or do not fit the configuration.
     """
     quiet()
+    check_weights(folder)
     if issubclass(kind, ScoreHead):
         config.num_labels = 1
     try:
-        model, info = kind.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            attn_implementation="eager",
+        return checked(
+            lambda: kind.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the shapes can be told
+                attn_implementation="eager",
+            ),
+            folder,
+            absent=lambda name: name.startswith("score."),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"cannot be loaded: {first}", file=folder, hint="check config.json and the weights") from error
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
-    if missing:
-        raise ModelError(
-            f"{len(missing)} parameters are missing from the weights, the first is {missing[0]}",
-            file=folder,
-            hint="put the saved prefix encoder beside the weights, or take pre_seq_len out of config.json"
-            if "prefix_encoder" in missing[0]
-            else "the download may be incomplete, or the configuration of another model",
-        )
-    if any(key.startswith("score.") for key in info["missing_keys"]):
-        nn.init.zeros_(model.score.weight)
-    return model
+    except ModelError as error:
+        if NAME in error.message and prefix_file(folder) is None:
+            error.hint = "put the saved prefix encoder beside the weights, or take pre_seq_len out of config.json"
+        raise

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
+from danlu.models.weights import read_weights
 
 FILES = ("prefix_encoder.safetensors", "prefix_encoder.bin")
 NAME = "prefix_encoder."
@@ -57,18 +57,7 @@ def read_prefix(file: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: it cannot be read, or holds something else.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state: Mapping[str, Any]
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"the prefix encoder cannot be read: {error}", file=file) from error
-    found = {key.rpartition(NAME)[2]: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    found = {key.rpartition(NAME)[2]: tensor for key, tensor in read_weights([file])}
     if "embedding.weight" not in found:
         raise ModelError(
             "found no prefix encoder: embedding.weight is missing",

@@ -71,12 +71,12 @@ class ChatGlmQuantizedLinear(nn.Module):
     Args:
         in_features, out_features: as of `nn.Linear`.
         bits: 8 or 4.
-        bias: whether there is one; it is a parameter, the packed weights are buffers.
+        bias: whether there is one. All are buffers: nothing of the layer learns, and adapters know it by that.
     """
 
     weight: Tensor
     weight_scale: Tensor
-    bias: nn.Parameter | None
+    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool) -> None:
         super().__init__()
@@ -86,14 +86,14 @@ class ChatGlmQuantizedLinear(nn.Module):
         columns = in_features * bits // 8
         self.register_buffer("weight", torch.zeros(out_features, columns, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float16))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     @classmethod
     def of(cls, linear: nn.Linear, bits: int) -> Self:
         """The quantised form of a linear layer, on its device."""
         made = cls(linear.in_features, linear.out_features, bits, linear.bias is not None)
         made.weight, made.weight_scale = quantize_rows(linear.weight, bits)
-        made.bias = linear.bias
+        made.bias = linear.bias.detach() if linear.bias is not None else None
         return made
 
     def dequantized(self) -> Tensor:

@@ -69,6 +69,8 @@ def dequantized(model: Any) -> Any:
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
     if hasattr(model.config, "danlu_quantization"):
         del model.config.danlu_quantization
+    if getattr(model.config, "quantization_bit", None):  # ChatGLM's
+        model.config.quantization_bit = 0
     return model
 
 

@@ -217,6 +217,9 @@ def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
     layout = layout_of(_config_of(place))
     if layout is None:
         raise ModelError("this folder holds no packed weights that are known here", file=place)
+    family = family_of(_config_of(place))
+    if layout.name == "chatglm" and family is not None:
+        return family.load(place, dtype, False)  # keeps its own layout, and applies a saved prefix
     model = _skeleton(place)
     if model is None:
         raise ModelError("the family of this model is not known", file=place)

@@ -183,6 +183,7 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
         self.do_lower_case, self.remove_space, self.num_image_tokens = do_lower_case, remove_space, num_image_tokens
         self.offset = num_image_tokens
         self._open(vocab_file)
+        self._vocabulary |= {f"<image_{n}>": n for n in range(num_image_tokens)}
         for name in ("gmask_token", "end_token"):
             kwargs.pop(name, None)
         named = {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]"}
@@ -242,7 +243,7 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
         parts: list[str] = []
         known: list[int] = []
         for token in [*tokens, None]:
-            if token is not None and token in self._vocabulary:
+            if token is not None and self._vocabulary.get(token, -1) >= self.offset:
                 known.append(self._vocabulary[token] - self.offset)
                 continue
             parts.append(str(self.model.decode(known)) if known else "")
