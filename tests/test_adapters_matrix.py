@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, make
+from torch import Tensor
 
 from danlu.config import SftSettings
 from danlu.exceptions import ModelError
@@ -22,7 +23,7 @@ from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.models.adapter_files import load_adapted, save_adapter
 from danlu.models.adapters import adapter_roles, freeze_parts, targets_of
 from danlu.models.load import load_model, save_model
-from danlu.models.merging import difference, probe
+from danlu.models.merging import difference
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
 from danlu.training.compute import Compute
@@ -98,29 +99,34 @@ def cell(family: str, kind: str, folder: Path) -> Cell:
     root.eval()
     with torch.no_grad():
         loss = float(root(tree, "policy", lambda out: language_loss(out, 24.0))[0])
+    trained = _logits(roles, tree)
+    scale = max(1.0, float(trained.abs().max()))
     if not settings.adapted:
         save_model(model, None, folder / "model")
-        return Cell(
-            loss,
-            step,
-            _stops(load_model(folder / "model")),
-            difference(probe(load_model(folder / "model")), probe(model))[0],
-        )
+        again = load_model(folder / "model")
+        off = difference(_logits(_one(again), tree), trained)[0]
+        return Cell(loss, step, _stops(again), off / scale)
+    if ranks is not None:
+        ranks.finish()
+        trained = _logits(roles, tree)
     save_adapter(roles, "policy", folder / "adapter", None)
-    beside = load_adapted(folder / "adapter", dense=False)
-    whole = load_model(folder / "adapter")
-    with torch.no_grad():
-        every = torch.arange(tree.tokens)
-        trained = root(tree, "policy", lambda out: out.logits(every))
-        again = RootModel(SeparateModels({"policy": beside}, []))(tree, "policy", lambda out: out.logits(every))
-        merged = RootModel(SeparateModels({"policy": whole}, []))(tree, "policy", lambda out: out.logits(every))
-    scale = max(1.0, float(trained.abs().max()))
-    off = max(difference(again, trained)[0], difference(merged, trained)[0]) / scale
+    beside, whole = load_adapted(folder / "adapter", dense=False), load_model(folder / "adapter")
+    off = max(difference(_logits(_one(m), tree), trained)[0] for m in (beside, whole))
     if isinstance(roles, AdapterRoles) and roles.mergeable:
         plain = make(family)
         plain.load_state_dict(roles.merged("policy"), strict=False)
-        off = max(off, difference(probe(plain), probe(whole))[0] / scale)
-    return Cell(loss, step, _stops(beside), off)
+        off = max(off, difference(_logits(_one(plain), tree), trained)[0])
+    return Cell(loss, step, _stops(beside), off / scale)
+
+
+def _one(model: Any) -> SeparateModels:
+    return SeparateModels({"policy": model}, [])
+
+
+@torch.no_grad()
+def _logits(roles: Any, tree: TreeBatch) -> Tensor:
+    found: Tensor = RootModel(roles).eval()(tree, "policy", lambda out: out.logits(torch.arange(tree.tokens)))
+    return found
 
 
 def _stops(model: Any) -> int:
