@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from families import make
+from torch import Tensor
 
 from danlu import assistant
 from danlu.cli.chat import Conversation
@@ -19,9 +20,14 @@ from danlu.models.adapter_files import load_adapted, save_adapter
 from danlu.models.adapters import adapter_roles
 from danlu.models.load import load_model, save_model
 from danlu.models.merging import combined, probe
+from danlu.models.roles import SeparateModels
+from danlu.models.root import RootModel
+from danlu.tree import TreeBatch, branches
 
 
-def adapter(folder: Path, base: Path, kind: str = "lora", *, seed: int = 1, **options: Any) -> Path:
+def adapter(
+    folder: Path, base: Path, kind: str = "lora", *, seed: int = 1, noise: float = 0.05, **options: Any
+) -> Path:
     """A folder of an adapter with random weights."""
     settings = SftSettings(adapter=kind, adalora={"initial_r": 3, "target_r": 2}, **options)  # type: ignore[arg-type]
     roles = adapter_roles(load_model(base), ["policy"], settings, updates=20)
@@ -29,8 +35,17 @@ def adapter(folder: Path, base: Path, kind: str = "lora", *, seed: int = 1, **op
     with torch.no_grad():
         for parameter in roles.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+                parameter.add_(noise * torch.randn(parameter.shape, generator=draw))
     return save_adapter(roles, "policy", folder, tiny.tokenizer())
+
+
+@torch.no_grad()
+def read(model: Any) -> Tensor:
+    """Logits of a model that may have an engine already."""
+    tree = TreeBatch.of(branches([5, 9, 30], [[7, 8, 44, 12]]))
+    root = RootModel(SeparateModels({"policy": model}, []))
+    found: Tensor = root(tree, "policy", lambda out: out.logits(torch.arange(7)))
+    return found
 
 
 def test_ties_by_hand() -> None:
@@ -96,8 +111,8 @@ def test_adapters_are_swapped_in_chat_over_one_copy_of_the_weights(tmp_path: Pat
     voice = loaded.with_adapter(folder, "kind")
     own = {p.data_ptr() for p in loaded.model.parameters()}
     assert own <= {p.data_ptr() for p in voice.model.parameters()}
-    near(probe(voice.model), probe(load_model(folder)))
-    near(probe(loaded.model), probe(load_model(tiny.model())))
+    near(read(voice.model), read(load_model(folder)))
+    near(read(loaded.model), read(load_model(tiny.model())))
     talk = Conversation(loaded, loaded.defaults, voices={"base": loaded, "kind": voice})
     assert "no adapter 'x'" in talk.choose("x") and talk.assistant is loaded
     assert talk.choose("kind") == "adapter 'kind' answers" and talk.assistant is voice
@@ -112,7 +127,7 @@ def test_the_server_answers_by_the_adapter_that_is_asked_for(tmp_path: Path) -> 
     from danlu.serve.app import create_app
 
     loaded = assistant.load(tiny.model())
-    voice = loaded.with_adapter(adapter(tmp_path / "a", tiny.model(), seed=5), "kind")
+    voice = loaded.with_adapter(adapter(tmp_path / "a", tiny.model(), seed=5, noise=0.4), "kind")
     database = FeedbackDatabase(tmp_path / "votes.sqlite3", create=True)
     client = TestClient(create_app(loaded, database, adapters={"kind": voice}), base_url="http://127.0.0.1")
     name = loaded.name

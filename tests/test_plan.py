@@ -26,7 +26,7 @@ from danlu.pipeline.plan import estimate
 from danlu.pipeline.recipe import load_recipe
 from danlu.training.peak import peak_memory_mb, reset_peak_memory
 
-ROW = ["stage", "kind", "parameters", "tokens", "tokens_per_parameter", "flops"]
+ROW = ["stage", "kind", "parameters", "trained_parameters", "tokens", "tokens_per_parameter", "flops"]
 ROW += ["memory_mb", "seconds", "fits", "parts", "strategies"]
 
 

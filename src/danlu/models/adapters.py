@@ -26,6 +26,7 @@ from danlu.train_config import AdaLora, Freeze, TrainSettings
 
 PREFIX_KINDS: Final = ("ptuning", "prompt")
 PREFIX: Final = "danlu.models.prefix"
+SCALAR_HEADS: Final = ("score", "classifier")  # transformers' names for them
 ALL_LINEAR: Final = ("auto", "all-linear")
 # (IA)^3 scales keys, values and what goes into the second feed-forward product. The families' names for them:
 IA3_KEYS: Final = ("k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn")
@@ -108,7 +109,12 @@ def quantize_base(model: Any, bits: int) -> Any:
     if bits != 8 and not options:
         raise ModelError(f"a base of {bits} bits is not available", hint="base_bits: 8")
     turned = [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    heads = {n: getattr(model, n) for n in SCALAR_HEADS if isinstance(getattr(model, n, None), nn.Linear)}
+    for name in heads:  # one number is what the whole model comes to: it stays exact
+        setattr(model, name, nn.Identity())
     quantize_model(model, **options)
+    for name, head in heads.items():
+        setattr(model, name, head)
     for name in turned:
         if is_quantized_layer(layer := model.get_submodule(name)):
             layer.danlu_transposed = True  # it becomes what it was when it is made dense again
@@ -280,7 +286,7 @@ def freeze_parts(model: Any, options: Freeze) -> None:
         ):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(parameter.requires_grad or id(parameter) not in inside)
-    for name in ("score", "classifier"):
+    for name in SCALAR_HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             getattr(model, name).requires_grad_(True)
     head = model.get_output_embeddings()

@@ -120,8 +120,11 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
     parameters = float(shape.parameters) if shape is not None and stage.kind != "tokenizer" else 0.0
     tokens = _stage_tokens(settings)
     work = 2 * parameters * tokens * _passes(settings)
+    trains = isinstance(settings, TrainSettings) and shape is not None
+    trained = float(learnt_parameters(shape, settings)) if trains else 0.0  # type: ignore[arg-type]
     row: dict[str, Any] = {
         "parameters": parameters,
+        "trained_parameters": trained,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters if parameters else 0.0,
         "flops": work,
@@ -155,7 +158,6 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
         "seconds": chosen["seconds"],
         "fits": chosen["fits"],
         "parts": chosen["parts"],
-        "trained_parameters": learnt_parameters(shape, settings),
         "strategies": [
             {"strategy": s, **{k: v for k, v in f.items() if k != "parts"}} for s, f in found.items() if s in STRATEGIES
         ],
