@@ -1,4 +1,4 @@
-"""`python -m benchmarks core|data|seeds|learning|gpu|peers`: what is measured, with ratios taken in one run and their spread."""
+"""`python -m benchmarks core|data|seeds|learning|small|gpu|peers`: what is measured, ratios taken in one run, their spread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("core", "data", "seeds", "learning", "gpu"):
+    for name in ("core", "data", "seeds", "learning", "small", "gpu"):
         command = commands.add_parser(name)
         command.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
         if name != "gpu":
@@ -33,6 +33,9 @@ def main() -> None:
     learning.add_argument("--hh", type=Path, default=None, help="a finished run of recipes/hh-assistant.yaml")
     learning.add_argument("--workers", type=int, default=2, help="processes that train at the same time")
     learning.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md and its plots")
+    small = commands.choices["small"]
+    small.add_argument("--only", default="", help="sizes, separated by commas")
+    small.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
     gpu = commands.choices["gpu"]
     gpu.add_argument("--tiny", action="store_true", help="tiny models: a test of the benchmark itself, on any machine")
     gpu.add_argument("--only", default="", help="parts, separated by commas")
@@ -52,6 +55,10 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
         return core.measure(
             quick=arguments.quick, data_root=arguments.data_root, only=only, docs=docs, json_file=arguments.json
         )
+    if arguments.command == "small":
+        from benchmarks import small
+
+        return small.measure(quick=arguments.quick, only=only, docs=DOCS if arguments.write_docs else None)
     if arguments.command == "gpu":
         from benchmarks import gpu
 
