@@ -29,9 +29,8 @@ MARK = "## Small"
 PEAK = """
 import json, resource, sys
 import torch
-import danlu
-from danlu.models.quantize import load_in_bits, load_quantized
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from danlu.models.quantize import load_in_bits
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folder, bits = sys.argv[1], int(sys.argv[2])
 model = load_in_bits(folder, bits, dtype=torch.bfloat16)
@@ -57,8 +56,14 @@ def make(shape: dict[str, int], folder: Path) -> Path:
         tie_word_embeddings=True,
         dtype=torch.bfloat16,
     )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.05, 0.05)
+    model.save_pretrained(folder)
     return folder
 
 
