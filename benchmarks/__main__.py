@@ -1,4 +1,4 @@
-"""`python -m benchmarks core|data|seeds|learning|teach|gpu|peers`: what is measured, ratios of one run with their spread."""
+"""`python -m benchmarks core|data|seeds|learning|teach|small|gpu|peers`: what is measured, ratios of one run, their spread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("core", "data", "seeds", "learning", "teach", "gpu"):
+    for name in ("core", "data", "seeds", "learning", "teach", "small", "gpu"):
         command = commands.add_parser(name)
         command.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
         if name != "gpu":
@@ -36,6 +36,9 @@ def main() -> None:
     teach = commands.choices["teach"]
     teach.add_argument("--model", default="runs/quickstart", help="the policy that is taught")
     teach.add_argument("--facts", type=int, default=20, help="how many are taught one by one; 0: none")
+    small = commands.choices["small"]
+    small.add_argument("--only", default="", help="sizes, separated by commas")
+    small.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
     gpu = commands.choices["gpu"]
     gpu.add_argument("--tiny", action="store_true", help="tiny models: a test of the benchmark itself, on any machine")
     gpu.add_argument("--only", default="", help="parts, separated by commas")
@@ -55,6 +58,10 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
         return core.measure(
             quick=arguments.quick, data_root=arguments.data_root, only=only, docs=docs, json_file=arguments.json
         )
+    if arguments.command == "small":
+        from benchmarks import small
+
+        return small.measure(quick=arguments.quick, only=only, docs=DOCS if arguments.write_docs else None)
     if arguments.command == "gpu":
         from benchmarks import gpu
 

@@ -204,3 +204,12 @@ def test_memory_of_a_7b_model_by_bits() -> None:
         for b in (16, 8, 4)
     }
     assert tuned[16] > tuned[8] > tuned[4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_peak_memory_of_loading_half_a_billion_parameters(bits: int, tmp_path: Path) -> None:
+    from benchmarks import small as benchmark
+
+    found = benchmark.peak(benchmark.make(benchmark.SHAPES["0.5B"], tmp_path / "model"), bits)
+    assert found["peak"] <= 1.3 * found["held"]

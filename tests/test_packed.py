@@ -29,7 +29,7 @@ from danlu.models.packed import (
 )
 
 Near = Callable[..., None]
-SHAPES = [(128, 64), (192, 96), (100, 48), (64, 40), (48, 32)]
+SHAPES = [(128, 64), (64, 64), (192, 96), (100, 48), (64, 40), (48, 32)]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

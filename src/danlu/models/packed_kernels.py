@@ -79,7 +79,8 @@ def blocked(codes: Tensor, block: int) -> Tensor:
     """uint8 codes `[N, K]` as the int4 kernel's bytes `[N, K / 2]`; N is a multiple of the block."""
     count, width = codes.shape
     low, high = codes.view(-1, 2, block // 2, width).unbind(1)
-    return (low | (high << 4)).transpose(1, 2).reshape(count, width // 2)
+    # A single block could be reshaped without a copy, and then lie the other way.
+    return (low | (high << 4)).transpose(1, 2).contiguous().view(count, width // 2)
 
 
 def unblocked(packed: Tensor, block: int) -> Tensor:
