@@ -1,4 +1,4 @@
-"""`python -m benchmarks core|data|seeds|learning|teach|gpu|peers`: what is measured, with ratios taken in one run and their spread."""
+"""`python -m benchmarks core|data|seeds|learning|teach|gpu|peers`: what is measured, with ratios of one run and their spread."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def questions_about(fact: Fact, *, both: bool = False) -> Questions:
         both: the trained phrasings of the other language are learnt, too; `other_language` still asks unseen ones.
     """
     own, other = templates(fact.language), templates(OTHER[fact.language])
-    answer = (fact.description,)
+    answer: tuple[str, ...] = (fact.description,)
     foreign_key, foreign_answers = fact.keyword, answer
     if fact.translation is not None:
         foreign_key, foreign_answers = fact.translation[0], (fact.translation[1], fact.description)
