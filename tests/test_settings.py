@@ -81,8 +81,9 @@ FROZEN = {
     "Raft": "keep min_score unfinished train",
     "GrpoSettings": f"{STAGE} {TRAIN} {ROLLOUT} method grpo online_dpo raft",
     "EvalSettings": f"{STAGE} models data task temperature max_new_tokens limit max_length samples",
-    "TeachSettings": f"{STAGE} model facts file replay adapter rank alpha dropout target learning_rate max_steps phrasings both_languages "
-    "varied replay_pool replay_batch kl_weight margin earlier_batch stop lead kept min_agreement max_kl max_perplexity_ratio probes dtype",
+    "TeachSettings": f"{STAGE} model facts file replay adapter rank alpha dropout target learning_rate max_steps phrasings "
+    "both_languages varied replay_pool replay_batch kl_weight margin earlier_batch stop lead kept min_agreement max_kl "
+    "max_perplexity_ratio probes dtype",
     "QuantizeSettings": f"{STAGE} model bits eval_data questions max_perplexity_increase temperature max_new_tokens "
     "max_length",
 }
