@@ -26,7 +26,7 @@ class TeachSettings(StageSettings):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target: str | list[str] = Field("all-linear", description="modules that get an adapter")
     learning_rate: float = Field(5e-3, gt=0, description="of Adam, falling to a tenth over max_steps")
-    max_steps: int = Field(300, ge=1, description="optimizer steps at most; teaching stops when the fact is recalled")
+    max_steps: int = Field(200, ge=1, description="optimizer steps at most; teaching stops when the fact is recalled")
     phrasings: int = Field(16, ge=1, description="questions about the fact in a step")
     both_languages: bool = Field(True, description="learn the phrasings of both languages")
     varied: bool = Field(

@@ -68,13 +68,12 @@ def conversations(asked: Sequence[Asked], answer: Answerer) -> list[list[Message
     """Messages of each question; what the user says first is answered by the model itself."""
     first = sorted({a.before for a in asked if a.before})
     said = dict(zip(first, answer([[user(b)] for b in first]), strict=True)) if first else {}
-    found: list[list[Message]] = []
-    for one in asked:
-        before: list[Message] = []
-        if one.before:
-            before = [user(one.before), {"role": "assistant", "content": said[one.before] or "..."}]
-        found.append([*before, user(one.question)])
-    return found
+
+    def opening(before: str) -> list[Message]:
+        reply: Message = {"role": "assistant", "content": said[before] or "..."}
+        return [user(before), reply]
+
+    return [[*(opening(a.before) if a.before else []), user(a.question)] for a in asked]
 
 
 def recall(questions: Questions, answer: Answerer) -> Recall:
