@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from danlu.exceptions import ModelError, SettingsError
+from danlu.text import glm_tokenizer
 
 DOCUMENT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -107,6 +108,8 @@ def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:
 
     quiet()
     folder = Path(model)
+    if (folder / glm_tokenizer.FILE).is_file() and not (folder / "tokenizer.json").is_file():
+        return glm_tokenizer.open_glm(folder)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if folder.is_dir() and not any((folder / n).is_file() for n in names):
         return None
