@@ -21,6 +21,8 @@ from danlu.models.own import merge_ranks
 from danlu.models.registry import family_of
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
+from danlu.text.sentencepiece import read_model
+from danlu.text.tokenizer import load_tokenizer
 from danlu.tree import TreeBatch, branches, forest
 
 IDS = BlankIds(masks=(306, 307, 308), sop=309, eop=310, pad=304)
@@ -325,3 +327,25 @@ def test_a_pickle_that_would_execute_something_is_not_opened(
     with pytest.raises(ModelError, match="more than tensors"):
         load(tmp_path)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_the_chinese_tokenizer_has_its_tokens_behind_the_pieces(tmp_path: Path) -> None:
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    lines = ["今天天气很好，我们去公园玩。", "明天会下雨吗？我不知道。", "the quick brown fox", "他说：好的！"] * 8
+    (tmp_path / "text.txt").write_text("\n".join(lines), "utf-8")
+    trainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "cog-pretrain"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    base = len(read_model(tmp_path / "cog-pretrain.model").pieces)
+    tokenizer = load_tokenizer(tmp_path)
+    names = ["<|endoftext|>", "[CLS]", "[MASK]", "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]", "[dBLOCK]"]
+    assert [tokenizer.convert_tokens_to_ids(n) - base for n in names] == [0, 2, 3, 6, 7, 8, 9, 10]
+    ids = tokenizer("今天天气[MASK]好")["input_ids"]
+    assert ids[0] == base + 2 and ids[-1] == base and ids.count(base + 3) == 1
+    assert tokenizer.decode(tokenizer("明天会下雨吗")["input_ids"], skip_special_tokens=True) == "明天会下雨吗"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")("今天")["input_ids"] == tokenizer("今天")["input_ids"]

@@ -9,14 +9,14 @@ from typing import Any
 
 from danlu.exceptions import ModelError
 
-FIRST_FILE, LATER_FILE = "ice_text.model", "tokenizer.model"
+FIRST_FILE, LATER_FILE, GLM_FILE = "ice_text.model", "tokenizer.model", "cog-pretrain.model"
 NAMES = ("ChatGLMTokenizer", "ChatGLM2Tokenizer")
 
 
 def tokenizer_class_of(folder: str | Path) -> Callable[[Path], Any] | None:
     """What opens the tokenizer in a folder, or None: transformers itself.
 
-    ChatGLM's is told by its class in tokenizer_config.json, or by config.json beside its SentencePiece file.
+    GLM's Chinese one is told by its file, ChatGLM's by its class in tokenizer_config.json, or by config.json beside its SentencePiece file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -25,6 +25,10 @@ def tokenizer_class_of(folder: str | Path) -> Callable[[Path], Any] | None:
         from danlu.text.chatglm_tokenizers import open_first
 
         return open_first
+    if (folder / GLM_FILE).is_file() and not (folder / "tokenizer.json").is_file():
+        from danlu.text.glm_tokenizer import open_glm
+
+        return open_glm
     named = _entry(folder / "tokenizer_config.json", "tokenizer_class")
     if named not in NAMES and (named is not None or _entry(folder / "config.json", "model_type") != "chatglm"):
         return None
