@@ -92,6 +92,8 @@ def folder_of(kind: str, where: Path, shared: Path) -> Path | None:
             *map(chr, range(33, 127)),
         ]
         (where / "vocab.txt").write_text("\n".join(pieces) + "\n", "utf-8")
+    if kind.startswith("original:glm"):  # neither do these
+        small.tokenizer().save_pretrained(where)
     return where
 
 
