@@ -146,9 +146,11 @@ class Held:
         left = [i for i, q in enumerate(self.questions) if plain(q.text) not in taken]
         if len(left) == len(self.questions):
             return self
-        parts = (self.questions, self.texts, self.answers.trees.items, self.answers.kept, self.answers.ids)
-        questions, texts, items, kept, ids = ([part[i] for i in left] for part in parts)
-        return Held(questions, texts, Answers(Trees(items), kept, ids))
+        told = self.answers
+        fewer = Answers(
+            Trees([told.trees.items[i] for i in left]), [told.kept[i] for i in left], [told.ids[i] for i in left]
+        )
+        return Held([self.questions[i] for i in left], [self.texts[i] for i in left], fewer)
 
 
 @dataclass
@@ -291,7 +293,7 @@ def _imitate(root: RootModel, answers: Answers, chosen: list[int], compute: Comp
     with compute.autocast():
         loss, metrics = root(tree, "policy", lambda out: language_loss(out, weight))
     loss.backward()
-    return metrics["loss_sum"] / weight
+    return float(metrics["loss_sum"]) / weight
 
 
 def _hold(root: RootModel, replay: Answers, chosen: list[int], pupil: Pupil) -> None:
