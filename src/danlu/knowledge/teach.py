@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,13 +36,6 @@ PATIENCE = 20  # steps without a lower loss, where the loss decides (the noteboo
 LAST_RATE = 0.1  # share of the rate at the last step
 MAX_ANSWER = 96  # tokens of a probe's answer, or twice the fact's if that is more
 EARLIER_PROBED = 3  # phrasings of each earlier fact among the locality probes
-
-
-T = TypeVar("T")
-
-
-def _at(values: Sequence[T], places: Sequence[int]) -> list[T]:
-    return [values[i] for i in places]
 
 
 @dataclass(frozen=True)
@@ -153,9 +146,11 @@ class Held:
         left = [i for i, q in enumerate(self.questions) if plain(q.text) not in taken]
         if len(left) == len(self.questions):
             return self
-        held = self.answers
-        answers = Answers(Trees(_at(held.trees.items, left)), _at(held.kept, left), _at(held.ids, left))
-        return Held(_at(self.questions, left), _at(self.texts, left), answers)
+        told = self.answers
+        fewer = Answers(
+            Trees([told.trees.items[i] for i in left]), [told.kept[i] for i in left], [told.ids[i] for i in left]
+        )
+        return Held([self.questions[i] for i in left], [self.texts[i] for i in left], fewer)
 
 
 @dataclass

@@ -16,7 +16,8 @@ NAMES = ("ChatGLMTokenizer", "ChatGLM2Tokenizer")
 def tokenizer_class_of(folder: str | Path) -> Callable[[Path], Any] | None:
     """What opens the tokenizer in a folder, or None: transformers itself.
 
-    GLM's Chinese one is told by its file, ChatGLM's by its class in tokenizer_config.json, or by config.json beside its SentencePiece file.
+    GLM's Chinese one is told by its file; ChatGLM's by its class in tokenizer_config.json, or by config.json beside its
+    SentencePiece file.
     """
     folder = Path(folder)
     if not folder.is_dir():
