@@ -216,9 +216,7 @@ def test_the_engine_writes_what_generate_writes(kind: str) -> None:
     for n, prompt in enumerate(prompts):
         for beams in (1, 3):
             ids = torch.tensor([prompt])
-            written = net.generate(
-                ids, max_new_tokens=4 + n, do_sample=False, num_beams=beams, pad_token_id=0, eos_token_id=0
-            )
+            written = net.generate(ids, max_new_tokens=4 + n, do_sample=False, num_beams=beams, pad_token_id=0)
             wanted.append(written[0, len(prompt) :].tolist())
     engine = LocalEngine(net, max_slots=7)
     requests = [
