@@ -20,7 +20,7 @@ from danlu.pipeline.recipe import load_recipe
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("name", ["dpo", "gsm8k-grpo"])
+@pytest.mark.parametrize("name", [pytest.param("dpo", marks=pytest.mark.slow), "gsm8k-grpo"])
 def test_the_published_files_go_through(
     name: str, published_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +46,12 @@ def test_the_published_files_go_through(
         assert "Groups of equal scores" in report
 
 
-@pytest.mark.parametrize("name", ["chatllama", "colossalchat", "deepspeed-chat"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("chatllama", marks=SLOW), "colossalchat", pytest.param("deepspeed-chat", marks=SLOW)]
+)
 def test_the_recipes_of_others_go_through(
     name: str, published_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

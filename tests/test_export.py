@@ -39,6 +39,7 @@ def order(out: Path, shape: Any = "hf", **more: Any) -> Order:
     return Order(format=shape, out=out, **values)
 
 
+@pytest.mark.slow
 def test_a_folder_opens_in_plain_transformers(tmp_path: Path) -> None:
     done = export(order(tmp_path / "out", check=True, licence="apache-2.0"))
     gate = done.verdict.gate
@@ -169,6 +170,7 @@ def test_a_type_of_the_other_format_is_wrong_usage(tmp_path: Path, capsys: pytes
     assert "one of bf16, f16, f32" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_check_sees_other_weights(tmp_path: Path) -> None:
     export(order(tmp_path / "out", kind="f32"))
     model = load_model(small.model_folder(tmp_path / "other", seed=1)).eval()

@@ -40,6 +40,7 @@ def overrides(data: Path, heldout: Path) -> list[str]:
     return [x for text in found for x in ("--set", text)]
 
 
+@pytest.mark.slow
 def test_the_published_files_go_through_the_whole_recipe(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

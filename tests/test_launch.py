@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -215,3 +216,11 @@ def test_torchrun_with_a_killed_rank(tmp_path: Path) -> None:
     assert agent.wait(SOON) != 0
     said = log.read_text("utf-8")
     assert "danlu: rank 1 of 2" in said and "this is a bug" not in said
+
+
+def test_a_faulty_row_comes_whole_out_of_another_process() -> None:
+    from danlu.data.problems import RowError
+
+    error = RowError("found x", code="json", hint="write y", file="a.jsonl", line=3, field="text")
+    found = pickle.loads(pickle.dumps(error))
+    assert (str(found), found.code, found.line) == (str(error), "json", 3)

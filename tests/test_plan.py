@@ -27,7 +27,7 @@ from danlu.pipeline.recipe import load_recipe
 from danlu.training.peak import peak_memory_mb, reset_peak_memory
 
 ROW = ["stage", "kind", "parameters", "trained_parameters", "tokens", "tokens_per_parameter", "flops"]
-ROW += ["memory_mb", "seconds", "fits", "parts", "strategies"]
+ROW += ["inference_mb", "tuning_mb", "memory_mb", "seconds", "fits", "parts", "strategies"]
 
 
 @pytest.fixture(autouse=True)

@@ -58,5 +58,14 @@ def test_shapes_that_a_family_cannot_have_are_refused() -> None:
         starter(60, **SHAPE, seed=0, ids=IDS, family="rwkv")
 
 
+@pytest.mark.parametrize("family", ["gpt2", "codegen", "opt"])
+def test_a_text_beyond_the_table_of_positions_is_a_sentence(family: str) -> None:
+    model = starter(60, **SHAPE, seed=0, ids=IDS, family=family)
+    root = RootModel(SeparateModels({"policy": model}, ["policy"]))
+    tree = TreeBatch.of(conversation([3] * 65, [1.0] * 65))
+    with pytest.raises(ModelError, match="65 tokens exceed the 64 positions"):
+        root(tree, "policy", lambda out: language_loss(out, 1.0))
+
+
 def test_every_family_can_be_asked_for() -> None:
     assert {Starter(family=name).family for name in FAMILIES} == set(FAMILIES)

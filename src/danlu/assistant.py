@@ -16,7 +16,7 @@ from danlu.generation.encoder_decoder import EncoderDecoderEngine
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import FinishReason, Request, SamplingParams, TopLogprobs, generate
 from danlu.generation.speculative import drafter_of
-from danlu.models.adapter_files import load_adapted, put_on, read_info, settle
+from danlu.models.adapter_files import load_adapted, put_on, read_info, settle, tokenizer_for
 from danlu.models.load import check_tokenizer, load_model
 from danlu.models.places import adapter_place, is_adapter, resolve, tokenizer_place
 from danlu.models.quantize import bits_of, is_quantized, load_in_bits, load_quantized, quantize_model
@@ -295,7 +295,7 @@ def load(
     adapted = local and is_adapter(name)
     packed = bits in (4, 8) or (not adapted and is_quantized(name))
     chosen = chosen or (torch.bfloat16 if place.type == "cuda" or (packed and _fast_bfloat16()) else torch.float32)
-    tokenizer = load_tokenizer(tokenizer_place(name), local=local)
+    tokenizer = tokenizer_for(name, local=local)
     taught = patches and not adapted and patches_folder(name, local=local).is_dir()
     if adapted:
         model = load_adapted(name, dtype=chosen, dense=bits == 16)

@@ -104,7 +104,7 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             f"{row['seconds'] / 60:,.1f} min",
         )
     people.print(table)
-    shown = [row for row in rows if "inference_mb" in row]
+    shown = [row for row in rows if row["inference_mb"]]
     if shown:
         bits = list(shown[0]["inference_mb"])
         heads = [f"{what}, {b} bits" for what in ("answering", "LoRA") for b in bits]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from danlu.exceptions import DataError
 
@@ -58,6 +59,11 @@ class RowError(DataError):
     ) -> None:
         super().__init__(message, hint=hint, file=file, line=line, field=field)
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it comes whole out of another process."""
+        told: dict[str, Any] = {"hint": self.hint, "file": self.file, "line": self.line, "field": self.field}
+        return functools.partial(RowError, self.message, code=self.code, **told), ()
 
 
 class FaultyRows(DataError):

@@ -26,10 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
-from danlu.models.places import ADAPTER_CONFIG, base_of
+from danlu.models.places import ADAPTER_CONFIG, base_of, tokenizer_place
 from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
+from danlu.text.tokenizer import load_tokenizer
 
 INFO: Final = "danlu_adapter.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -355,3 +356,22 @@ def _inner(module: Any) -> Any:
 def _replace(model: Any, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+def tokenizer_for(name: str, *, local: bool) -> Any | None:
+    """The tokenizer of a model; with an adapter that brings none, that of its base.
+
+    Raises:
+        ModelError: it cannot be read; of an adapter, naming its base.
+    """
+    where = tokenizer_place(name)
+    if where == name:
+        return load_tokenizer(name, local=local)
+    try:
+        return load_tokenizer(where, local=Path(where).is_dir())
+    except ModelError as error:
+        raise ModelError(
+            f"this is an adapter of '{where}', whose tokenizer cannot be read: {error.message}",
+            file=name,
+            hint="put the base where it was, or copy its tokenizer files beside the adapter",
+        ) from error

@@ -90,6 +90,29 @@ def context_of(config: Any) -> int:
     return min(limits)
 
 
+TABLES = ("wpe", "embed_positions", "position_embeddings")
+
+
+def check_table(trunk: Any, longest: int) -> None:
+    """Refuses positions for which a model has no table entry; where they are computed (rotary, ALiBi) nothing is refused.
+
+    Args:
+        longest: positions that are needed.
+
+    Raises:
+        ModelError: with both numbers.
+    """
+    context = context_of(trunk.config)
+    if longest <= context:
+        return
+    names = [*(n for n, _ in trunk.named_modules()), *(n for n, _ in trunk.named_buffers())]
+    if any(name.endswith(TABLES) for name in names):
+        raise ModelError(
+            f"{longest} tokens exceed the {context} positions of this model",
+            hint=f"set max_length to {context} or less",
+        )
+
+
 def check_length(config: Any, longest: int) -> None:
     """Refuses a batch whose longest path would change the rotary positions of all others.
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models import packed_layouts
-from danlu.models.load import load_model
+from danlu.models.load import load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
 from danlu.models.packed_layouts import KEY, Layout, layout_of
 from danlu.models.places import resolve
@@ -106,9 +106,7 @@ def packed_layers(model: Any) -> dict[str, PackedLinear]:
 
 
 def _config_of(folder: str | Path) -> dict[str, Any]:
-    config = Path(folder) / "config.json"
-    found: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    return found
+    return dict(raw_config(str(folder), True)) if (Path(folder) / "config.json").is_file() else {}
 
 
 def is_quantized(folder: str | Path) -> bool:

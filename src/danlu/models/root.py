@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from danlu.exceptions import ModelError
 from danlu.models import attention, lean, padded
 from danlu.models.attention import Carrier, TreePlan
-from danlu.models.families import TESTED, check_length, refuse
+from danlu.models.families import TESTED, check_length, check_table, refuse
 from danlu.models.heads import LogitRule, head_weights, logits_of
 from danlu.models.virtual_root import NAME as PREFIX
 from danlu.models.virtual_root import Prefix, check_room
@@ -114,6 +114,8 @@ def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix:
     check_length(trunk.config, longest + (root.offset if root is not None else 0))
     if root is not None:
         check_room(trunk, longest, root)
+    else:
+        check_table(trunk, longest)
     fast = getattr(trunk, "danlu_fast_path", False)
     plan = TreePlan(tree, role, root)
     carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)

@@ -89,7 +89,10 @@ def starter_config(
     named = FAMILIES[family](hidden_size, layers, heads, kv_heads, context)
     named |= {"vocab_size": vocab_size, "attn_implementation": "eager", **ids}
     if family == "chatglm2":
+        from danlu.models import chatglm2  # registers the family
         from danlu.models.chatglm_config import ChatGLM2Config
+
+        assert chatglm2.FAMILY is not None
 
         return ChatGLM2Config(**named)
     return transformers.AutoConfig.for_model(family, tie_word_embeddings=True, **named)

@@ -132,6 +132,8 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
     if not isinstance(settings, TrainSettings) or shape is None:
         memory = RUNTIME_MB + 100.0 + 4 * parameters / 2**20
         return row | {
+            "inference_mb": {},
+            "tuning_mb": {},
             "memory_mb": memory,
             "seconds": 2.0 + work / (rate * EFFICIENCY),
             "fits": memory <= room,

@@ -203,7 +203,7 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
             )
 
         if kind == "pretrain" and not stage.get("model"):
-            stage["model"] = str(top.get("model") or "")
+            stage["model"] = policy  # it goes on from the policy before it, if there is one
             if not stage["model"] and not stage.get("tokenizer"):
                 if "tokenizer" not in last:
                     need("a tokenizer stage (or a model)")

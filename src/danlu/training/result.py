@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from danlu.models.adapter_files import SCORE, save_adapter
 from danlu.models.load import save_model
-from danlu.models.roles import SCALAR_ROLES, AdapterRoles, SeparateModels
+from danlu.models.prefix import PrefixRoles
+from danlu.models.roles import SCALAR_ROLES, AdapterRoles
 from danlu.models.root import RoleName
 from danlu.training import distributed
 from danlu.training.sharding import whole_on_main
@@ -40,7 +41,7 @@ def save_result(
 
 def is_shared(roles: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether roles are adapters on one base."""
-    return roles is not None and not isinstance(roles, SeparateModels)
+    return isinstance(roles, AdapterRoles | PrefixRoles)
 
 
 def adapter_folder(folder: Path) -> Path:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from danlu.exceptions import ModelError
+from danlu.models.adapter_files import tokenizer_for
 from danlu.models.load import check_vocabulary, is_encoder_decoder, raw_config
-from danlu.models.places import resolve, tokenizer_place
+from danlu.models.places import resolve
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
@@ -28,7 +29,7 @@ def tokenizer_of(model: str, *, stage: str) -> Any:
         raise ModelError("no model is given", hint="--model FOLDER, or `model:` in the recipe")
     # A tokenizer may stand in a folder of its own, without a model.
     name, local = (folder, True) if (Path(folder) / "tokenizer.json").is_file() else resolve(folder)
-    tokenizer = load_tokenizer(tokenizer_place(name), local=local)
+    tokenizer = tokenizer_for(name, local=local)
     if tokenizer is None:
         raise ModelError(
             f"this model folder has no tokenizer files, and {stage} needs text",
