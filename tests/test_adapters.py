@@ -18,7 +18,9 @@ from danlu.exceptions import ModelError
 from danlu.models.adapter_files import load_adapted, read_info
 from danlu.models.adapters import adapter_roles, fingerprint
 from danlu.models.load import load_model, save_model
+from danlu.models.packed import PackedLinear
 from danlu.models.places import resolve
+from danlu.models.quantize import load_in_bits
 from danlu.models.quantized_lora import QuantizedLora
 from danlu.models.root import RootModel
 from danlu.parsing import parse
@@ -174,6 +176,32 @@ def test_the_fingerprint_is_that_of_the_weights_in_any_dtype() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
     assert fingerprint(model) != known
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_a_model_that_is_quantised_while_loading_keeps_its_fingerprint(family: str, tmp_path: Path) -> None:
+    folder = save_model(make(family), None, tmp_path / "model")
+    assert fingerprint(load_in_bits(folder, 4)) == fingerprint(load_model(folder)) != ""
+
+
+def test_adapters_in_few_bits(tmp_path: Path, near: Any) -> None:
+    out = trained(tmp_path / "lora", "lora")
+    other = tiny.model_folder(tmp_path / "other", seed=9)
+    assert assistant.load(tiny.model(), bits=4).with_adapter(out / "adapter")
+    with pytest.raises(ModelError, match="other weights") as found:
+        assistant.load(other, bits=4).with_adapter(out / "adapter")
+    assert str(other) in found.value.message and str(tiny.model().resolve()) in found.value.message
+    for kind in ("lora", "ptuning"):
+        place = out / "adapter" if kind == "lora" else trained(tmp_path / kind, kind) / "adapter"
+        packed = assistant.load(place, bits=4)
+        assert any(isinstance(m, PackedLinear) for m in packed.model.modules())
+        ask = [{"role": "user", "content": "0: which colour has the door?"}]
+        assert packed.generate([ask])[0].ids  # type: ignore[list-item]
+    small = trained(tmp_path / "qlora", "qlora", base_bits=8)
+    with pytest.raises(ModelError, match="base of 8 bits, and 4 are asked for"):
+        assistant.load(small / "adapter", bits=4)
+    dense = assistant.load(small / "adapter", bits=16, dtype="float32").model
+    assert not any(isinstance(m, PackedLinear) for m in dense.modules())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
+from danlu.models.fingerprint import HASH, digest_of, sample
 from danlu.models.nf4 import library, quantize_nf4
 from danlu.models.quantize import quantize_model
 from danlu.models.quantized_layers import is_quantized_layer, quantized_kinds
@@ -302,28 +303,13 @@ def freeze_parts(model: Any, options: Freeze) -> None:
 
 # -- which base ---------------------------------------------------------------------------------------------------------
 
-SAMPLED: Final = 64  # numbers of each tensor
-HASH: Final = "danlu_fingerprint"  # what a quantised model remembers of itself
-
 
 def fingerprint(model: Any) -> str:
     """Of a model's weights: a hash of some numbers of every tensor as bf16, so that the dtype it was loaded in does not matter.
 
-    Of a model that `quantize_base` made small it is that from before; empty for another quantised one, whose weights it cannot see.
+    Of a model that was made small in memory or while loading it is that from before; empty for another quantised one, whose weights
+    it cannot see.
     """
-    import hashlib
-
-    import torch
-
     if any(is_quantized_layer(m) for m in model.modules()):
         return str(getattr(model, HASH, ""))
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.base_model.named_parameters()):  # heads differ from role to role
-        flat = parameter.detach().flatten()
-        if flat.numel() == 0 or flat.is_meta:
-            continue
-        # Evenly spread, and never with a step that a power of two of columns would make the same column of every row.
-        places = torch.arange(SAMPLED, device=flat.device) * flat.numel() // SAMPLED
-        values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
-        digest.update(f"{name}:{tuple(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:32]
+    return digest_of({n: sample(p) for n, p in model.base_model.named_parameters()})  # heads differ from role to role
