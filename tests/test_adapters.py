@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +133,12 @@ def test_a_base_in_nf4(stage: str, bitsandbytes: None, tmp_path: Path, near: Any
     near(logits(packed), logits(dense), 1e-4)
 
 
-def test_nf4_without_bitsandbytes_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_bitsandbytes_is_quiet_where_nobody_asked_for_it(bitsandbytes: None) -> None:
+    done = subprocess.run([sys.executable, "-c", "import danlu, peft"], capture_output=True, text=True, check=True)
+    assert "Failed to load" not in done.stderr
 
+
+def test_nf4_without_bitsandbytes_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     model = make("llama")
     before = fingerprint(model)
