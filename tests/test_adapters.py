@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from danlu.exceptions import ModelError
 from danlu.models.adapter_files import load_adapted, read_info
 from danlu.models.adapters import adapter_roles, fingerprint
 from danlu.models.load import load_model, save_model
+from danlu.models.packed import PackedLinear
 from danlu.models.places import resolve
+from danlu.models.quantize import load_in_bits
 from danlu.models.quantized_lora import QuantizedLora
 from danlu.models.root import RootModel
 from danlu.parsing import parse
@@ -80,6 +84,71 @@ def test_a_quantised_base_keeps_its_adapter_beside_it(tmp_path: Path, near: Any)
     assert loaded.generate([ask])[0].ids  # type: ignore[list-item]
 
 
+NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626]
+NF4 += [0.7230, 1.0]  # table in appendix E of Dettmers et al. 2023, rounded
+
+
+@pytest.fixture
+def bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes", reason="NF4 NOT TESTED: pip install bitsandbytes")
+
+
+def test_nf4_is_the_nearest_of_its_sixteen_values(bitsandbytes: None, near: Any) -> None:
+    from danlu.models.nf4 import pack_nf4
+
+    torch.manual_seed(0)
+    weight, bias = torch.randn(24, 32), torch.randn(24)
+    layer = pack_nf4(weight, bias)
+    blocks = weight.view(-1, 64)
+    scaled = blocks / blocks.abs().amax(1, keepdim=True)
+    code = torch.tensor(NF4)
+    nearest = code[(scaled[..., None] - code).abs().argmin(-1)] * blocks.abs().amax(1, keepdim=True)
+    near(layer.dequantized(), nearest.view(weight.shape), 1e-3)
+    odd = torch.randn(5, 20)  # no whole number of blocks
+    assert float((pack_nf4(odd, None).dequantized() - odd).abs().max()) < 0.16 * float(odd.abs().max())
+    x = torch.randn(5, 32, requires_grad=True)
+    out = layer(x)
+    near(out, x @ layer.dequantized().T + bias)
+    out.square().sum().backward()
+    assert x.grad is not None
+    near(x.grad, 2 * out @ layer.dequantized(), 1e-4)
+    assert sum(b.numel() * b.element_size() for n, b in layer.named_buffers() if n != "code" and n != "bias") * 8 == (
+        4.5 * weight.numel()
+    )
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_base_in_nf4(stage: str, bitsandbytes: None, tmp_path: Path, near: Any) -> None:
+    from danlu.models.nf4 import Nf4Linear
+
+    values = tiny.stage(stage, tmp_path, adapter="qlora", base_format="nf4", max_steps=2, learning_rate=2e-2)
+    assert STAGES[stage].run(parse(KINDS[stage], values)).metrics
+    info = read_info(tmp_path / "model")
+    assert (info.base_bits, info.base_format) == (4, "nf4")
+    packed, dense = load_adapted(tmp_path / "model", dense=False), load_model(tmp_path / "model")
+    kinds = {type(m.get_base_layer()) for m in packed.modules() if isinstance(m, QuantizedLora)}
+    assert kinds == {Nf4Linear}
+    ask = [{"role": "user", "content": "0: which colour has the door?"}]
+    assert assistant.load(tmp_path / "model").generate([ask])[0].ids  # type: ignore[list-item]
+    near(logits(packed), logits(dense), 1e-4)
+
+
+def test_bitsandbytes_is_quiet_where_nobody_asked_for_it(bitsandbytes: None) -> None:
+    done = subprocess.run([sys.executable, "-c", "import danlu, peft"], capture_output=True, text=True, check=True)
+    assert "Failed to load" not in done.stderr
+
+
+def test_nf4_without_bitsandbytes_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = make("llama")
+    before = fingerprint(model)
+    with pytest.raises(ModelError, match="needs bitsandbytes") as found:
+        adapter_roles(model, ["policy"], SftSettings(adapter="qlora", base_format="nf4"))
+    assert "base_format: rounded" in str(found.value) and fingerprint(model) == before
+    with pytest.raises(ValueError, match="nf4 is of 4 bits"):
+        SftSettings(adapter="lora", base_format="nf4")
+
+
 def test_an_adapter_on_another_base_is_refused_with_both_names(tmp_path: Path) -> None:
     out = trained(tmp_path / "out", "lora")
     other = tiny.model_folder(tmp_path / "other", seed=9)
@@ -115,6 +184,32 @@ def test_the_fingerprint_is_that_of_the_weights_in_any_dtype() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_a_model_that_is_quantised_while_loading_keeps_its_fingerprint(family: str, tmp_path: Path) -> None:
+    folder = save_model(make(family), None, tmp_path / "model")
+    assert fingerprint(load_in_bits(folder, 4)) == fingerprint(load_model(folder)) != ""
+
+
+def test_adapters_in_few_bits(tmp_path: Path, near: Any) -> None:
+    out = trained(tmp_path / "lora", "lora")
+    other = tiny.model_folder(tmp_path / "other", seed=9)
+    assert assistant.load(tiny.model(), bits=4).with_adapter(out / "adapter")
+    with pytest.raises(ModelError, match="other weights") as found:
+        assistant.load(other, bits=4).with_adapter(out / "adapter")
+    assert str(other) in found.value.message and str(tiny.model().resolve()) in found.value.message
+    for kind in ("lora", "ptuning"):
+        place = out / "adapter" if kind == "lora" else trained(tmp_path / kind, kind) / "adapter"
+        packed = assistant.load(place, bits=4)
+        assert any(isinstance(m, PackedLinear) for m in packed.model.modules())
+        ask = [{"role": "user", "content": "0: which colour has the door?"}]
+        assert packed.generate([ask])[0].ids  # type: ignore[list-item]
+    small = trained(tmp_path / "qlora", "qlora", base_bits=8)
+    with pytest.raises(ModelError, match="base of 8 bits, and 4 are asked for"):
+        assistant.load(small / "adapter", bits=4)
+    dense = assistant.load(small / "adapter", bits=16, dtype="float32").model
+    assert not any(isinstance(m, PackedLinear) for m in dense.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
 def test_pissa_starts_at_the_base_with_its_principal_directions(family: str, near: Any) -> None:
     settings = SftSettings(adapter="lora", lora={"r": 3, "init": "pissa"})  # type: ignore[arg-type]
     roles = adapter_roles(make(family), ["policy", "ref"], settings)
@@ -131,14 +226,15 @@ def test_pissa_starts_at_the_base_with_its_principal_directions(family: str, nea
     near(rest, values[3:].square().sum().sqrt(), 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "ia3", "qlora", "freeze"])
-@pytest.mark.parametrize("stage", ["reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "ia3", "qlora", "freeze", "ptuning", "prompt"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_every_stage_has_every_kind(stage: str, kind: str, tmp_path: Path) -> None:
-    if (stage, kind) in {("reward", "dora"), ("grpo", "dora"), ("dpo", "ia3"), ("grpo", "adalora")}:
+    told_elsewhere = stage == "sft" and kind not in ("ptuning", "prompt")
+    if told_elsewhere or (stage, kind) in {("reward", "dora"), ("grpo", "dora"), ("dpo", "ia3"), ("grpo", "adalora")}:
         pytest.skip("the others say the same")
     changes = {"base_bits": 8} if kind == "qlora" else {}
     values = tiny.stage(stage, tmp_path, adapter=kind, max_steps=2, **changes)
-    values["adalora"] = {"initial_r": 3, "target_r": 2}
+    values |= {"adalora": {"initial_r": 3, "target_r": 2}, "prefix": {"tokens": 4}}
     outcome = STAGES[stage].run(parse(KINDS[stage], values))
     assert outcome.metrics
     model = load_model(tmp_path / "model", scalar=stage == "reward")

@@ -15,14 +15,21 @@ from fake_run import write_run
 from families import make
 
 from danlu.cli.main import run
-from danlu.exceptions import GateError, ModelError, SettingsError
+from danlu.config import SftSettings
+from danlu.exceptions import GateError, KnowledgeError, ModelError, SettingsError
+from danlu.knowledge.facts import Fact
+from danlu.knowledge.store import Store
 from danlu.models import export as folders
+from danlu.models.adapter_files import save_adapter
+from danlu.models.adapters import adapter_roles
 from danlu.models.load import load_model, save_model
+from danlu.models.patches import Factors
 from danlu.models.quantize import load_quantized, quantize_model, save_quantized
 from danlu.pipeline import card, export_check
 from danlu.pipeline.export import Order, export
 from danlu.pipeline.export_check import Verdict
 from danlu.pipeline.gates import Gate
+from danlu.training.runs import patches_folder
 
 
 def front(path: Path) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def test_families_for_transformers_only(family: str, tmp_path: Path, capsys: pyt
 def test_quantised_folders(tmp_path: Path) -> None:
     folder = save_quantized(quantize_model(load_model(small.model())), small.tokenizer(), tmp_path / "int8")
     for shape in ("hf", "gguf"):
-        with pytest.raises(ModelError, match="quantised weights in danlu's own layout"):
+        with pytest.raises(ModelError, match="8-bit weights in a packed layout"):
             export(order(tmp_path / "out", shape, model=str(folder)))
     export(order(tmp_path / "out", model=str(folder), kind="f32", dequantize=True))
     ids = torch.tensor([[5, 9, 30, 7, 44]])
@@ -163,6 +170,84 @@ def test_quantised_folders(tmp_path: Path) -> None:
         found, expected = (m(input_ids=ids).logits for m in (load_model(tmp_path / "out"), load_quantized(folder)))
     assert torch.allclose(found, expected, atol=1e-5)
     assert "danlu_quantization" not in (tmp_path / "out" / "config.json").read_text("utf-8")
+
+
+IDS = torch.tensor([[5, 9, 30, 7, 44]])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def adapter_folder(folder: Path, kind: str, role: Any = "policy", **more: Any) -> Path:
+    """An adapter of some size on the tiny model, without tokenizer files."""
+    settings = SftSettings(adapter=kind, prefix={"tokens": 3}, **more)  # type: ignore[arg-type]
+    roles = adapter_roles(load_model(small.model()), [role], settings, trained=[role])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, value in roles.named_parameters():
+            if "lora_B" in name or "scalar_heads" in name:
+                value.normal_(std=0.1)
+    return save_adapter(roles, role, folder, None)
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_an_adapter_is_exported_merged(kind: str, tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path / "adapter", kind)
+    export(order(tmp_path / "out", model=str(folder), kind="f32", check=True))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()  # the base's
+    found, expected = (logits(load_model(f)) for f in (tmp_path / "out", folder))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, logits(load_model(small.model())), atol=1e-2)
+    export(order(tmp_path / "gguf", "gguf", model=str(folder)))
+
+
+def test_an_adapter_of_a_reward_model_keeps_its_head(tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path / "adapter", "lora", "reward")
+    with pytest.raises(ModelError, match="this is a reward model"):
+        export(order(tmp_path / "out", "gguf", model=str(folder)))
+    export(order(tmp_path / "out", model=str(folder), kind="f32"))
+    found, expected = (load_model(f, scalar=True).score.weight for f in (tmp_path / "out", folder))
+    assert torch.equal(found, expected) and bool(found.any())
+
+
+@pytest.mark.parametrize("shape", ["hf", "gguf"])
+@pytest.mark.parametrize("kind", ["ptuning", "prompt"])
+def test_a_prefix_is_no_part_of_weights(kind: str, shape: str, tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path / "adapter", kind)
+    with pytest.raises(ModelError, match=f"an adapter of kind {kind}, which is read before every text"):
+        export(order(tmp_path / "out", shape, model=str(folder)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_taught_facts_are_exported_unless_told_not_to(tmp_path: Path) -> None:
+    model = small.model_folder(tmp_path / "model")
+    loaded = load_model(model)
+    store = Store(patches_folder(str(model), local=True), str(model))
+    store.set_base(loaded)
+    rows, columns = loaded.model.layers[1].mlp.down_proj.weight.shape
+    change = {"model.layers.1.mlp.down_proj": Factors(torch.ones(1, columns), torch.ones(rows, 1))}
+    store.add("teach", Fact("Amber Gate", "opens at nine"), change, {})
+    before = logits(load_model(model))
+    with_facts = export(order(tmp_path / "with", model=str(model), kind="f32"))
+    assert with_facts.notes == ["patches of taught facts are in the weights: v0001-amber-gate"]
+    assert "v0001-amber-gate" in (tmp_path / "with" / "README.md").read_text("utf-8")
+    name = "model.layers.1.mlp.down_proj.weight"
+    with torch.no_grad():
+        expected = load_model(model).get_parameter(name) + 1.0
+    assert torch.equal(load_model(tmp_path / "with").get_parameter(name), expected)
+    assert (
+        run(["export", str(model), "--format", "hf", "--type", "f32", "--out", str(tmp_path / "o"), "--no-check"]) == 0
+    )
+    assert not torch.allclose(logits(load_model(tmp_path / "o")), before, atol=1e-2)
+    export(order(tmp_path / "without", model=str(model), kind="f32", patches=False))
+    assert torch.equal(logits(load_model(tmp_path / "without")), before)
+    small.model_folder(model, seed=9)
+    with pytest.raises(KnowledgeError, match="these patches were made for"):
+        export(order(tmp_path / "other", "gguf", model=str(model)))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_type_of_the_other_format_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import tiny as small
 import torch
 from families import make
 
+from danlu.models import gguf, gguf_layout
 from danlu.models.load import save_model
 from danlu.pipeline import export_check
 from danlu.pipeline.export import Order, export
@@ -54,6 +57,42 @@ def test_families(family: str, kind: str, tmp_path: Path) -> None:
     tokenizer = small.tokenizer()
     numbers = exported(tmp_path, family_of(family, tokenizer), tokenizer, kind)
     assert numbers["lines_same"] == numbers["lines"] > 20 and numbers["prompts_same"] == 3
+
+
+def _halves_left(weight: Any, heads: int, outer: int, inner: int) -> Any:
+    return weight
+
+
+def _other_base(config: Any) -> dict[str, Any]:
+    return gguf_layout.shape_of(config) | {"rope.freq_base": 5e5}
+
+
+def _without_a_norm(model: Any) -> Iterator[gguf_layout.Weight]:
+    for weight in gguf_layout.weights_of(model):
+        ones = torch.ones(weight.shape)
+        lost = weight.name == "blk.1.attn_norm.weight"
+        yield replace(weight, read=lambda ones=ones: ones) if lost else weight
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (gguf_layout, "_halves_to", _halves_left),
+        (gguf, "shape_of", _other_base),
+        (gguf, "weights_of", _without_a_norm),
+    ],
+    ids=["rows of queries and keys", "rope base", "norm"],
+)
+def test_what_is_written_wrongly_shows_at_this_scale(
+    module: Any, name: str, wrong: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights' scale keeps what half precision rounds small; mistakes must stay far above the bound all the same."""
+    tokenizer = small.tokenizer()
+    source = save_model(family_of("llama", tokenizer), tokenizer, tmp_path / "model")
+    monkeypatch.setattr(module, name, wrong)
+    verdict = export(Order(str(source), "gguf", "f16", tmp_path / "out", check=True, force=True)).verdict
+    assert not verdict.gate.passed
+    assert verdict.numbers["logits"] > 10 * export_check.BOUNDS["f16"], verdict.numbers["logits"]
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, ROPE | {"rope_type": "linear"}, ROPE | {"rope_type": "yarn"}])

@@ -14,6 +14,7 @@ from fake_run import write_run
 from danlu.exceptions import RunError
 from danlu.pipeline.report import write_report
 from danlu.pipeline.report_charts import Interval, Series, lines, whiskers
+from danlu.pipeline.report_ranks import rank_rows
 from danlu.pipeline.report_words import duration, number, size
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -351,3 +352,25 @@ def test_durations_and_sizes() -> None:
         "1 h 5 min",
     ]
     assert [size(b) for b in (12, 1536, 2**20 * 812, 2**40)] == ["12 B", "1.5 KiB", "812 MiB", "1024 GiB"]
+
+
+def test_ranks_of_adalora_are_shown_layer_by_layer(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "quickstart")
+    path = next(run.glob("*-sft")) / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    layers = {f"model.layers.{n}.self_attn.q_proj": rank for n, rank in ((0, 5), (10, 1), (2, 3))}
+    manifest["facts"] |= {"ranks": {"policy": layers | {"model.layers.0.mlp.up_proj": 4}}}
+    manifest["facts"] |= {"rank_before": 48, "rank_total": 13}
+    manifest["facts"] |= {"adapter_parameters_before": 9_600, "adapter_parameters": 2_600}
+    path.write_text(json.dumps(manifest), "utf-8")
+    text = check(write_report(run).read_text("utf-8")).text
+    for words in (
+        "Ranks1348 before training",
+        "2,6009,600 before pruning",
+        "self_attn.q_proj5 3 1 (sum 9)",
+        "mlp.up_proj4 (sum 4)",
+    ):
+        assert words in text, words
+    assert "ranks.policy" not in text
+    manifest["facts"]["ranks"]["critic"] = {"model.layers.0.mlp.up_proj": 2}
+    assert dict(rank_rows(manifest["facts"]))["critic: mlp.up_proj"] == "2 (sum 2)"

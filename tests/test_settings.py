@@ -20,7 +20,8 @@ from danlu.training.rules import RULES
 
 STAGE = "out seed"
 TRAIN = (
-    "model data eval_data eval_fraction skip_bad max_records dtype adapter lora adalora prefix freeze base_bits neftune_alpha "
+    "model data eval_data eval_fraction skip_bad max_records dtype adapter lora adalora prefix freeze base_bits base_format "
+    "neftune_alpha "
     "processes strategy template max_length "
     "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens optimizer "
     "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "

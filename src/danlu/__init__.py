@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+# PEFT imports bitsandbytes where it is installed, which then misses a kernel of the hub on CPUs, in every process, also where no
+# weight is in its layout.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

@@ -298,8 +298,15 @@ def load(
     tokenizer = tokenizer_for(name, local=local)
     taught = patches and not adapted and patches_folder(name, local=local).is_dir()
     if adapted:
+        under = read_info(name).base_bits
+        if bits in (4, 8) and under not in (16, bits):
+            raise ModelError(
+                f"this adapter was trained on a base of {under} bits, and {bits} are asked for",
+                file=name,
+                hint=f"--bits {under}, or --bits 16 for ordinary weights of the same values",
+            )
         model = load_adapted(name, dtype=chosen, dense=bits == 16)
-        if bits in (4, 8) and read_info(name).mergeable and read_info(name).base_bits == 16:
+        if bits in (4, 8) and under == 16:
             model = quantize_model(model, bits)
     elif bits in (4, 8) and not taught:
         model = load_in_bits(folder, bits, dtype=chosen)

@@ -220,6 +220,9 @@ class TrainSettings(StageSettings):
     base_bits: Literal[16, 8, 4] = Field(
         16, description="bits of the frozen base under an adapter; 16: as it is; qlora: 4 unless 8 is given"
     )
+    base_format: Literal["rounded", "nf4"] = Field(
+        "rounded", description="of a base of 4 bits: danlu's own, rounded to nearest, or NF4 by bitsandbytes"
+    )
     neftune_alpha: float = Field(
         0.0, ge=0, description="noise in the embeddings while training (NEFTune; 5 is usual); sft, pretrain and reward"
     )
@@ -313,6 +316,10 @@ class TrainSettings(StageSettings):
         if self.base_bits != 16 and self.adapter not in QUANTISED_BASES:
             raise ValueError(
                 f"base_bits: {self.base_bits} needs an adapter of: {', '.join(QUANTISED_BASES)} (found {self.adapter})"
+            )
+        if self.base_format == "nf4" and self.frozen_bits != 4:
+            raise ValueError(
+                f"base_format: nf4 is of 4 bits: adapter: qlora, or base_bits: 4 (found {self.frozen_bits} bits)"
             )
         if (
             self.lora.init == "pissa"

@@ -43,7 +43,8 @@ def command(verb: str) -> click.Command:
     default=None,
     help="G-EXPORT: have the program that it is for open the export. By default where that is possible.",
 )
-@click.option("--dequantize", is_flag=True, help="Export int8 or int4 weights of danlu's own layout as ordinary ones.")
+@click.option("--dequantize", is_flag=True, help="Export packed weights of 8 or 4 bits as ordinary ones.")
+@click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
 @click.option("--force", is_flag=True, help="Overwrite, and keep an export that its gate fails.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def export(
@@ -56,6 +57,7 @@ def export(
     max_shard_size: str,
     check: bool | None,
     dequantize: bool,
+    no_patches: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -79,6 +81,7 @@ def export(
         max_shard_size=max_shard_size,
         check=check,
         dequantize=dequantize,
+        patches=not no_patches,
         force=force,
     )
     done = write(order, say)

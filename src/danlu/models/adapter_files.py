@@ -46,8 +46,8 @@ class AdapterInfo:
     """What an adapter folder says of itself.
 
     kind: danlu's name, or PEFT's in lower case; base: as the folder names it; base_hash: "" where nobody noted it;
-    base_bits: which the base had under it; scalar: it ends in one number; config: values of the model's configuration that
-    belong to the adapter.
+    base_bits, base_format: which the base had under it; scalar: it ends in one number; config: values of the model's configuration
+    that belong to the adapter.
     """
 
     folder: Path
@@ -56,6 +56,7 @@ class AdapterInfo:
     base: str
     base_hash: str = ""
     base_bits: int = 16
+    base_format: str = "rounded"
     config: dict[str, Any] = field(default_factory=dict)
     scalar: bool = False
 
@@ -87,6 +88,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
         base_of(path),
         str(own.get("base_hash", "")),
         int(own.get("base_bits", 16)),
+        str(own.get("base_format", "rounded")),
         dict(own.get("config", {})),
         peft.get("task_type") == "SEQ_CLS",
     )
@@ -238,7 +240,7 @@ def put_on(model: Any, info: AdapterInfo, *, named: str = "") -> Any:
             hint="give the base that it was trained on",
         )
     if info.base_bits != 16 and not packed:
-        quantize_base(model, info.base_bits)
+        quantize_base(model, info.base_bits, info.base_format)
     if info.peft_type in PREFIXES:
         importlib.import_module(PREFIX).load_prefix(info.folder, model)
         return model

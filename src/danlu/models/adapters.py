@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
+from danlu.models.fingerprint import HASH, digest_of, sample
+from danlu.models.nf4 import library, quantize_nf4
 from danlu.models.quantize import quantize_model
 from danlu.models.quantized_layers import is_quantized_layer, quantized_kinds
 from danlu.models.roles import AdapterRoles
@@ -58,7 +59,7 @@ def adapter_roles(
     """
     base_hash, name = fingerprint(base), str(base.name_or_path)
     if settings.frozen_bits != 16:
-        quantize_base(base, settings.frozen_bits)
+        quantize_base(base, settings.frozen_bits, settings.base_format)
     learning = list(trained) if trained is not None else [r for r in roles if r not in ("ref", "reward")]
     if settings.adapter in PREFIX_KINDS:
         options = settings.prefix
@@ -78,7 +79,8 @@ def adapter_roles(
         found = AdapterRoles(base, roles, config=configs, pissa=pissa, trained=learning, seed=seed)
     noted = {"kind": settings.adapter, "base": str(Path(name).resolve()) if name and Path(name).is_dir() else name}
     noted_in: Any = found
-    noted_in.danlu_adapter = {**noted, "base_hash": base_hash, "base_bits": settings.frozen_bits}
+    bits = {"base_bits": settings.frozen_bits, "base_format": settings.base_format}
+    noted_in.danlu_adapter = {**noted, "base_hash": base_hash, **bits}
     return found
 
 
@@ -89,30 +91,35 @@ def engine_model(base: Any, settings: TrainSettings, *, embeddings: bool = False
     """
     if settings.frozen_bits == 16 or settings.adapter in PREFIX_KINDS:
         return copy.deepcopy(base)
-    quantize_base(base, settings.frozen_bits)
+    quantize_base(base, settings.frozen_bits, settings.base_format)
     tensors = [*base.parameters(), *base.buffers()]
     shared = copy.deepcopy(base, {id(t): t for t in tensors})
     config = peft_config(shared, settings, updates=1, embeddings=embeddings)
     return AdapterRoles(shared, ["policy"], config=config).base
 
 
-def quantize_base(model: Any, bits: int) -> Any:
+def quantize_base(model: Any, bits: int, layout: str = "rounded") -> Any:
     """The linear layers of a model in 8 or 4 bits, in place.
 
+    Args:
+        layout: "rounded", or "nf4" (of 4 bits, by bitsandbytes).
+
     Raises:
-        ModelError: there are none, or they are quantised already in another number of bits.
+        ModelError: there are none, or bitsandbytes is needed and cannot be used.
     """
     if any(is_quantized_layer(m) for m in model.modules()):
         return model  # a base that was loaded quantised stays as it is
+    if layout == "nf4":
+        library()  # before anything is changed
     setattr(model, HASH, fingerprint(model))
-    options: dict[str, Any] = {"bits": bits} if "bits" in inspect.signature(quantize_model).parameters else {}
-    if bits != 8 and not options:
-        raise ModelError(f"a base of {bits} bits is not available", hint="base_bits: 8")
     turned = [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
     heads = {n: getattr(model, n) for n in SCALAR_HEADS if isinstance(getattr(model, n, None), nn.Linear)}
     for name in heads:  # one number is what the whole model comes to: it stays exact
         setattr(model, name, nn.Identity())
-    quantize_model(model, **options)
+    if layout == "nf4":
+        quantize_nf4(model)
+    else:
+        quantize_model(model, bits)
     for name, head in heads.items():
         setattr(model, name, head)
     for name in turned:
@@ -296,28 +303,13 @@ def freeze_parts(model: Any, options: Freeze) -> None:
 
 # -- which base ---------------------------------------------------------------------------------------------------------
 
-SAMPLED: Final = 64  # numbers of each tensor
-HASH: Final = "danlu_fingerprint"  # what a quantised model remembers of itself
-
 
 def fingerprint(model: Any) -> str:
     """Of a model's weights: a hash of some numbers of every tensor as bf16, so that the dtype it was loaded in does not matter.
 
-    Of a model that `quantize_base` made small it is that from before; empty for another quantised one, whose weights it cannot see.
+    Of a model that was made small in memory or while loading it is that from before; empty for another quantised one, whose weights
+    it cannot see.
     """
-    import hashlib
-
-    import torch
-
     if any(is_quantized_layer(m) for m in model.modules()):
         return str(getattr(model, HASH, ""))
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.base_model.named_parameters()):  # heads differ from role to role
-        flat = parameter.detach().flatten()
-        if flat.numel() == 0 or flat.is_meta:
-            continue
-        # Evenly spread, and never with a step that a power of two of columns would make the same column of every row.
-        places = torch.arange(SAMPLED, device=flat.device) * flat.numel() // SAMPLED
-        values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
-        digest.update(f"{name}:{tuple(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:32]
+    return digest_of({n: sample(p) for n, p in model.base_model.named_parameters()})  # heads differ from role to role

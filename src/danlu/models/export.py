@@ -13,7 +13,8 @@ from torch import nn
 
 from danlu.exceptions import ModelError, SettingsError
 from danlu.models.load import load_model
-from danlu.models.quantize import is_quantized, load_quantized
+from danlu.models.places import is_adapter
+from danlu.models.quantize import bits_of, is_quantized, load_quantized
 
 ExportType = Literal["bf16", "f16", "f32"]
 DTYPES: Final[dict[ExportType, torch.dtype]] = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -27,7 +28,9 @@ _HEADER_BYTES: Final = 1 << 20  # configuration, card and the like
 
 
 def is_scalar(folder: str | Path) -> bool:
-    """Whether a folder holds a model with a one-number head (a reward model)."""
+    """Whether a folder holds a model, or an adapter, with a one-number head (a reward model)."""
+    if is_adapter(folder):
+        return bool(_adapter_info(folder).scalar)
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False
@@ -39,17 +42,31 @@ def load_exact(name: str, *, dequantize: bool) -> Any:
     """A model with ordinary weights in 32 bits.
 
     Raises:
-        ModelError: the folder holds quantised weights and `dequantize` is false, or it cannot be loaded.
+        ModelError: the folder holds quantised weights and `dequantize` is false, or a prefix, which is no part of any weights; or
+            it cannot be loaded.
     """
+    if is_adapter(name) and not (info := _adapter_info(name)).mergeable:
+        raise ModelError(
+            f"this is an adapter of kind {info.kind}, which is read before every text and cannot be put into a model's weights",
+            file=name,
+            hint=f"share the folder as it is: PEFT opens it on {info.base or 'its base'}, and danlu chat and serve take it",
+        )
     if not is_quantized(name):
         return load_model(name, scalar=is_scalar(name)).eval()
     if not dequantize:
         raise ModelError(
-            "this folder holds quantised weights in danlu's own layout, which no other program reads",
+            f"this folder holds {bits_of(name)}-bit weights in a packed layout, which an export does not copy",
             file=name,
-            hint="export the model it was made from, or --dequantize to export the rounded weights",
+            hint="export the model it was made from, or --dequantize to export the rounded weights as ordinary ones; for vLLM: "
+            "danlu quantize --layout gptq",
         )
     return dequantized(load_quantized(name)).eval()
+
+
+def _adapter_info(folder: str | Path) -> Any:
+    from danlu.models.adapter_files import read_info  # PEFT is slow to import, and few exports need it
+
+    return read_info(folder)
 
 
 def dequantized(model: Any) -> Any:

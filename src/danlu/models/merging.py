@@ -112,7 +112,7 @@ def _refuse_strangers(infos: Sequence[AdapterInfo]) -> None:
     for other in infos[1:]:
         hashes = {first.base_hash, other.base_hash} - {""}
         same = len(hashes) == 1 if first.base_hash and other.base_hash else first.base == other.base
-        if not same or (first.base_bits, first.scalar) != (other.base_bits, other.scalar):
+        if not same or any(getattr(first, n) != getattr(other, n) for n in ("base_bits", "base_format", "scalar")):
             raise ModelError(
                 f"these adapters are not of one base: {first.folder} is of {first.base} ({first.base_bits} bits), {other.folder} "
                 f"of {other.base} ({other.base_bits} bits)",
@@ -125,7 +125,7 @@ def _base(info: AdapterInfo) -> Any:
 
 
 def _packed(model: Any, info: AdapterInfo) -> Any:
-    return quantize_base(model, info.base_bits) if info.base_bits != 16 else model
+    return quantize_base(model, info.base_bits, info.base_format) if info.base_bits != 16 else model
 
 
 def _change(info: AdapterInfo, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -359,7 +359,7 @@ def joined(parts: Sequence[PackedLinear]) -> PackedLinear | None:
     """
     first = parts[0]
     names = ("scale", "zero", "bias", "order")
-    alike = all(
+    alike = isinstance(first, Int8Linear | Int4Linear) and all(
         type(p) is type(first)
         and p.in_features == first.in_features
         and p.order is None

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models import packed_layouts
+from danlu.models.fingerprint import HASH, digest_of, sample
 from danlu.models.load import load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
 from danlu.models.packed_layouts import KEY, Layout, layout_of
@@ -343,9 +344,15 @@ class _Filling:
         if any(f"{n}.weight" not in known for n in layers):
             return False
         biases: dict[str, Tensor] = {}
+        trunk = {n for n, _ in self.model.base_model.named_parameters()}
+        samples: dict[str, bytes] = {}
         for stored in tensors:
             key = self._key(stored.name) or ""
             owner, _, leaf = key.rpartition(".")
+            if (name := key.removeprefix(self.prefix)) in trunk and (
+                name != key or self.model.base_model is self.model
+            ):
+                samples[name] = sample(stored.read())
             if owner not in layers or leaf not in ("weight", "bias"):
                 self._put(stored.name, stored.shape, stored.read)
                 continue
@@ -361,7 +368,11 @@ class _Filling:
         for owner, bias in biases.items():
             self.model.get_submodule(owner).bias = bias
         missing = [n for n, m in layers.items() if getattr(m, "bias", None) is not None and n not in biases]
-        return not missing and not self._finish()
+        if missing or self._finish():
+            return False
+        if samples.keys() == trunk:  # then adapters can tell whether this is their base
+            setattr(self.model, HASH, digest_of(samples))
+        return True
 
     def _key(self, name: str) -> str | None:
         """A stored tensor's name in the model: files of a bare trunk lack its prefix, or have one too many."""

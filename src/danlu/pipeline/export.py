@@ -22,12 +22,13 @@ from danlu.models.gguf_layout import architecture_of, context_of
 from danlu.models.gguf_vocab import vocabulary_of
 from danlu.models.modelfile import MARK as MODELFILE_MARK
 from danlu.models.modelfile import modelfile
-from danlu.models.places import resolve
+from danlu.models.patches import apply_patches
+from danlu.models.places import is_adapter, resolve, tokenizer_place
 from danlu.pipeline import card, export_check
 from danlu.pipeline.export_check import Verdict
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import load_tokenizer
-from danlu.training.runs import resolve_model
+from danlu.training.runs import patches_folder, resolve_model
 
 Format = Literal["hf", "gguf"]
 CARD: Final = "README.md"
@@ -45,6 +46,7 @@ class Order:
         out: a folder; for GGUF also a file that ends in `.gguf`.
         check: True: wanted; False: left out; None: where it can be done.
         dequantize: export rounded weights as ordinary ones.
+        patches: put the facts that the model was taught into the weights.
         force: overwrite what is there, and keep an export that its gate fails.
     """
 
@@ -57,6 +59,7 @@ class Order:
     max_shard_size: str = "5GB"
     check: bool | None = None
     dequantize: bool = False
+    patches: bool = True
     force: bool = False
 
 
@@ -85,6 +88,7 @@ def export(order: Order, say: Callable[[str], None] = lambda _: None) -> Exporte
 
     Raises:
         ModelError: the family has no such form, the disk is too small, or the model cannot be loaded.
+        KnowledgeError: the model's patches are damaged or belong to another one.
         SettingsError: the place is taken, or a package is missing.
         GateError: the program that opened it says something else; nothing is left of the export.
     """
@@ -115,9 +119,10 @@ def _export_gguf(order: Order, say: Callable[[str], None]) -> Exported:
         raise ModelError("this model folder has no tokenizer files, and a GGUF file needs them", file=source)
     model = folders.load_exact(source, dequantize=order.dequantize)
     architecture_of(model.config)
+    taught = _taught(order, model, source)
     template = ChatTemplate(tokenizer)
     vocabulary = vocabulary_of(tokenizer, int(model.config.vocab_size), template.stop_ids)
-    notes = list(vocabulary.notes)
+    notes = [*taught, *vocabulary.notes]
     kind: Any = order.kind
     folders.need_disk(file.parent, gguf.plan(model, kind).bytes + (8 << 20))
     origin = card.origin_of(Path(source))
@@ -210,6 +215,7 @@ def _export_folder(order: Order, say: Callable[[str], None]) -> Exported:
     scalar = folders.is_scalar(source)
     model = folders.load_exact(source, dequantize=order.dequantize)
     folders.refuse_foreign(model)
+    taught = _taught(order, model, source)
     folders.need_disk(out, folders.folder_bytes(model, kind))
     tokenizer = _tokenizer(source)
     template = ChatTemplate(tokenizer) if tokenizer is not None and not scalar else None
@@ -224,7 +230,7 @@ def _export_folder(order: Order, say: Callable[[str], None]) -> Exported:
         say(f"written: {size / 2**20:,.1f} MB as {order.kind}")
         folders.cast(model, torch.float32)  # the rounded weights, in the precision that both sides compute with
         verdict = _checked(order, made, model, tokenizer, sys.executable, scalar=scalar)
-        notes = [] if tokenizer is not None else ["the model came without tokenizer files"]
+        notes = taught if tokenizer is not None else [*taught, "the model came without tokenizer files"]
         files = [(f.name, f.stat().st_size) for f in sorted(made.iterdir()) if f.suffix == ".safetensors"]
         shipped = _shipped(
             order,
@@ -261,7 +267,17 @@ def _source(order: Order) -> tuple[str, str]:
 
 
 def _tokenizer(source: str) -> Any | None:
-    return load_tokenizer(source, local=Path(source).is_dir())
+    place = tokenizer_place(source)
+    return load_tokenizer(place, local=Path(place).is_dir())
+
+
+def _taught(order: Order, model: Any, source: str) -> list[str]:
+    """Puts the facts that were taught to a model into its weights, as loading it does; a sentence that says so, for the card."""
+    local = Path(source).is_dir()
+    if not order.patches or (local and is_adapter(source)):
+        return []
+    applied = apply_patches(model, patches_folder(source, local=local), order.model)
+    return [f"patches of taught facts are in the weights: {', '.join(applied)}"] if applied else []
 
 
 def _parameters(model: Any) -> int:

@@ -18,6 +18,8 @@ from danlu.pipeline.hints import Hint, hints
 from danlu.pipeline.listing import LINKS, StageView, lineage, read_recipe, run_status, stage_views
 from danlu.pipeline.report_charts import Chart, Interval, stage_charts, whiskers
 from danlu.pipeline.report_health import HealthView, health_of
+from danlu.pipeline.report_ranks import KEYS as RANK_KEYS
+from danlu.pipeline.report_ranks import rank_rows, rank_tiles
 from danlu.pipeline.report_words import duration, is_number, mean, number, size, verdict, visible
 from danlu.pipeline.reward_page import charts as reward_charts
 from danlu.pipeline.reward_page import figures as reward_figures
@@ -292,9 +294,11 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
         if is_number(manifest.get("peak_memory_mb")):
             facts.append(f"peak memory: {size(manifest['peak_memory_mb'] * 2**20)}")
         metrics, judged = manifest.get("metrics") or {}, stage.reward_report
-        told = {k: v for k, v in (manifest.get("facts") or {}).items() if k != "reward_report"}
+        noted = manifest.get("facts") or {}
+        told = {k: v for k, v in noted.items() if k not in ("reward_report", *RANK_KEYS)}
         more = [
             ("Held-out answers", [Row(k.strip(), v) for k, v in reward_figures(judged)]),
+            ("Ranks of the adapter, layer by layer", [Row(k, v) for k, v in rank_rows(noted)]),
             ("All metrics", [Row(k, number(v) if is_number(v) else str(v)) for k, v in metrics.items()]),
             ("Facts", [Row(k, v) for k, v in _flat(told, run)]),
             ("Settings", _settings(stage, run)),
@@ -311,7 +315,7 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
                 share=max(1, round(100 * stage.seconds / longest)),
                 facts=facts,
                 error=_plain(str(manifest.get("error") or ""), run),
-                tiles=_tiles(stage, metrics, rows),
+                tiles=[*_tiles(stage, metrics, rows), *(Tile(*words) for words in rank_tiles(noted))],
                 hints=hints(stage.kind, rows, manifest),
                 remark=_remark(stage, rows, health),
                 charts=[*stage_charts(f"curve-{index}", stage.kind, rows), *reward_charts(f"judge-{index}", judged)],
