@@ -21,6 +21,7 @@ from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.models import chatglm, chatglm2
 from danlu.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from danlu.models.load import load_model, save_model
+from danlu.models.prefix import PrefixEncoder, PrefixRoles, attach
 from danlu.models.recompute import recompute_layers
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel, prepare
@@ -292,6 +293,80 @@ def test_packed_weights_take_no_plan_of_positions_without_two_rows() -> None:
 def test_a_quantised_model_is_prepared_for_trees() -> None:
     net = prepare(make("later").quantize(4))
     assert net.base_model.danlu_fast_path
+
+
+# -- P-Tuning -----------------------------------------------------------------------------------------------------------
+
+
+def carrying(own: Any, kind: str) -> Any:
+    """A model without a prefix that is given the one of another model, as danlu's adapters are."""
+    model, config = make(kind), own.config
+    model.load_state_dict(own.state_dict(), strict=False)
+    heads = getattr(config, "key_value_heads", config.num_attention_heads)
+    width = getattr(config, "kv_channels", config.hidden_size // config.num_attention_heads)
+    state = own.base_model.prefix_encoder.state_dict()
+    encoder = PrefixEncoder.from_chatglm(state, layers=config.num_layers, kv_heads=heads, head_dim=width)
+    return attach(prepare(model), encoder)
+
+
+@pytest.mark.parametrize("kind", ["first", "later"])
+def test_an_adapter_reads_as_the_prefix_of_the_original(kind: str, near: Near) -> None:
+    """On trees, in the engine, and on trees once more: an engine leaves nothing behind in the model."""
+    own = make(f"{kind} with a prefix")
+    own.generation_config.eos_token_id = None
+    model, index = carrying(own, kind), torch.arange(TREE.tokens)
+    model.generation_config.eos_token_id = None
+    root = RootModel(SeparateModels({"policy": model}, trained=[]))
+    with torch.no_grad():
+        expected = rows(own)[0]
+        plain = rows(make(kind))[0]
+        near(root(TREE, "policy", lambda out: out.logits(index)), expected, 1e-4)
+        assert (expected - plain).abs().max() > 1e-2
+    prompts = [asked(20 + n, 3 + 4 * n % 11) for n in range(3)]
+    requests = [Request(p, SamplingParams(max_new_tokens=5, temperature=0.0)) for p in prompts]
+    for prompt, found in zip(prompts, generate(LocalEngine(model), requests), strict=True):
+        written = own.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert list(found.ids) == written[0, len(prompt) :].tolist()
+    with torch.no_grad():
+        near(root(TREE, "policy", lambda out: out.logits(index)), expected, 1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["ptuning", "prompt"])
+@pytest.mark.parametrize("kind", ["first", "first in one dimension", "later"])
+def test_a_learnt_prefix_answers_in_the_engine(kind: str, prefix: Any, near: Near) -> None:
+    """It lowers the loss, and an engine that is told of it writes what the trees find likeliest."""
+    model = make(kind)
+    model.generation_config.eos_token_id = None
+    engine = LocalEngine(model)
+    roles = PrefixRoles(model, ["policy"], tokens=3, kind=prefix, seed=1)
+    assert roles.encoder("policy").shift is False
+    root = RootModel(roles)
+    optimiser = torch.optim.Adam(roles.encoder("policy").parameters(), lr=5e-2)
+    losses = []
+    for _ in range(12):
+        loss = root(TREE, "policy", lambda out: language_loss(out, TOTAL)[0])
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < losses[0] - 0.1
+    if "one dimension" in kind:
+        return  # where the original's cached steps have other positions than its whole texts
+    engine.update_weights(roles.engine_weights("policy"), 1)
+    prompt = asked(40, 7)
+    [found] = generate(engine, [Request(prompt, SamplingParams(max_new_tokens=6, temperature=0.0))])
+    tree = TreeBatch.of(conversation([*prompt, *found.ids], [0.0] * (len(prompt) + 6)))
+    with torch.no_grad():
+        logits = root(tree, "policy", lambda out: out.logits(torch.arange(len(prompt) - 1, tree.tokens - 1)))
+    assert list(found.ids) == logits.argmax(-1).tolist()
+    near(torch.tensor(found.logprobs), torch.log_softmax(logits, -1).amax(-1), 1e-4)
+
+
+def test_two_prefixes_are_refused() -> None:
+    own = make("first with a prefix")
+    with pytest.raises(ModelError, match="prefix of 3 tokens of its own"):
+        root = RootModel(PrefixRoles(own, ["policy"], tokens=2))
+        root(TREE, "policy", lambda out: language_loss(out, TOTAL)[0])
 
 
 # -- stages -------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from danlu.generation.kv_cache import Lane, Read, arena_length
 from danlu.models.attention import VirtualRoot
 from danlu.models.heads import logits_of
 from danlu.models.prefix import attached
-from danlu.models.virtual_root import takes_positions
+from danlu.models.virtual_root import derives_positions, left_out, takes_positions
 
 States = list[tuple[Tensor, Tensor]]  # keys and values `[1, heads, length, K]` of each layer
 
@@ -43,8 +43,7 @@ class PastRunner:
         self.model = model
         self.device = next(model.parameters()).device
         self._takes_positions = takes_positions(model.base_model)
-        self._front = int(getattr(model.base_model, "prefix_length", 0))
-        self.whole_prompts = bool(getattr(model.base_model, "derives_positions", False))
+        self.whole_prompts = derives_positions(model.base_model)
         self._batch: tuple[list[Lane], Any] = ([], None)
         self._reserved = 0
         self._limit = memory // self._bytes_per_position()
@@ -56,13 +55,14 @@ class PastRunner:
         prefix, trunk = attached(self.model), self.model.base_model
         dtype = trunk.get_input_embeddings().weight.dtype
         self._root = None
+        self._front = int(getattr(trunk, "prefix_length", 0))
         if prefix is not None:
             with torch.no_grad():
                 root = prefix.root(trunk)
             keys, values = ([x.to(dtype) for x in side] for side in (root.keys, root.values))
             self._root = VirtualRoot(keys, values, root.offset)
-            if self.whole_prompts:  # its masks and positions leave out what stands in front
-                trunk.prefix_length = self._front = root.tokens
+            if self.whole_prompts:  # its masks and positions leave out what stands in front, see `_forward`
+                self._front = root.tokens
 
     @property
     def _before(self) -> int:
@@ -171,12 +171,13 @@ class PastRunner:
                 offset = self._root.offset if self._root is not None else 0
                 positions = [[offset + x.length + n for n in range(new)] for x in lanes]
                 arguments["position_ids"] = torch.tensor(positions, device=self.device)
-        output = self.model.base_model(
-            input_ids=torch.tensor(ids, device=self.device),
-            past_key_values=self._batch[1],
-            use_cache=True,
-            **arguments,
-        )
+        with left_out(self.model.base_model, self._before if self.whole_prompts else 0):
+            output = self.model.base_model(
+                input_ids=torch.tensor(ids, device=self.device),
+                past_key_values=self._batch[1],
+                use_cache=True,
+                **arguments,
+            )
         self._batch = (lanes, output.past_key_values)
         for lane in lanes:
             lane.length += new

@@ -167,9 +167,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         derives_positions: masks and positions are a function of the ids, not of a token's place alone (see
             `models/padded.py` and `generation/past.py`).
         prefix_length: virtual tokens that stand before all others in the cache.
+        danlu_prefix_shift: P-Tuning leaves the positions of the text as they are, as the original does.
     """
 
     derives_positions = True
+    danlu_prefix_shift = False
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)

@@ -231,7 +231,10 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
 
     Attributes:
         prefix_length: virtual tokens that stand before all others in the cache.
+        danlu_prefix_shift: P-Tuning leaves the positions of the text as they are, as the original does.
     """
+
+    danlu_prefix_shift = False
 
     def __init__(self, config: ChatGLM2Config, output_layer: bool = True) -> None:
         super().__init__(config)

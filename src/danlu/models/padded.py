@@ -5,16 +5,13 @@ Every path from a root to a leaf becomes a row, so a shared prompt is computed o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from danlu.exceptions import ModelError
 from danlu.models.attention import VirtualRoot
-from danlu.models.virtual_root import RootCache, takes_positions
+from danlu.models.virtual_root import RootCache, derives_positions, left_out, takes_positions
 from danlu.tree import TreeBatch
 
 
@@ -42,8 +39,8 @@ def run_trunk(trunk: nn.Module, tree: TreeBatch, root: VirtualRoot | None = None
         place[path[new]] = row * longest + torch.arange(length)[new]
     index, mask, place = index.to(device), mask.to(device), place.to(device)
     arguments: dict[str, Any] = {"input_ids": tree.input_ids_T[index] * mask, "attention_mask": mask}
-    # Some families (GLM) make positions of the ids themselves, and their prompts see what follows.
-    derived = getattr(trunk, "derives_positions", False)
+    # Some families (ChatGLM-6B) make positions of the ids themselves, and their prompts see what follows.
+    derived = derives_positions(trunk)
     positions = tree.position_ids_T[index]
     if root is not None:
         positions = positions + root.offset
@@ -52,26 +49,8 @@ def run_trunk(trunk: nn.Module, tree: TreeBatch, root: VirtualRoot | None = None
             arguments["attention_mask"] = torch.cat([mask.new_ones(len(paths), root.tokens), mask], dim=1)
     if not derived and takes_positions(trunk):
         arguments["position_ids"] = positions * mask
-    with _left_out(trunk, root.tokens if root is not None and derived else 0):
+    with left_out(trunk, root.tokens if root is not None and derived else 0):
         hidden: Tensor = trunk(use_cache=False, **arguments).last_hidden_state
     if root is not None:
         arguments["past_key_values"].require_read(trunk)
     return hidden.flatten(0, 1).index_select(0, place)
-
-
-@contextmanager
-def _left_out(trunk: Any, tokens: int) -> Iterator[None]:
-    """Masks and positions that a family makes of the ids leave so many virtual tokens out; 0: as the trunk has it."""
-    before = getattr(trunk, "prefix_length", 0)
-    if tokens and before:
-        raise ModelError(
-            f"{type(trunk).__name__} has a prefix of {before} tokens of its own, and another one before it",
-            hint="take the model without its prefix encoder",
-        )
-    if tokens:
-        trunk.prefix_length = tokens
-    try:
-        yield
-    finally:
-        if tokens:
-            trunk.prefix_length = before

@@ -170,7 +170,8 @@ def _read(trunk: Any, states_PD: Tensor, role: str | None) -> VirtualRoot:
         if getattr(trunk, "danlu_fast_path", False):
             return _read_planned(trunk, states_PD, places, role)
         cache = DynamicCache()
-        arguments = {"position_ids": places} if takes_positions(trunk) else {}
+        given = takes_positions(trunk) and not derives_positions(trunk)
+        arguments = {"position_ids": places} if given else {}
         trunk(
             inputs_embeds=states_PD[None],
             attention_mask=torch.ones_like(places),
@@ -206,6 +207,33 @@ def _read_planned(trunk: Any, states_PD: Tensor, places: Tensor, role: str | Non
 def takes_positions(trunk: nn.Module) -> bool:
     """Whether a transformer is told the positions of tokens."""
     return "position_ids" in inspect.signature(trunk.forward).parameters
+
+
+def derives_positions(trunk: nn.Module) -> bool:
+    """Whether a transformer makes masks and positions of the ids themselves (ChatGLM-6B, whose contexts see what follows)."""
+    return bool(getattr(trunk, "derives_positions", False))
+
+
+@contextmanager
+def left_out(trunk: Any, tokens: int) -> Iterator[None]:
+    """Masks and positions that a family makes of the ids leave so many virtual tokens out meanwhile; 0: as the trunk has it.
+
+    Raises:
+        ModelError: the trunk has a prefix of its own.
+    """
+    before = getattr(trunk, "prefix_length", 0)
+    if tokens and before:
+        raise ModelError(
+            f"{type(trunk).__name__} has a prefix of {before} tokens of its own, and another one before it",
+            hint="take the model without its prefix encoder",
+        )
+    if tokens:
+        trunk.prefix_length = tokens
+    try:
+        yield
+    finally:
+        if tokens:
+            trunk.prefix_length = before
 
 
 @contextmanager
