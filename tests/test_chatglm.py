@@ -14,6 +14,7 @@ from chatglm import FIRST, FLOAT, LATER, model, real_tokens, recorded, tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import danlu
 from danlu.exceptions import ModelError
 from danlu.models.chatglm import ChatGLMForConditionalGeneration
 from danlu.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
@@ -296,6 +297,26 @@ def test_packed_weights_stay_packed_and_mean_what_was_recorded(name: str, tmp_pa
             assert (
                 again(**one.given).logits[real] - expected
             ).norm() < 0.1 * expected.norm()  # bf16 norms and embeddings
+
+
+@pytest.mark.parametrize("name", ["chatglm_v1", "chatglm2"])
+def test_published_folders_by_bits(name: str) -> None:
+    """Whole weights are rounded while they are read, packed ones kept; other bits than a folder's are refused."""
+    ids = torch.tensor([[9, 10, 11]])
+    with torch.no_grad():
+        exact = model(name)(input_ids=ids).logits
+        rounded = danlu.load(recorded(name).folder, bits=8, dtype="float32").model
+        assert type(rounded) is type(model(name))
+        found = rounded(input_ids=ids).logits
+        assert 0 < (found - exact).norm() / exact.norm() < 0.05
+        for bits in (8, 4):
+            folder = recorded(f"{name}_int{bits}").folder
+            packed = danlu.load(folder, bits=bits, dtype="float32").model
+            assert torch.equal(packed(input_ids=ids).logits, model(f"{name}_int{bits}")(input_ids=ids).logits)
+            with pytest.raises(ModelError, match=f"holds {bits}-bit weights; quantising them again"):
+                danlu.load(folder, bits=12 - bits)
+            with pytest.raises(ModelError, match=f"holds {bits}-bit weights only"):
+                danlu.load(folder, bits=16)
 
 
 @pytest.mark.parametrize("name", ["chatglm_v1", "chatglm2"])

@@ -14,14 +14,24 @@ import tiny
 import torch
 import yaml
 from conftest import make_tiny
+from transformers import CodeGenConfig
 
 from danlu.cli.main import run
 from danlu.config import SftSettings, Starter
+from danlu.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from danlu.models.load import load_model, save_model
+from danlu.models.registry import families
 from danlu.models.roles import AdapterRoles
 from danlu.models.starters import starter
 from danlu.pipeline import footprint, plan
-from danlu.pipeline.footprint import adapter_parameters, kept, shape_of_folder, shape_of_starter, stage_memory
+from danlu.pipeline.footprint import (
+    adapter_parameters,
+    kept,
+    learnt_parameters,
+    shape_of_folder,
+    shape_of_starter,
+    stage_memory,
+)
 from danlu.pipeline.plan import estimate
 from danlu.pipeline.recipe import load_recipe
 from danlu.training.peak import peak_memory_mb, reset_peak_memory
@@ -242,8 +252,51 @@ def test_the_plan_counts_what_a_kind_of_adapter_trains(kind: str) -> None:
     model = starter(1000, **WIDE.model_dump(), seed=0, ids={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
     if kind == "freeze":
         freeze_parts(model, settings.freeze)
-        trained = sum(p.numel() for p in model.model.layers.parameters() if p.requires_grad)
-    else:
+        else:
         roles = adapter_roles(model, ["policy"], settings, updates=10)
-        trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
-    assert learnt_parameters(shape_of_starter(WIDE, 1000), settings) == trained
+        assert learnt_parameters(shape_of_starter(WIDE, 1000), settings) == trained
+
+
+GIB = 1024.0
+
+
+def test_what_chatglm_and_moss_promised() -> None:
+    """ChatGLM-6B answers in 13, 8 to 10 and 6 GB; MOSS-16B loads in 31 and 16 GB. By their shapes alone, in GiB.
+
+    Of ChatGLM-6B embedding and head are 2 * 130,528 * 4,096 = 1.07e9 of 6.71e9 parameters and stay in 16 bits: 13.4e9 bytes are
+    12.5 GiB; 5.64e9 + 2.14e9 are 7.2; 5.64e9 * 0.61 + 2.14e9 are 5.2; the cache of 2,048 tokens has 0.875.
+    """
+    families()
+    glm = footprint._shape(ChatGLMConfig())
+    assert (glm.parameters, glm.tables) == (6_707_929_088, 2 * 130_528 * 4096)
+    total = {bits: sum(footprint.inference_memory(glm, bits).values()) / GIB for bits in (16, 8, 4)}
+    assert (
+        total[16] == pytest.approx(13.0, abs=0.5)
+        and 8.0 <= total[8] <= 10.0
+        and total[4] == pytest.approx(6.0, abs=0.3)
+    )
+    packed = footprint._shape(ChatGLMConfig(quantization_bit=4))
+    assert packed.parameters == glm.parameters
+    moss = footprint._shape(
+        CodeGenConfig(vocab_size=107_008, n_ctx=2048, n_positions=2048, n_embd=6144, n_layer=34, n_head=24)
+    )
+    weights = {bits: footprint.inference_memory(moss, bits)["weights"] / GIB for bits in (16, 8, 4)}
+    assert weights[16] == pytest.approx(31.1, abs=0.1) and weights[8] == pytest.approx(16.8, abs=0.1)
+    # Its 7.8 GB are a quarter of 31: here embedding and head keep 16 bits (+1.8), and groups have scales and zeros (+1.6).
+    codes = (moss.parameters - moss.tables) * 0.5 / 2**30
+    assert codes == pytest.approx(7.2, abs=0.1) and weights[4] == pytest.approx(11.2, abs=0.1)
+
+
+def test_p_tuning_of_chatglm_on_a_packed_base() -> None:
+    """Four bits take less than half of eight's layers; tables stay in 32 bits while training."""
+    families()
+    glm = footprint._shape(ChatGLM2Config(multi_query_attention=True, multi_query_group_num=2))
+    assert glm.key_values == 2 * 28 * 2 * 128
+    found = {}
+    for bits in (16, 8, 4):
+        settings = SftSettings(model="x", data="x", adapter="ptuning", base_bits=bits)
+        assert learnt_parameters(glm, settings) == settings.prefix.tokens * glm.key_values
+        found[bits] = stage_memory(glm, settings, "prefix", dtype="float32", length=128, processes=1)["weights"] / GIB
+    layers, tables = (glm.parameters - glm.tables) / 2**30, glm.tables * 4 / 2**30
+    assert found[16] == pytest.approx(4 * layers + tables)
+    assert found[8] == pytest.approx(1.02 * layers + tables) and found[4] == pytest.approx(0.55 * layers + tables)

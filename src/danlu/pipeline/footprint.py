@@ -74,10 +74,17 @@ class Shape:
         return self.parameters - (0 if tied else self.head)
 
     @property
+    def tables(self) -> int:
+        """Parameters of the embedding and the head, which quantising leaves as they are."""
+        return self.head * (1 if getattr(self.config, "tie_word_embeddings", False) else 2)
+
+    @property
     def key_values(self) -> int:
         """Numbers that a token keeps in the cache of a roll-out."""
         heads = int(self.config.num_attention_heads)
-        groups = int(getattr(self.config, "num_key_value_heads", None) or heads)
+        # ChatGLM's later generations say it in a name of their own.
+        names = ("num_key_value_heads", "key_value_heads")
+        groups = next((int(found) for n in names if (found := getattr(self.config, n, None))), heads)
         head = int(getattr(self.config, "head_dim", None) or self.width // heads)
         return 2 * self.layers * groups * head
 
@@ -104,6 +111,9 @@ def shape_of_folder(model: str) -> Shape | None:
 def _shape(config: Any) -> Shape:
     import transformers
 
+    if getattr(config, "quantization_bit", None):  # ChatGLM's: packed weights are no parameters
+        config = copy.deepcopy(config)
+        config.quantization_bit = 0
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings().weight
@@ -216,9 +226,7 @@ def inference_memory(shape: Shape, bits: int, *, positions: int = 2048) -> dict[
     Args:
         positions: tokens that the cache holds.
     """
-    tied = bool(getattr(shape.config, "tie_word_embeddings", False))
-    tables = shape.head * (1 if tied else 2)
-    weights = (shape.parameters - tables) * WEIGHT_BYTES[bits] + 2.0 * tables
+    weights = (shape.parameters - shape.tables) * WEIGHT_BYTES[bits] + 2.0 * shape.tables
     return {"weights": weights / MB, "cache": 2.0 * positions * shape.key_values / MB, "buffers": BUFFERS_MB}
 
 
@@ -227,7 +235,7 @@ def tuning_memory(shape: Shape, settings: TrainSettings, bits: int, *, dtype: st
     parts = stage_memory(shape, settings, "lora" if bits == 16 else "qlora", dtype=dtype, length=length, processes=1)
     if bits == 8:
         models, _ = _models(settings, small=True)
-        parts["weights"] += models * (shape.parameters - shape.head) * (1.0 - 0.55) / MB
+        parts["weights"] += models * (shape.parameters - shape.tables) * (1.0 - 0.55) / MB
     return parts
 
 
@@ -311,8 +319,9 @@ def stage_memory(
     models, learners = _models(settings, small=small)
     share = {"zero1": (1, 1), "zero2": (1, processes), "zero3": (processes, processes)}.get(strategy, (1, 1))
     packed = 1.02 if settings.frozen_bits == 8 else 0.55  # bytes a number takes with its scale
-    base = (shape.parameters - shape.head) * packed + shape.head * 4 if strategy == "qlora" else shape.parameters * 4
-    copies = 2.0 * shape.products if dtype == "bfloat16" and strategy != "qlora" else 0.0
+    quantised = strategy == "qlora" or (strategy == own_strategy(settings) == "prefix" and settings.frozen_bits != 16)
+    base = (shape.parameters - shape.tables) * packed + shape.tables * 4 if quantised else shape.parameters * 4
+    copies = 2.0 * shape.products if dtype == "bfloat16" and not quantised else 0.0
     weights = models * base / share[0] + copies
     gradients = 4.0 * learnt / share[1]
     if isinstance(settings, PpoSettings):
