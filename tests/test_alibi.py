@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from danlu.exceptions import ModelError
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.training.logprobs import logprobs
@@ -48,5 +49,5 @@ def test_bloom_beyond_its_training_length(tiny: Callable[..., Any]) -> None:
         expected = -own.gather(1, torch.tensor(text[1:])[:, None]).squeeze(1)
         torch.testing.assert_close(losses(root, [text]), expected, atol=1e-5, rtol=1e-5)
     learned = tiny("gpt2", n_positions=TRAINED)
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match="48 tokens exceed the 16 positions"):
         losses(RootModel(SeparateModels({"policy": learned}, [])), rows(TESTED, 1, 0))

@@ -65,7 +65,7 @@ def test_out_of_memory_is_a_sentence(tmp_path: Path) -> None:
 def test_halving_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     call = big_step(out, tmp_path, on_oom="halve")
-    status, said = limited(call, tmp_path / "log", resource.RLIMIT_AS, 200 * MB)
+    status, said = limited(call, tmp_path / "log", resource.RLIMIT_AS, 260 * MB)
     assert status == 0, said
     kept = json.loads((out / "micro_tokens.json").read_text("utf-8"))["micro_tokens"]
     assert kept in (1280, 2560, 5120, 10240, 20480)
