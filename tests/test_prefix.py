@@ -415,7 +415,7 @@ def test_refusals() -> None:
         PrefixRoles(make("gpt2"), ["ref"], tokens=4)
     long = TreeBatch.of(conversation([3] * 61, [1.0] * 61))
     with pytest.raises(
-        ModelError, match=r"61 tokens behind a prefix of 4 exceed the model's 64 positions\n.*together can be 64"
+        ModelError, match=r"61 tokens behind a prefix of 4 exceed the 64 positions of this model\n.*together can be 64"
     ):
         RootModel(roles)(long, "policy", lambda out: out.hidden_TD)
     RootModel(PrefixRoles(make("llama"), ["policy"], tokens=4))(long, "policy", lambda out: out.hidden_TD)

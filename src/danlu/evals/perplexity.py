@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -79,6 +80,12 @@ def characters(data: Sources, limit: int | None = None) -> int:
         records = read_sources(data, "document").records[:limit]
         return sum(len(r.text) for r in records if isinstance(r, Document))
     return 0
+
+
+def per_character(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> float:
+    """exp(-log p(texts) / characters) of a decoder: comparable between models with different tokenizers."""
+    trees = encode_documents([Document(text) for text in texts], tokenizer, max_length)
+    return float(perplexity(model, trees) ** (float(trees.weights.sum()) / max(sum(map(len, texts)), 1)))
 
 
 def perplexity(model: Any, trees: Trees) -> float:

@@ -93,23 +93,25 @@ def context_of(config: Any) -> int:
 TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 
-def check_table(trunk: Any, longest: int) -> None:
+def check_table(trunk: Any, longest: int, prefix: int = 0) -> None:
     """Refuses positions for which a model has no table entry; where they are computed (rotary, ALiBi) nothing is refused.
 
     Args:
-        longest: positions that are needed.
+        longest: tokens of a text; prefix: positions that virtual tokens take before it.
 
     Raises:
-        ModelError: with both numbers.
+        ModelError: with the numbers.
     """
     context = context_of(trunk.config)
-    if longest <= context:
+    if longest + prefix <= context:
         return
     names = [*(n for n, _ in trunk.named_modules()), *(n for n, _ in trunk.named_buffers())]
     if any(name.endswith(TABLES) for name in names):
+        behind = f" behind a prefix of {prefix}" if prefix else ""
+        together = f"max_length and prefix.tokens together can be {context} at most"
         raise ModelError(
-            f"{longest} tokens exceed the {context} positions of this model",
-            hint=f"set max_length to {context} or less",
+            f"{longest} tokens{behind} exceed the {context} positions of this model",
+            hint=together if prefix else f"set max_length to {context} or less",
         )
 
 

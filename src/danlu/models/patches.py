@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import KnowledgeError
+from danlu.models.fingerprint import digest_of, sample
 
 SUFFIX = ".patches"
 INDEX = "index.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-SAMPLED = 256  # entries of each weight that tell one model from another
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +38,8 @@ class Factors:
 
 
 def fingerprint(model: Any) -> str:
-    """Tells models apart by a sample of their weights (rounded to bfloat16, so that the dtype of loading does not matter)."""
-    digest = hashlib.sha256(str(model.config.model_type).encode())
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Of all weights of a model, the head's too; see `models/fingerprint.py`."""
+    return digest_of({name: sample(weight) for name, weight in model.named_parameters()})
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:

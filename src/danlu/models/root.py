@@ -20,7 +20,7 @@ from danlu.models.attention import Carrier, TreePlan
 from danlu.models.families import TESTED, check_length, check_table, refuse
 from danlu.models.heads import LogitRule, head_weights, logits_of
 from danlu.models.virtual_root import NAME as PREFIX
-from danlu.models.virtual_root import Prefix, check_room
+from danlu.models.virtual_root import Prefix
 from danlu.text.tokenizer import quiet
 from danlu.tree import Node, TreeBatch, branches, forest
 
@@ -112,10 +112,7 @@ def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix:
     root = prefix.root(trunk, role) if prefix is not None else None
     longest = int(tree.position_ids_T.max()) + 1
     check_length(trunk.config, longest + (root.offset if root is not None else 0))
-    if root is not None:
-        check_room(trunk, longest, root)
-    else:
-        check_table(trunk, longest)
+    check_table(trunk, longest, root.offset if root is not None else 0)
     fast = getattr(trunk, "danlu_fast_path", False)
     plan = TreePlan(tree, role, root)
     carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)

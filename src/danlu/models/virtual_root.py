@@ -22,7 +22,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from danlu.exceptions import ModelError
 from danlu.models.attention import PLAN_ARGUMENT, Carrier, TreePlan, VirtualRoot
-from danlu.models.families import context_of
 from danlu.tree import Node, TreeBatch
 
 PrefixKind = Literal["ptuning", "prompt"]
@@ -110,25 +109,6 @@ def shape_of(trunk: Any) -> PrefixShape:
         )
     [(heads, width)] = found
     return PrefixShape(len(root.keys), heads, width)
-
-
-def check_room(trunk: nn.Module, longest: int, root: VirtualRoot) -> None:
-    """Refuses positions for which the model has no table entry.
-
-    Raises:
-        ModelError: a text of `longest` tokens does not fit into the model's context beside the prefix. Rotary positions and ALiBi
-            are computed, so that there nothing is refused.
-    """
-    config: Any = trunk.config
-    context = context_of(config)
-    if longest + root.offset <= context or getattr(config, "alibi", False):
-        return
-    if any(type(m).__name__.endswith("RotaryEmbedding") for m in trunk.modules()):
-        return
-    raise ModelError(
-        f"{longest} tokens behind a prefix of {root.offset} exceed the model's {context} positions",
-        hint=f"max_length and prefix.tokens together can be {context} at most",
-    )
 
 
 class RootCache(DynamicCache):  # type: ignore[misc]

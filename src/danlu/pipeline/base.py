@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +11,8 @@ from typing import Any, Final
 
 import yaml
 
-from danlu.evals.perplexity import MICRO_TOKENS
+from danlu.evals.perplexity import per_character
+from danlu.models.families import context_of
 from danlu.models.load import is_encoder_decoder, load_model, raw_config
 from danlu.models.registry import family_of
 from danlu.models.weights import read_weights, weight_files
@@ -166,15 +166,7 @@ def _lora(shape: Shape | None) -> dict[int, float]:
 
 
 def _perplexity(folder: Path, tokenizer: Any, texts: Sequence[str]) -> float | None:
-    """exp(-log p(text) / characters), so that models with different tokenizers can be compared."""
-    from danlu.data.collate import encode_documents
-    from danlu.models.families import context_of
-    from danlu.models.roles import SeparateModels
-    from danlu.models.root import RootModel
-    from danlu.training.compute import Compute
-    from danlu.training.step import heldout_loss
-    from danlu.types import Document
-
+    """Per character, on the first texts; None for encoder-decoders."""
     model = load_model(folder)
     if model.config.is_encoder_decoder:
         return None
@@ -183,10 +175,7 @@ def _perplexity(folder: Path, tokenizer: Any, texts: Sequence[str]) -> float | N
         if sum(map(len, taken)) >= SHORT:
             break
         taken.append(text)
-    trees = encode_documents([Document(t) for t in taken], tokenizer, min(context_of(model.config), 1024))
-    root = RootModel(SeparateModels({"policy": model}, [])).eval()
-    mean = heldout_loss(root, trees, MICRO_TOKENS, Compute("cpu", "float32", 0))
-    return math.exp(mean * float(trees.weights.sum()) / max(sum(map(len, taken)), 1))
+    return per_character(model, tokenizer, taken, min(context_of(model.config), 1024))
 
 
 def known() -> list[dict[str, str]]:
