@@ -2,13 +2,13 @@
 
 Parts: `correct` (the CUDA paths against the padded ones, the engine against the trainer), `train` (SFT, reward model and PPO of
 1B- and 7B-shaped random models, all weights and LoRA: tokens per second, share of the card's rate, peak memory beside what
-`danlu plan` said) and `decode` (tokens per second beside what the memory's bandwidth allows). `--tiny` runs all of it on tiny
+`danlu plan` said), `decode` (tokens per second beside what the memory's bandwidth allows), `packed` (the same at 8 and 4 bits, and
+QLoRA) and `families` (`gpu_families.py`: memory and speed of ChatGLM's and MOSS's shapes). `--tiny` runs all of it on tiny
 models, on any machine, as a test of itself.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import random
@@ -16,24 +16,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks import tables
+from benchmarks import gpu_families, tables
+from benchmarks.card import Place, allocated_gb, bandwidth, card_rate, free, fresh_peak, matrix_rate, peak_gb, wait
 from benchmarks.pace import paced
 from danlu.config import KINDS
 from danlu.exceptions import DanluError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.models.load import load_model, save_model
+from danlu.models.quantize import quantize_model
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, TrunkOutput
 from danlu.parsing import parse
-from danlu.pipeline.plan import estimate
+from danlu.pipeline.footprint import inference_memory, shape_of_folder
+from danlu.pipeline.plan import estimate, memory_here
 from danlu.pipeline.recipe import load_recipe
 from danlu.synth.town.write import write_town
 from danlu.text.chat_template import ChatTemplate
@@ -51,24 +53,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32},
 }
-# Dense bf16 rates that the cards' makers give, in FLOP/s; of others the measured products are the measure.
-NOMINAL = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "B200": 2250e12}
 STEPS, WARM = 6, 2
 ROWS = 512
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where it runs and what it made there."""
-
-    device: str
-    folder: Path
-    tiny: bool
-    rate: float
-
-    @property
-    def sizes(self) -> tuple[str, ...]:
-        return ("tiny",) if self.tiny else ("1B", "7B")
 
 
 class _Enough(Exception):
@@ -80,7 +66,7 @@ def measure(*, tiny: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         tiny: tiny models; on a machine without a card this is all that can be run.
-        only: of "correct", "train", "decode", and of sizes; none: all.
+        only: of "correct", "train", "decode", "packed", "families", and of sizes; none: all.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not tiny:
@@ -94,16 +80,21 @@ def measure(*, tiny: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
             "correct": _correct,
             "train": _train,
             "decode": _decode,
+            "packed": _packed,
         }
         _write_data(place)
         for size in place.sizes:
             if only and set(only) & set(SHAPES) and size not in only:
                 continue
             for part, function in parts.items():
-                if not only or part in only or not set(only) & set(parts):
+                if not only or part in only or not set(only) & {*parts, "families"}:
                     for row in function(place, size):
                         rows.append({"part": part, "size": size, **row})
                         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if not only or "families" in only:
+            for row in gpu_families.rows(place):
+                rows.append({"part": "families", **row})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(f"{card}, {tables.machine()}, bare bf16 products {rate / 1e12:.2f} TFLOP/s\n\n{_markdown(rows)}")
     return {"machine": tables.machine(), "card": card, "flops": rate, "rows": rows}
 
@@ -121,49 +112,6 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"| {r['part']} | {r['size']} | {r['what']} | {value} | {r['unit']} | {r['against']} | {there} | {share} |"
         )
     return "\n".join(lines)
-
-
-# -- the card ----------------------------------------------------------------------------------------------------------
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def matrix_rate(device: str, size: int) -> float:
-    """FLOP/s of a bf16 product of square matrices, best of five."""
-    x = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    best = 0.0
-    for _ in range(6):
-        _wait(device)
-        begun = time.perf_counter()
-        for _ in range(4):
-            x @ x
-        _wait(device)
-        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - begun))
-    return best
-
-
-def bandwidth(device: str, count: int) -> float:
-    """Bytes per second that the device's memory reads and writes together, best of five copies of `count` floats."""
-    x = torch.ones(count, device=device)
-    y = torch.empty_like(x)
-    best = 0.0
-    for _ in range(6):
-        _wait(device)
-        begun = time.perf_counter()
-        y.copy_(x)
-        _wait(device)
-        best = max(best, 2 * x.numel() * x.element_size() / (time.perf_counter() - begun))
-    return best
-
-
-def _card_rate(place: Place) -> tuple[str, float]:
-    """What a share is taken of: the maker's rate of a known card, else that of measured products."""
-    name = torch.cuda.get_device_name() if place.device == "cuda" else ""
-    known = [(f"{card}'s bf16 rate", rate) for card, rate in NOMINAL.items() if card in name]
-    return known[0] if known else ("measured bf16 products", place.rate)
 
 
 # -- models and rows ---------------------------------------------------------------------------------------------------
@@ -250,7 +198,7 @@ def _correct(place: Place, size: str) -> Iterator[dict[str, Any]]:
             row = {"what": f"{what}, {dtype}", "value": gap, "unit": "difference"}
             yield {**row, "against": "bound", "limit": bound, "share": share}
         del model
-        _free()
+        free()
 
 
 def _tree(vocabulary: int) -> TreeBatch:
@@ -301,9 +249,14 @@ def _engine_gap(place: Place, model: Any, dtype: str) -> float:
 def _train(place: Place, size: str) -> Iterator[dict[str, Any]]:
     """Each stage with all weights and with LoRA; what does not fit says so in its row."""
     for kind in ("sft", "reward", "ppo"):
-        for adapter in ("full", "lora"):
+        for adapter in ("full", "lora", "qlora", "ptuning") if kind == "sft" else ("full", "lora"):
             what = f"{kind}, {adapter}"
             settings = _settings(place, size, kind, adapter)
+            planned = _planned(place, kind, settings)
+            if planned > memory_here():
+                row = {"what": what, "value": "does not fit", "unit": "", "against": "danlu plan, MB"}
+                yield {**row, "limit": planned}
+                continue
             try:
                 rates, peak = _run(place, kind, settings)
             except (DanluError, torch.OutOfMemoryError) as error:
@@ -311,16 +264,15 @@ def _train(place: Place, size: str) -> Iterator[dict[str, Any]]:
                 yield {"what": what, "value": f"did not run: {first}", "unit": "", "against": "", "limit": None}
                 continue
             finally:
-                _free()
+                free()
             rate = sorted(rates)[len(rates) // 2]
-            card, flops = _card_rate(place)
-            # Six operations per parameter and token; with LoRA the base has no weight gradients, which leaves four. Of PPO
+            card, flops = card_rate(place)
+            # Six operations per parameter and token; with an adapter the base has no weight gradients, which leaves four. Of PPO
             # only the tokens per second are comparable: an iteration reads them five times and trains two models.
-            work = {"full": 6, "lora": 4}[adapter] * _parameters(size, place)
+            work = {"full": 6}.get(adapter, 4) * _parameters(size, place)
             row = {"what": what, "value": rate, "unit": "tokens/s"}
             share = rate * work / flops if kind != "ppo" else None
             yield {**row, "against": card, "limit": flops / work if kind != "ppo" else None, "share": share}
-            planned = _planned(place, kind, settings)
             row = {"what": f"{what}, peak memory", "value": peak, "unit": "MB", "against": "danlu plan"}
             yield {**row, "limit": planned, "share": peak / planned}
 
@@ -344,11 +296,11 @@ def _run(place: Place, kind: str, settings: dict[str, Any]) -> tuple[list[float]
     state = {"begun": 0.0, "step": 0}
 
     def before() -> None:
-        _wait(place.device)
+        wait(place.device)
         state["begun"] = time.perf_counter()
 
     def on_log(metrics: dict[str, float], tokens: int) -> None:
-        _wait(place.device)
+        wait(place.device)
         state["step"] += 1
         if state["step"] > WARM:
             rates.append(tokens / (time.perf_counter() - state["begun"]))
@@ -357,8 +309,7 @@ def _run(place: Place, kind: str, settings: dict[str, Any]) -> tuple[list[float]
         if state["step"] == STEPS:
             raise _Enough
 
-    if place.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    fresh_peak(place.device)
     reset_peak_memory()
     module = importlib.import_module("danlu.trainers." + {"reward": "reward_model"}.get(kind, kind))
     with tempfile.TemporaryDirectory(dir=place.folder) as out:
@@ -394,33 +345,54 @@ def _parameters(size: str, place: Place) -> float:
 
 def _decode(place: Place, size: str) -> Iterator[dict[str, Any]]:
     """Greedy decoding at several batch sizes; the limit is reading all weights and the cache once a token."""
-    speed = bandwidth(place.device, 1 << (20 if place.tiny else 28))
     model = load_model(_model_folder(place, size), dtype=torch.bfloat16).to(place.device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    yield from _decoded(place, size, model, weights, "bfloat16")
+    del model
+    free()
+
+
+def _packed(place: Place, size: str) -> Iterator[dict[str, Any]]:
+    """Weights of 8 and 4 bits: what a model takes, and how fast it answers."""
+    if size == "1B":
+        return
+    for bits in (8, 4):
+        model = load_model(_model_folder(place, size), dtype=torch.bfloat16).to(place.device)
+        quantize_model(model, bits)
+        fresh_peak(place.device)
+        held = allocated_gb(place.device)
+        row = {"what": f"weights, int{bits}", "value": held, "unit": "GB", "against": "danlu plan"}
+        shape = shape_of_folder(str(_model_folder(place, size)))
+        assert shape is not None, "it has a configuration"
+        planned = inference_memory(shape, bits)["weights"] / 1024
+        yield {**row, "limit": planned, "share": held / planned}
+        yield from _decoded(place, size, model, int(held * 2**30), f"int{bits}")
+        row = {"what": f"serving, int{bits}, peak memory", "value": peak_gb(place.device), "unit": "GB"}
+        yield {**row, "against": "", "limit": None}
+        del model
+        free()
+
+
+def _decoded(place: Place, size: str, model: Any, weights: int, kind: str) -> Iterator[dict[str, Any]]:
+    speed = bandwidth(place.device, 1 << (20 if place.tiny else 28))
     shape = SHAPES[size]
     kv_row = shape["hidden_size"] * shape["num_key_value_heads"] // shape["num_attention_heads"]
     new, prompt = (8, 16) if place.tiny else (128, 256)
-    for batch in (1, 16, 64):
+    for batch in (1, 16, 64) if kind == "bfloat16" else (1, 16):
         engine = LocalEngine(model, max_slots=batch)
         asked = [
             Request([4 + i, *range(5, 4 + prompt)], SamplingParams(max_new_tokens=new, temperature=0.0))
             for i in range(batch)
         ]
-        generate(engine, asked)
-        _wait(place.device)
+        for _ in range(2):  # a step is captured when it comes for the second time
+            generate(engine, asked)
+        wait(place.device)
         begun = time.perf_counter()
         done = generate(engine, asked)
-        _wait(place.device)
+        wait(place.device)
         rate = sum(len(c.ids) for c in done) / (time.perf_counter() - begun)
         cache = batch * (prompt + new / 2) * 2 * 2 * kv_row * shape["num_hidden_layers"]
         limit = batch * speed / (weights + cache)
-        row = {"what": f"decode, batch {batch}, bfloat16", "value": rate, "unit": "tokens/s"}
+        row = {"what": f"decode, batch {batch}, {kind}", "value": rate, "unit": "tokens/s"}
         yield {**row, "against": "bandwidth limit", "limit": limit, "share": rate / limit}
-    del model
-    _free()
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        del engine

@@ -148,7 +148,7 @@ class LocalEngine(StepwiseEngine[_Row]):
                     elif not receive(self.model, name, tensor) and name not in self.model.state_dict():
                         raise EngineError(f"the engine's model has no parameter named '{name}'")
             finally:
-                self.forget_prompts()
+                self._forget(in_place=True)
             self.version = version
 
     def close(self) -> None:
@@ -164,12 +164,15 @@ class LocalEngine(StepwiseEngine[_Row]):
         Raises:
             EngineError: requests are running.
         """
+        self._forget(in_place=False)
+
+    def _forget(self, *, in_place: bool) -> None:
         with self._lock:
             if self._running:
                 raise EngineError("weights cannot change while requests are running")
             self.context = room_of(self.model)
             if self._made is not None:
-                self._made.forget_prompts()
+                self._made.forget_prompts(in_place=in_place)
 
     # -- scheduling -----------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,11 @@ class KeyValueCache:
         self.causal_QS = torch.triu(above, diagonal=1)  # the mask of a block of prompt on itself
         self._arenas: dict[int, Arena] = {}
 
+    @property
+    def arenas(self) -> list[Arena]:
+        """All of them."""
+        return list(self._arenas.values())
+
     def begin_with(self, root: VirtualRoot | None) -> None:
         """What stands before every lane from now on; no lane is open."""
         self.root = Root(root, self.shape) if root is not None else None
@@ -252,12 +257,13 @@ class KeyValueCache:
 
 @dataclass
 class _Decode:
-    """One token each of some lanes of an arena: tokens `start:end` of the step."""
+    """One token each of some lanes of an arena: tokens `start:end` of the step; its first `slots` slots take part."""
 
     arena: Arena
     start: int
     end: int
-    slots_S: Tensor | None  # None: all slots, in order
+    slots: int
+    slots_S: Tensor | None  # None: all of these, in order
     seen_S: Tensor  # [slots * G]: the last position that each slot sees
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -350,6 +356,36 @@ class StepPlan:
         plan.longest = max(plan.positions) + 1
         return plan
 
+    @classmethod
+    def fixed(
+        cls, cache: KeyValueCache, arenas: Sequence[Arena], slots: Sequence[int], positions_T: Tensor
+    ) -> StepPlan:
+        """A step in which the first slots of some arenas decode one token each, whose numbers are all on the device.
+
+        Args:
+            slots: how many of each arena.
+            positions_T: of the tokens, arena by arena.
+        """
+        plan = cls(cache.causal_QS, cache.root, longest=max(a.positions for a in arenas))
+        heads = torch.arange(cache.shape.heads, device=positions_T.device)
+        start = 0
+        for arena, count in zip(arenas, slots, strict=True):
+            own = positions_T[start : start + count]
+            rows = torch.arange(count, device=own.device)[:, None] * cache.shape.heads + heads
+            cells = (rows * arena.positions + own[:, None]).flatten()
+            seen = own[:, None].expand(count, cache.shape.heads).flatten()
+            plan._decodes.append(_Decode(arena, start, start + count, count, None, seen))
+            plan._writes.append(_Write(arena, start, start + count, cells))
+            start += count
+        return plan
+
+    def decoding(self) -> list[Arena]:
+        """The arenas, all lanes of which decode one token each in this step; none if it does anything else."""
+        arenas = [d.arena for d in self._decodes]
+        once = len(arenas) == len({id(a) for a in arenas})
+        plain = once and not self._blocks and all(d.slots_S is None for d in self._decodes)
+        return arenas if plain else []
+
     def _add_decodes(self, shape: CacheShape, reads: Sequence[Read], members: Sequence[int]) -> None:
         """The first tokens of all lanes, then the second ones, and so on: each round is one product per slot."""
         arena = reads[members[0]].lane.arena
@@ -369,7 +405,8 @@ class StepPlan:
             seen[used] = torch.tensor(self.positions[start:])
             seen = seen.repeat_interleave(shape.heads).to(shape.device)
             every = len(active) == len(arena.lanes)
-            self._decodes.append(_Decode(arena, start, len(self.ids), None if every else used.to(shape.device), seen))
+            own = None if every else used.to(shape.device)
+            self._decodes.append(_Decode(arena, start, len(self.ids), len(arena.lanes), own, seen))
         heads = torch.arange(shape.heads)
         rows = torch.tensor(slots)[:, None] * shape.heads + heads
         cells = rows * arena.positions + torch.tensor(self.positions[begin:])[:, None]
@@ -451,7 +488,7 @@ class _Rule:
 def _attend_one(decode: _Decode, layer: int, query: Tensor, rule: _Rule) -> Tensor:
     """query [H, S, K] -> [S, H, K], one product for each slot and key head."""
     arena = decode.arena
-    slots = len(arena.lanes)
+    slots = decode.slots
     keys = arena.keys[layer, :slots].flatten(0, 1)
     values = arena.values[layer, :slots].flatten(0, 1)
     q = query.transpose(0, 1).to(keys.dtype)

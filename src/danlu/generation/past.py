@@ -126,7 +126,7 @@ class PastRunner:
     def remember(self, lane: Lane, ids: Sequence[int]) -> None:
         """Nothing is remembered."""
 
-    def forget_prompts(self) -> None:
+    def forget_prompts(self, *, in_place: bool = False) -> None:
         """See `CachedRunner.forget_prompts`; nothing else is remembered than what stands before every text."""
         self._begin()
 

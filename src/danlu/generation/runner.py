@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from danlu.exceptions import EngineError
+from danlu.generation.graphs import DecodeGraphs
 from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, Read, StepPlan, arena_length
 from danlu.generation.prefixes import PrefixStore
 from danlu.models.attention import PLAN_ARGUMENT
@@ -39,6 +40,7 @@ class CachedRunner:
         self.rows = ROWS if self.shape.dtype == torch.float32 else 1
         self.cache = KeyValueCache(self.shape, int(memory * (1 - PREFIX_SHARE)))
         self.prefixes = PrefixStore(int(memory * PREFIX_SHARE))
+        self.graphs = DecodeGraphs(model, self.cache) if self.shape.device.type == "cuda" else None
         self._begin()
 
     def _begin(self) -> None:
@@ -99,9 +101,15 @@ class CachedRunner:
         """Keeps a prompt's first ids, all of which the lane has read."""
         self.prefixes.save(ids, lane)
 
-    def forget_prompts(self) -> None:
-        """To be called when the weights have changed, and no lane is open."""
+    def forget_prompts(self, *, in_place: bool = False) -> None:
+        """To be called when the weights have changed, and no lane is open.
+
+        Args:
+            in_place: they lie where they lay.
+        """
         self.prefixes.clear()
+        if self.graphs is not None and (self.cache.root is not None or not in_place):
+            self.graphs.clear()
         self._begin()
 
     def room(self, lane: Lane) -> int:
@@ -113,6 +121,10 @@ class CachedRunner:
         for read in reads:
             self.cache.extend(read.lane, read.lane.length + len(read.ids))
         plan = StepPlan.of(self.cache, reads)
+        wanted = [p for r, places in zip(reads, plan.places, strict=True) for p in places[len(places) - r.wanted :]]
+        replayed = self.graphs.read(plan, wanted) if self.graphs is not None else None
+        if replayed is not None:
+            return replayed
         device = self.shape.device
         padding = [0] * (-len(plan.ids) % self.rows)
         offset = self.cache.root.offset if self.cache.root is not None else 0
@@ -124,7 +136,6 @@ class CachedRunner:
             **{PLAN_ARGUMENT: plan},
         )
         hidden: Tensor = output.last_hidden_state[0]
-        wanted = [p for r, places in zip(reads, plan.places, strict=True) for p in places[len(places) - r.wanted :]]
         return hidden.index_select(0, torch.tensor(wanted, dtype=torch.int64, device=device))
 
     def logits(self, hidden_MD: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -84,12 +85,23 @@ def adapter_roles(
     return found
 
 
-def engine_model(base: Any, settings: TrainSettings, *, embeddings: bool = False) -> Any:
-    """A model for the engine beside a policy that is about to be adapted: the policy's weights as they are now.
+def copy_of(model: Any, dtype: torch.dtype) -> Any:
+    """A model with weights of its own, in `dtype`; buffers stay as they are, for the angles of positions need their digits."""
+    weights = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, weights)
 
-    An adapter on a quantised base is not merged: there the engine has an adapter, too, on the very same packed weights.
+
+def engine_model(
+    base: Any, settings: TrainSettings, *, embeddings: bool = False, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A model for the engine beside a policy that is about to be adapted: the policy's weights as they are now, in `dtype`.
+
+    An adapter on a quantised base is not merged: there the engine has an adapter, too, on the very same packed weights, which
+    compute in fp32.
     """
-    if settings.frozen_bits == 16 or settings.adapter in PREFIX_KINDS:
+    if settings.frozen_bits == 16:
+        return copy_of(base, dtype)
+    if settings.adapter in PREFIX_KINDS:
         return copy.deepcopy(base)
     quantize_base(base, settings.frozen_bits, settings.base_format)
     tensors = [*base.parameters(), *base.buffers()]

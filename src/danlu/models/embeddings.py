@@ -56,6 +56,17 @@ def _fill(weight: Tensor | nn.Parameter, pieces: Mapping[int, Sequence[int]]) ->
     weight[list(pieces)] = torch.stack(means).to(weight.dtype)
 
 
+def holds_bfloat16(model: str | Path) -> bool:
+    """Whether a folder's weights are bfloat16 ones; not of an adapter, a quantised model or a hub id."""
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        return False
+    config = json.loads(file.read_text("utf-8"))
+    if KEY in config or config.get("quantization_config") or config.get("quantization_bit"):
+        return False
+    return stored_dtype(model) == torch.bfloat16
+
+
 def stored_dtype(model: str | Path) -> torch.dtype:
     """The dtype of a model's weights as its configuration says; float32 if it does not.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -227,7 +228,7 @@ class AdapterRoles(nn.Module):
         """What an engine needs to answer as the role does, for `Engine.update_weights`: merged weights where its model is the
         plain base, else the adapter's own (see `adapters.engine_model`).
         """
-        yield from self._merged(role) if self.mergeable else self.weights(role).items()
+        yield from self.merging(role) if self.mergeable else self.weights(role).items()
 
     def merged(self, role: RoleName) -> dict[str, torch.Tensor]:
         """The base's parameters by their plain names, with the role's adapter added.
@@ -235,11 +236,17 @@ class AdapterRoles(nn.Module):
         Raises:
             ModelError: the base is quantised.
         """
-        return dict(self._merged(role))
+        return dict(self.merging(role))
 
     @torch.no_grad()
-    def _merged(self, role: RoleName) -> Iterator[tuple[str, torch.Tensor]]:
-        """`merged`, one after the other: a copy of all weights is never held."""
+    def merging(
+        self, role: RoleName, exact: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """`merged`, one after the other: a copy of all weights is never held.
+
+        Args:
+            exact: the base's weights by their plain names where it holds rounded ones; they may change while this goes on.
+        """
         if not self.mergeable:
             raise ModelError(
                 "an adapter cannot be merged into a quantised base",
@@ -252,16 +259,19 @@ class AdapterRoles(nn.Module):
             if hasattr(module, "modules_to_save"):
                 found = module.modules_to_save[role].named_parameters()
             elif hasattr(module, "get_base_layer"):
-                found = self._merged_layer(module, role)
+                found = self._merged_layer(module, role, name, exact)
             yield from ((f"{name}.{key}", value.detach()) for key, value in found if f"{name}.{key}" != tied)
         own = (*ADAPTER_PARTS, ".base_layer.", ".original_module.", ".ranknum.")
         for name, value in self.base.named_parameters():
             if name != tied and not any(part in name for part in own):
-                yield name, value.detach()
+                yield name, exact.get(name, value).detach()
 
-    def _merged_layer(self, module: Any, role: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def _merged_layer(
+        self, module: Any, role: str, prefix: str, exact: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Weight and bias of an adapted layer; see `merged_parameter`."""
-        for key, value in module.get_base_layer().named_parameters(recurse=False):
+        for key, held in module.get_base_layer().named_parameters(recurse=False):
+            value = exact.get(f"{prefix}.{key}", held).to(held.device)
             found = merged_parameter(module, role, key, value)
             if self.pissa and key == "weight":
                 found = found + module.get_delta_weight(START)

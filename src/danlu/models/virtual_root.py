@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from danlu.exceptions import ModelError
 from danlu.models.attention import PLAN_ARGUMENT, Carrier, TreePlan, VirtualRoot
+from danlu.models.resting import embedded_dtype
 from danlu.tree import Node, TreeBatch
 
 PrefixKind = Literal["ptuning", "prompt"]
@@ -85,7 +86,7 @@ class Prefix:
         """
         embedding = trunk.get_input_embeddings().weight
         if self.kind == "prompt":
-            return _read(trunk, self.states.to(embedding.device, embedding.dtype), role)
+            return _read(trunk, self.states.to(embedding.device, embedded_dtype(trunk)), role)
         shape = self.shape
         each = self.states.to(embedding.device).view(self.tokens, 2 * shape.layers, shape.heads, shape.width)
         every = each.permute(1, 2, 0, 3).unbind(0)

@@ -29,8 +29,7 @@ from danlu.training.pairs import answer_logprobs, policy_and_reference, read_ans
 from danlu.training.progress import Bar
 from danlu.training.result import save_result
 from danlu.training.session import Session
-from danlu.training.setup import limits_of, plan_of, records_of
-from danlu.training.sharding import shard
+from danlu.training.setup import limits_of, placed, plan_of, records_of
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_of
 from danlu.training.tokens import trees_of
@@ -51,7 +50,7 @@ def train(settings: DpoSettings) -> TrainResult:
 
     roles, model = policy_and_reference(settings, updates=len(steps), stop_ids=template.stop_ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
-    root = shard(RootModel(roles).to(compute.device).eval(), settings, compute)
+    root = placed(roles, settings, compute).eval()
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     given, held = Answers(trees, settings), Answers(heldout, settings)
     online = settings.reference == "online"

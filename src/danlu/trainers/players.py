@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,18 @@ from torch import nn
 from danlu.alignment_config import GrpoSettings, RolloutSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.generation.engine import LocalEngine
-from danlu.models.adapters import engine_model
-from danlu.models.load import load_model
+from danlu.models.adapters import copy_of, engine_model
 from danlu.models.roles import reference_model
 from danlu.models.root import RoleName, RootModel
 from danlu.rewards.combine import Combined
 from danlu.text.chat_template import ChatTemplate
 from danlu.trainers import scoring
-from danlu.training.compute import Compute, choose
+from danlu.training.compute import DTYPES, Compute, choose
 from danlu.training.heldout import Heldout, Scorer
 from danlu.training.methods import method_of
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import own_models, shared_roles, trains_embeddings
-from danlu.training.sharding import shard
+from danlu.training.setup import load_policy, own_models, placed, shared_roles, trains_embeddings
 from danlu.training.watch import Watch
 from danlu.tree import Trajectory
 
@@ -64,10 +61,10 @@ def players_of(
         SettingsError, DataError, RewardError: see `rewards_of`.
     """
     path = resolve_model(settings.model)
-    policy = load_model(path)
+    policy = load_policy(settings)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
     reward = scoring.rewards_for(settings, template, prompts, compute, stage=settings.method)
-    engine = LocalEngine(answering_model(policy, settings, template).to(compute.device), template.tokenizer)
+    engine = LocalEngine(answering_model(policy, settings, template, compute), template.tokenizer)
     trunks: nn.Module
     if settings.adapted:
         updates, ends = (
@@ -80,15 +77,17 @@ def players_of(
         if reference:
             models["ref"] = reference_model(path, settings.ref_bits)
         trunks = own_models(models, ["policy"], settings)
-    root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
+    root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
     return Players(root, policy, reward, engine, compute, template)
 
 
-def answering_model(policy: Any, settings: RolloutSettings, template: ChatTemplate) -> Any:
-    """The engine's own copy of a policy; call it before the policy gets its adapters."""
+def answering_model(policy: Any, settings: RolloutSettings, template: ChatTemplate, compute: Compute) -> Any:
+    """The engine's own copy of a policy, in the dtype of products; call it before the policy gets its adapters."""
+    dtype = DTYPES[compute.dtype]
     if not settings.adapted:
-        return copy.deepcopy(policy)
-    return engine_model(policy, settings, embeddings=trains_embeddings(policy, settings, template.stop_ids))
+        return copy_of(policy, dtype).to(compute.device)
+    embeddings = trains_embeddings(policy, settings, template.stop_ids)
+    return engine_model(policy, settings, embeddings=embeddings, dtype=dtype).to(compute.device)
 
 
 def iterations_of(settings: GrpoSettings, prompts: int) -> int:

@@ -51,8 +51,7 @@ from danlu.training.rollouts import (
 )
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import own_models, shared_roles
-from danlu.training.sharding import shard
+from danlu.training.setup import load_policy, own_models, placed, shared_roles
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
 from danlu.training.watch import Watch
@@ -175,10 +174,10 @@ def _players(
     settings: PpoSettings, template: ChatTemplate, prompts: Sequence[EncodedPrompt], iterations: int
 ) -> Players:
     path = resolve_model(settings.model)
-    policy = load_model(path)
+    policy = load_policy(settings)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
     reward = scoring.rewards_for(settings, template, prompts, compute, stage="ppo")
-    engine = LocalEngine(answering_model(policy, settings, template).to(compute.device), template.tokenizer)
+    engine = LocalEngine(answering_model(policy, settings, template, compute), template.tokenizer)
     trunks: nn.Module
     if settings.adapted:
         updates, ends = iterations * settings.ppo.epochs * settings.ppo.minibatches, template.stop_ids
@@ -188,7 +187,7 @@ def _players(
         critic, ref = _critic(policy, path, settings), reference_model(path, settings.ref_bits)
         models: dict[RoleName, Any] = {"policy": policy, "ref": ref, "critic": critic}
         trunks = own_models(models, ["policy", "critic"], settings)
-    root = shard(RootModel(trunks).to(compute.device).eval(), settings, compute)  # dropout stays off in RL
+    root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
     return Players(root, policy, reward, engine, compute, template)
 
 

@@ -9,7 +9,6 @@ from danlu.config import PRESETS, PretrainSettings
 from danlu.data.collate import encode_documents, require_items
 from danlu.exceptions import SettingsError
 from danlu.models.load import load_model
-from danlu.models.root import RootModel
 from danlu.models.starters import opt, starter
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
@@ -19,8 +18,7 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
-from danlu.training.setup import plan_of, policy_roles, records_of
-from danlu.training.sharding import shard
+from danlu.training.setup import load_policy, placed, plan_of, policy_roles, records_of
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import tokenizer_of
 from danlu.training.tokens import trees_of
@@ -46,7 +44,7 @@ def train(settings: PretrainSettings) -> TrainResult:
         )
     tokenizer = tokenizer_of(settings.model or settings.tokenizer, stage="pretrain")
     if settings.model:
-        model = load_model(resolve_model(settings.model))
+        model = load_model(resolve_model(settings.model)) if settings.new_words else load_policy(settings)
     else:
         ids = {
             "bos_token_id": tokenizer.bos_token_id,
@@ -71,7 +69,7 @@ def train(settings: PretrainSettings) -> TrainResult:
     steps = plan_of(lengths, settings)
 
     roles, _ = policy_roles(settings, updates=len(steps), model=model)
-    root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
+    root = placed(roles, settings, compute).train()
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     with Session(settings, "pretrain", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
         if heldout.items and "first_eval_loss" not in session.extra:

@@ -29,7 +29,6 @@ from danlu.data.collate import (
 from danlu.data.formats.registry import by_name
 from danlu.exceptions import DataError
 from danlu.losses.preference import balanced_weights, kwise, pairwise, pairwise_tokens, pointwise, unpaired
-from danlu.models.heads import head_of
 from danlu.models.roles import AdapterRoles
 from danlu.models.root import RootModel, TrunkOutput
 from danlu.rewards.model import CONFIG_KEY
@@ -39,10 +38,10 @@ from danlu.training import distributed
 from danlu.training.compute import Compute, choose
 from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
-from danlu.training.result import adapter_folder, is_shared, save_result, save_role
+from danlu.training.result import adapter_folder, is_shared, merged_model, save_result, save_role
 from danlu.training.session import Session
-from danlu.training.setup import limits_of, plan_of, policy_roles, records_of
-from danlu.training.sharding import shard, share_forwards, whole, whole_of
+from danlu.training.setup import limits_of, placed, plan_of, policy_roles, records_of
+from danlu.training.sharding import share_forwards
 from danlu.training.step import LossFn, TrainResult, accumulate, apply, shortest_first
 from danlu.training.templates import template_facts, template_of
 from danlu.training.tokens import trees_of
@@ -98,7 +97,7 @@ def train(settings: RewardSettings) -> TrainResult:
     roles, model = policy_roles(settings, trained="reward", updates=len(steps))
     model.config.pad_token_id = template.tokenizer.pad_token_id
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
-    root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
+    root = placed(roles, settings, compute).train()
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     loss_fn = _loss(settings, weights)
 
@@ -155,7 +154,8 @@ def train(settings: RewardSettings) -> TrainResult:
             roles, "reward", template.tokenizer, folders, {**normaliser, "pad_token_id": model.config.pad_token_id}
         )
     if merges or not is_shared(roles):
-        result = scalar_model(roles, model, settings) if isinstance(roles, AdapterRoles) else model
+        result = merged_model(roles, "reward") if isinstance(roles, AdapterRoles) else model
+        result.config.pad_token_id = model.config.pad_token_id
         setattr(result.config, CONFIG_KEY, normaliser[CONFIG_KEY])
         save_result(result, template.tokenizer, folder)
     if distributed.is_main():
@@ -340,20 +340,3 @@ def _normaliser(root: RootModel, trees: Trees, settings: RewardSettings, compute
         items = [items[i] for i in sorted(draw.tolist())]
     scores = _judge(root, replace(trees, items=items, margins=[]), settings.micro_tokens, compute).scores_A
     return float(scores.mean()), float(scores.std(ddof=1)) or 1.0
-
-
-def scalar_model(roles: AdapterRoles, base: torch.nn.Module, settings: RewardSettings) -> torch.nn.Module:
-    """An adapter and its head, merged into a sequence-classification model that others can load."""
-    from danlu.models.load import load_model
-    from danlu.training.runs import resolve_model
-
-    merged = roles.merged("reward")
-    model: torch.nn.Module = load_model(resolve_model(settings.model), scalar=True)
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in whole_of(merged.items()):
-            if name in own:
-                own[name].copy_(value)
-        head_of(model).get_parameter("weight").copy_(whole(roles.head("reward").get_parameter("weight")))
-    model.config.pad_token_id = base.config.pad_token_id  # type: ignore[union-attr]
-    return model

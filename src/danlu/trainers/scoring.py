@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from danlu.alignment_config import RolloutSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.exceptions import RewardError, TemplateError
 from danlu.models.load import load_model
+from danlu.models.resting import rest
 from danlu.rewards.build import gold_of, rewards_of
 from danlu.rewards.combine import Combined
 from danlu.rewards.model import judge_of
@@ -16,7 +18,7 @@ from danlu.rewards.protocol import Reward, episodes_of
 from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
 from danlu.training import distributed
-from danlu.training.compute import Compute
+from danlu.training.compute import DTYPES, Compute
 from danlu.training.heldout import Scorer
 from danlu.training.runs import resolve_model
 from danlu.training.templates import tokenizer_of
@@ -42,7 +44,7 @@ def rewards_for(
 
     def judge() -> Reward:
         return judge_of(
-            [load_model(resolve_model(name), scalar=True) for name in named],
+            [_at_rest(name, compute) for name in named],
             [readable(name, settings.template, prompts, stage=stage) for name in named],
             template,
             micro_tokens=settings.micro_tokens,
@@ -51,6 +53,14 @@ def rewards_for(
         )
 
     return rewards_of(settings, prompts, Path(settings.out), judge=judge if named else None)
+
+
+def _at_rest(name: str, compute: Compute) -> Any:
+    """A reward model that will only be asked."""
+    path = resolve_model(name)
+    model = load_model(path, scalar=True).requires_grad_(False)
+    rest(model, DTYPES[compute.dtype])
+    return model
 
 
 def gold_for(settings: RolloutSettings, template: ChatTemplate, compute: Compute) -> Scorer | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from danlu.config import SftSettings
 from danlu.data.collate import encode_conversations, require_items
-from danlu.models.root import RootModel
 from danlu.trainers import seq2seq_sft
 from danlu.training import distributed
 from danlu.training.answers import answer_facts
@@ -15,8 +14,7 @@ from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.session import Session
-from danlu.training.setup import limits_of, plan_of, policy_roles, records_of
-from danlu.training.sharding import shard
+from danlu.training.setup import limits_of, placed, plan_of, policy_roles, records_of
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import reads_sources, template_of
 from danlu.training.tokens import trees_of
@@ -38,7 +36,7 @@ def train(settings: SftSettings) -> TrainResult:
 
     roles, model = policy_roles(settings, updates=len(steps), stop_ids=template.stop_ids)
     compute = choose(Path(settings.out), settings.dtype, model.config.hidden_size)
-    root = shard(RootModel(roles).to(compute.device).train(), settings, compute)
+    root = placed(roles, settings, compute).train()
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     with Session(settings, "sft", total=len(steps), module=root, optimizers={"optimizer": optimizer}) as session:
         if heldout.items and "first_eval_loss" not in session.extra:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import gc
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ from danlu.alignment_config import GrpoSettings, PpoSettings
 from danlu.exceptions import DanluError, TrainingError
 from danlu.train_config import TrainSettings
 from danlu.training import distributed
+from danlu.training.peak import hand_back
 
 CHOICE = "micro_tokens.json"
 # Allocators and serialisers of torch and safetensors raise RuntimeErrors and errors of their own with these words.
@@ -115,6 +115,7 @@ def within_limits(train: Callable[[S], Result]) -> Callable[[S], Result]:
         if settings.on_oom == "halve" and choice.is_file():
             kept = int(json.loads(choice.read_text("utf-8"))["micro_tokens"])
             settings = settings.model_copy(update={"micro_tokens": min(kept, settings.micro_tokens)})
+        hand_back()
         while True:
             try:
                 return train(settings)
@@ -127,8 +128,7 @@ def within_limits(train: Callable[[S], Result]) -> Callable[[S], Result]:
                 if settings.on_oom == "stop" or at_end:
                     raise memory_sentence(settings) from error
             # Outside of the except block: the error's frames, which hold the step's tensors, are gone.
-            gc.collect()
-            torch.cuda.empty_cache()
+            hand_back()
             smaller = max(settings.max_length, settings.micro_tokens // 2)
             settings = settings.model_copy(update={"micro_tokens": smaller})
             atomic.write_json(choice, {"micro_tokens": smaller})

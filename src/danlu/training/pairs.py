@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from danlu.alignment_config import DpoSettings
 from danlu.losses import dpo, reference_free
 from danlu.losses.reduce import sum_by_node
-from danlu.models.load import load_model
 from danlu.models.roles import reference_model
 from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.training.compute import Compute
 from danlu.training.logprobs import logprobs
 from danlu.training.runs import resolve_model
-from danlu.training.setup import own_models, shared_roles
+from danlu.training.setup import load_policy, own_models, shared_roles
 from danlu.training.sharding import share_forwards
 from danlu.tree import TreeBatch
 
@@ -29,14 +28,13 @@ def policy_and_reference(settings: DpoSettings, *, updates: int, stop_ids: Colle
     Args:
         updates, stop_ids: see `shared_roles`.
     """
-    path = resolve_model(settings.model)
-    model = load_model(path)
+    model = load_policy(settings)
     if settings.adapted:
         roles = shared_roles(model, ["policy"], settings, ["policy"], updates=updates, stop_ids=stop_ids)
         return roles, model
     models: dict[RoleName, Any] = {"policy": model}
     if settings.reference == "online":
-        models["ref"] = reference_model(path, settings.ref_bits)
+        models["ref"] = reference_model(resolve_model(settings.model), settings.ref_bits)
     return own_models(models, ["policy"], settings), model
 
 

@@ -9,16 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from danlu.models.adapter_files import SCORE, save_adapter
-from danlu.models.load import save_model
+from danlu.models.heads import head_of
+from danlu.models.load import load_model, save_model
 from danlu.models.prefix import PrefixRoles
 from danlu.models.roles import SCALAR_ROLES, AdapterRoles
 from danlu.models.root import RoleName
 from danlu.training import distributed
-from danlu.training.sharding import whole_on_main
+from danlu.training.peak import hand_back
+from danlu.training.setup import ROUNDED, SOURCE
+from danlu.training.sharding import whole, whole_of, whole_on_main
 
 
 def save_result(
@@ -69,11 +73,31 @@ def _save_adapted(model: Any, tokenizer: Any, folder: Path, roles: nn.Module, ro
         roles.mask_ranks()
     save_role(roles, role, tokenizer, [adapter_folder(folder), *([] if merges else [folder])])
     if isinstance(roles, AdapterRoles) and merges:
-        named = roles.merged(role)
-        state = whole_on_main(named.items())
-        if distributed.is_main():
-            save_model(model, tokenizer, folder, state)
+        if hasattr(roles.base, SOURCE):
+            merged = merged_model(roles, role)
+            merged.generation_config = model.generation_config
+            save_result(merged, tokenizer, folder)
+        else:  # made in memory: there is no folder to begin with
+            state = whole_on_main(roles.merged(role).items())
+            if distributed.is_main():
+                save_model(model, tokenizer, folder, state)
     distributed.wait_for_all()
+
+
+@torch.no_grad()
+def merged_model(roles: AdapterRoles, role: RoleName) -> Any:
+    """The base, read again from its folder, with the role's adapter in it; with the scalar head of a role that has one."""
+    scalar = role in SCALAR_ROLES
+    hand_back()
+    model = load_model(getattr(roles.base, SOURCE), scalar=scalar)
+    own = dict(model.named_parameters())
+    exact = own if getattr(roles.base, ROUNDED, False) else {}
+    for name, value in whole_of(roles.merging(role, exact)):
+        if name in own:
+            own[name].copy_(value)
+    if scalar:
+        head_of(model).get_parameter("weight").copy_(whole(roles.head(role).weight))
+    return model
 
 
 def whole_state(model: Any) -> dict[str, Tensor] | None:

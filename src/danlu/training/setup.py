@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from danlu.alignment_config import RolloutSettings
 from danlu.data.packing import Lengths, Plan, plan_steps
 from danlu.data.read import Dataset
 from danlu.data.sources import read_sources
@@ -15,13 +17,20 @@ from danlu.data.truncate import Limits
 from danlu.exceptions import SettingsError
 from danlu.generation.seeds import mix_seed
 from danlu.models.adapters import PREFIX_KINDS, adapter_roles, freeze_parts, teaches_a_new_end
+from danlu.models.embeddings import holds_bfloat16
 from danlu.models.load import load_model
+from danlu.models.resting import rest
 from danlu.models.roles import SeparateModels
-from danlu.models.root import RoleName
+from danlu.models.root import RoleName, RootModel
 from danlu.train_config import Sources, TrainSettings
 from danlu.training import distributed
+from danlu.training.compute import DTYPES, Compute
 from danlu.training.runs import resolve_model
+from danlu.training.sharding import shard, splits
 from danlu.types import Record, RecordKind
+
+SOURCE = "danlu_source"  # of a base: the folder or hub id that its weights were read from
+ROUNDED = "danlu_rounded"  # of a base: whether resting took digits from its weights
 
 
 def records_of(settings: TrainSettings, kind: RecordKind) -> tuple[list[Record], list[Record], Dataset]:
@@ -77,11 +86,39 @@ def policy_roles(
         model: already loaded or made; None: the settings' model.
     """
     if model is None:
-        scalar = trained == "reward" and not settings.adapted
-        model = load_model(resolve_model(settings.model), scalar=scalar)
+        model = load_policy(settings, scalar=trained == "reward" and not settings.adapted)
     if settings.adapted:
         return shared_roles(model, [trained], settings, [trained], updates=updates, stop_ids=stop_ids), model
     return own_models({trained: model}, [trained], settings), model
+
+
+def load_policy(settings: TrainSettings, *, scalar: bool = False) -> Any:
+    """The settings' model in fp32; under an adapter in bf16 where it is stored so, for frozen weights need not be more exact."""
+    path = resolve_model(settings.model)
+    exact = not settings.adapted or settings.frozen_bits != 16 or not holds_bfloat16(path)
+    model = load_model(path, scalar=scalar, dtype=torch.float32 if exact else torch.bfloat16)
+    setattr(model, SOURCE, path)
+    return model
+
+
+def placed(roles: nn.Module, settings: TrainSettings, compute: Compute) -> RootModel:
+    """The roles where the stage computes: what is frozen rests in the dtype of products, weights are split as the strategy wants.
+
+    Call it before the optimizer is made.
+    """
+    dtype = torch.float32 if splits(settings) else DTYPES[compute.dtype]
+    if isinstance(roles, SeparateModels):
+        for model in roles.models.values():
+            if not any(p.requires_grad for p in model.parameters()):
+                rest(model, dtype)
+    else:
+        base: Any = roles.base
+        # DoRA compares lengths of rows with those of exact weights; what has no folder could not be read again to be merged.
+        exact = settings.adapter == "dora" or not hasattr(base, SOURCE)
+        # An engine beside packed weights shares them, and the tables around them.
+        if not (isinstance(settings, RolloutSettings) and settings.frozen_bits != 16):
+            setattr(base, ROUNDED, rest(base, torch.float32 if exact else dtype))
+    return shard(RootModel(roles).to(compute.device), settings, compute)
 
 
 def own_models(models: Mapping[RoleName, Any], trained: Sequence[RoleName], settings: TrainSettings) -> SeparateModels:

@@ -36,7 +36,7 @@ def shard(root: Root, settings: TrainSettings, compute: Compute) -> Root:
 
     With bf16, layers gather their weights in bf16; parts of weights, gradients and optimizer states stay fp32.
     """
-    if settings.strategy == "ddp" or distributed.world()[1] == 1:
+    if not splits(settings):
         return root
     mesh = init_device_mesh(compute.device, (distributed.world()[1],))
     precise = compute.dtype == "float32"
@@ -52,6 +52,11 @@ def shard(root: Root, settings: TrainSettings, compute: Compute) -> Root:
         module.set_gradient_divide_factor(1.0)  # losses are divided by global denominators already
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other kind
     return root
+
+
+def splits(settings: TrainSettings) -> bool:
+    """Whether the settings split weights, and there is somebody to share them with."""
+    return settings.strategy != "ddp" and distributed.world()[1] > 1
 
 
 def is_sharded(root: nn.Module) -> bool:
