@@ -263,6 +263,6 @@ def test_shapes_of_the_gpu_benchmark(size: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_tiny_models() -> None:
     found = gpu.measure(tiny=True)
-    assert {r["part"] for r in found["rows"]} == {"correct", "train", "decode"}
+    assert {r["part"] for r in found["rows"]} == {"correct", "train", "decode", "packed", "families"}
     assert not [r for r in found["rows"] if isinstance(r["value"], str)]
     assert all(r["share"] < 1 for r in found["rows"] if r["part"] == "correct")

@@ -19,6 +19,7 @@ from torch import Tensor
 # Entries of a chunk of logits, and of the part of a chunk that is held in fp32 on a CPU: a part stays in the cache, and its
 # memory is not asked from the system anew for every chunk.
 CHUNK_ENTRIES = 1 << 23
+CHUNK_ENTRIES_CUDA = 1 << 26  # a card wants large products
 PART_ENTRIES = 1 << 19
 
 
@@ -68,7 +69,8 @@ class _Head:
         What the caller leaves in the logits is `d loss / d z`; when a chunk is complete, it goes into the wanted gradients.
         """
         total, vocab = self.hidden.shape[0], self.weight.shape[0]
-        chunk = max(1, min(total, self.chunk or max(256, CHUNK_ENTRIES // vocab)))
+        entries = CHUNK_ENTRIES_CUDA if self.hidden.is_cuda else CHUNK_ENTRIES
+        chunk = max(1, min(total, self.chunk or max(256, entries // vocab)))
         size = chunk if self.hidden.is_cuda else max(1, min(chunk, PART_ENTRIES // vocab))
         buffer = self.hidden.new_empty(chunk, vocab)
         exact = self.hidden.dtype == self.precise

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
+from danlu.models import packed_cuda as cuda
 from danlu.models import packed_kernels as kernels
 
 GROUPS = (256, 128, 64, 32, 16)
 ZERO4 = 8  # of symmetric int4
 CHUNK = 2**18  # codes that are unpacked at once: they stay in a core's cache
+CHUNK_CUDA = 2**26  # the same on a card, which wants few large operations
 
 
 class PackedLinear(nn.Module):
@@ -156,6 +158,8 @@ class Int8Linear(PackedLinear):
         rows = self.rows_in_order(rows)
         if self.scale.dim() > 1:
             return nn.functional.linear(rows, self.stored(rows.dtype))
+        if _for_cuda(rows) and len(rows) <= cuda.MOST_ROWS:
+            return cuda.few8(rows.contiguous(), self.weight_int8, self.scale)
         if kernels.is_few(rows) and kernels.fits_int8(self.in_features) and kernels.has_int8(rows.device.type):
             if self._prepared is None:
                 self._prepared = self.scale.to(rows.dtype)
@@ -193,8 +197,14 @@ class Int4Linear(PackedLinear):
             return kernels.unblocked(self.weight_int4, self.blocked)
         return unpack4(self.weight_int4)
 
+    def for_cuda(self, rows: Tensor) -> bool:
+        """Whether a card's kernels take these rows and this weight."""
+        return _for_cuda(rows) and not self.blocked and cuda.fits4(self.in_features, self.scale.shape[1])
+
     def stored(self, dtype: torch.dtype) -> Tensor:
-        step = max(1, CHUNK // self.in_features)
+        if self.weight_int4.is_cuda and dtype == torch.bfloat16 and self.for_cuda(self.scale.to(dtype)):
+            return cuda.whole4(self.weight_int4, self.scale, self.zero)
+        step = max(1, (CHUNK if self.weight_int4.device.type == "cpu" else CHUNK_CUDA) // self.in_features)
         step = -(-step // self.blocked) * self.blocked if self.blocked else step
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_int4.device)
         for first in range(0, self.out_features, step):
@@ -206,6 +216,8 @@ class Int4Linear(PackedLinear):
 
     def product(self, rows: Tensor) -> Tensor:
         rows = self.rows_in_order(rows)
+        if self.for_cuda(rows) and len(rows) <= cuda.MOST_ROWS:
+            return cuda.few4(rows.contiguous(), self.weight_int4, self.scale, self.zero)
         if rows.dtype != torch.bfloat16 or not self.prepare():
             return nn.functional.linear(rows, self.stored(rows.dtype))
         assert self._prepared is not None
@@ -232,6 +244,13 @@ class Int4Linear(PackedLinear):
         self._prepared = kernels.scale_and_zero(self.scale, self.zero, self.in_features // group)
         return True
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Bytes that lie as a CPU's kernel wants them are put in order when they leave it."""
+        super()._apply(fn, recurse)
+        if self.blocked and self.weight_int4.device.type not in ("cpu", "meta"):
+            self.weight_int4, self.blocked = pack4(self.codes()), 0
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.blocked:
@@ -241,6 +260,10 @@ class Int4Linear(PackedLinear):
         if f"{prefix}weight_int4" in state_dict:
             self.blocked, self._prepared = 0, None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _for_cuda(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and cuda.available("cuda")
 
 
 def _scaled(codes: Tensor, scale: Tensor, zero: Tensor | None, middle: int = 0) -> Tensor:
@@ -369,8 +392,10 @@ def joined(parts: Sequence[PackedLinear]) -> PackedLinear | None:
     )
     if not alike:
         return None
-    if isinstance(first, Int4Linear) and not all(p.prepare() for p in parts if isinstance(p, Int4Linear)):
-        return None
+    if isinstance(first, Int4Linear):
+        here = [p for p in parts if isinstance(p, Int4Linear)]
+        if not all(p.prepare() or p.for_cuda(p.scale.bfloat16()) for p in here):
+            return None
     with torch.inference_mode(False):  # the layers may be trained on later
         return _side_by_side(parts)
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
+from danlu.models import lean_lora
 from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.heads import head_of
 from danlu.models.load import load_model
@@ -131,6 +132,7 @@ class AdapterRoles(nn.Module):
             # AdaLoRA knows one trained adapter only: the others come as frozen ones, and what learns is decided below.
             for name in [*adapters[1:], *([START] if pissa else [])]:
                 self.peft.add_adapter(name, _frozen_copy(config))
+        lean_lora.install(self.peft)
         self.pissa = pissa
         if pissa:
             _principal_start(self.base, adapters)

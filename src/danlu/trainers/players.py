@@ -86,6 +86,8 @@ def answering_model(policy: Any, settings: RolloutSettings, template: ChatTempla
     dtype = DTYPES[compute.dtype]
     if not settings.adapted:
         return copy_of(policy, dtype).to(compute.device)
+    if settings.frozen_bits != 16:
+        policy.to(compute.device)  # before its packed weights are shared
     embeddings = trains_embeddings(policy, settings, template.stop_ids)
     return engine_model(policy, settings, embeddings=embeddings, dtype=dtype).to(compute.device)
 
