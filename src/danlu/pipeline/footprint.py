@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, RolloutSettings
 from danlu.config import Starter
-from danlu.losses.logprobs import CHUNK_ENTRIES
+from danlu.losses.logprobs import CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA
 from danlu.models.adapters import ia3_targets
 from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
@@ -36,7 +36,9 @@ Strategy = Literal["full", "freeze", "lora", "qlora", "prefix", "zero1", "zero2"
 STRATEGIES: tuple[Strategy, ...] = ("full", "lora", "qlora", "prefix", "zero1", "zero2", "zero3")
 # Peak over what is kept: the backward pass's own arrays, and what an allocator cannot hand out again (measured, docs/log.md).
 OVERHEAD = {"float32": 1.1, "bfloat16": 1.3}
+OVERHEAD_CUDA = 1.1
 BUFFERS_MB = 75.0  # of the libraries, from their first use on
+REFERENCE = {32: 1.0, 8: 0.5}  # of a frozen model in 16 bits, by `ref_bits`
 PREFIX = 128  # virtual tokens of P-Tuning v2
 WIDEST = 512  # of a probe
 VOCABULARY = 64
@@ -234,8 +236,7 @@ def tuning_memory(shape: Shape, settings: TrainSettings, bits: int, *, dtype: st
     """Megabytes of training LoRA adapters on a base of 16 (as it is), 8 or 4 bits; see `stage_memory`."""
     parts = stage_memory(shape, settings, "lora" if bits == 16 else "qlora", dtype=dtype, length=length, processes=1)
     if bits == 8:
-        models, _ = _models(settings, small=True)
-        parts["weights"] += models * (shape.parameters - shape.tables) * (1.0 - 0.55) / MB
+        parts["weights"] += (shape.parameters - shape.tables) * (1.0 - 0.55) / MB
     return parts
 
 
@@ -308,7 +309,7 @@ def stage_memory(
         length: mean tokens of an item.
         processes: that ZeRO divides over.
     """
-    small = strategy in ("lora", "qlora", "prefix")
+    small, cuda = strategy in ("lora", "qlora", "prefix"), torch.cuda.is_available()
     learnt = {
         "lora": lambda: adapter_parameters(shape, settings.lora.r),
         "qlora": lambda: adapter_parameters(shape, settings.lora.r),
@@ -316,13 +317,20 @@ def stage_memory(
     }.get(strategy, lambda: shape.parameters)()
     if strategy == own_strategy(settings):
         learnt = learnt_parameters(shape, settings)
-    models, learners = _models(settings, small=small)
+    exact, frozen, learners = _models(settings, small=small)
     share = {"zero1": (1, 1), "zero2": (1, processes), "zero3": (processes, processes)}.get(strategy, (1, 1))
     packed = 1.02 if settings.frozen_bits == 8 else 0.55  # bytes a number takes with its scale
     quantised = strategy == "qlora" or (strategy == own_strategy(settings) == "prefix" and settings.frozen_bits != 16)
-    base = (shape.parameters - shape.tables) * packed + shape.tables * 4 if quantised else shape.parameters * 4
-    copies = 2.0 * shape.products if dtype == "bfloat16" and not quantised else 0.0
-    weights = models * base / share[0] + copies
+    rested = 2.0 if dtype == "bfloat16" and settings.adapter != "dora" else 4.0  # see `models/resting.py`
+    base = (
+        (shape.parameters - shape.tables) * packed + shape.tables * rested if quantised else shape.parameters * rested
+    )
+    copies = 2.0 * shape.products if dtype == "bfloat16" and exact else 0.0
+    if small:
+        # The base; what answers beside packed weights shares them; judges are models of their own.
+        weights = base + (frozen - 1) * shape.parameters * rested - (base if quantised and frozen > 1 else 0.0)
+    else:
+        weights = (exact * 4.0 + frozen * rested) * shape.parameters / share[0] + copies
     gradients = 4.0 * learnt / share[1]
     if isinstance(settings, PpoSettings):
         weights += 4.0 * learnt if settings.ema is not None else 0.0
@@ -330,21 +338,26 @@ def stage_memory(
     states = {"adamw": 8.0, "adamw8bit": 2.03, "adamw_offload": 0.0 if torch.cuda.is_available() else 8.0}
     averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
     tokens = settings.micro_tokens
-    count = kept(shape, length=length, dtype=dtype, rank=settings.lora.r if small else None)
+    # A card's attention keeps no scores: as if texts were short.
+    rank = settings.lora.r if strategy in ("lora", "qlora") else None  # before a prefix layers run as they are
+    count = kept(shape, length=min(length, 16) if cuda else length, dtype=dtype, rank=rank)
     layers = count.layer * shape.layers
     if settings.activation_checkpointing:
         layers = 4.0 * shape.width * shape.layers + count.layer
-    activations = OVERHEAD[dtype] * tokens * (layers + count.rest)
+    activations = (OVERHEAD_CUDA if cuda else OVERHEAD[dtype]) * tokens * (layers + count.rest)
     logits = 0.0
     if not isinstance(settings, RewardSettings):
         number = 2 if dtype == "bfloat16" else 4
-        logits = number * min(CHUNK_ENTRIES, tokens * shape.vocab) + (0.0 if small else 4.0 * shape.head)
+        entries = CHUNK_ENTRIES_CUDA if cuda else CHUNK_ENTRIES
+        logits = number * min(entries, tokens * shape.vocab) + (0.0 if small else 4.0 * shape.head)
     cache = 0.0
     if isinstance(settings, PpoSettings | GrpoSettings):
         positions = settings.rollout.batch * (length + settings.rollout.max_new_tokens)
         cache = positions * shape.key_values * (2.0 if dtype == "bfloat16" else 4.0)
-    # At the end adapters are merged into a copy of the weights, and that is written from another.
-    merged = 8.0 * shape.parameters if strategy == "lora" else 0.0
+    merged = 0.0
+    if strategy == "lora" and not cuda:
+        # At the end, when engine, judges and activations have gone, the base is read again and the adapter added to it.
+        merged = max(0.0, base + 4.0 * shape.parameters - weights - gradients - activations - logits - cache)
     parts = {
         "weights": weights,
         "gradients": gradients,
@@ -357,14 +370,17 @@ def stage_memory(
     return {name: value / MB for name, value in parts.items()} | {"buffers": BUFFERS_MB}
 
 
-def _models(settings: TrainSettings, *, small: bool) -> tuple[float, int]:
-    """(whole models in memory, how many of them learn); adapters share one base, roll-outs have weights of their own."""
+def _models(settings: TrainSettings, *, small: bool) -> tuple[float, float, int]:
+    """Models in memory, by how they are held, and roles that learn: (with exact weights, frozen, learners).
+
+    Adapters share one frozen base; roll-outs have weights of their own.
+    """
     judges = len(as_models(settings.reward_model)) if isinstance(settings, RolloutSettings) else 0
     if isinstance(settings, PpoSettings):
-        return (1 + 1 + judges, 2) if small else (3 + 1 + judges, 2)
+        return (0, 1 + 1 + judges, 2) if small else (2, 1 + 1 + judges, 2)
     if isinstance(settings, GrpoSettings):
-        ref = 0.0 if settings.method == "raft" else settings.ref_bits / 32
-        return (1 + 1 + judges, 1) if small else (1 + ref + 1 + judges, 1)
+        ref = 0.0 if settings.method == "raft" else REFERENCE[settings.ref_bits]
+        return (0, 1 + 1 + judges, 1) if small else (1, ref + 1 + judges, 1)
     if isinstance(settings, DpoSettings) and settings.reference == "online" and not small:
-        return 1 + settings.ref_bits / 32, 1
-    return 1, 1
+        return 1, REFERENCE[settings.ref_bits], 1
+    return (0, 1, 1) if small else (1, 0, 1)
