@@ -76,6 +76,7 @@ def train(settings: GrpoSettings) -> TrainResult:
     Raises:
         SettingsError: there is nothing that scores answers.
         DataError: no prompt is left, or one cannot be verified.
+        GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
         RewardError: answers could not be scored (more than max_failed).
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """

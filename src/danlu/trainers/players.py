@@ -61,7 +61,7 @@ def players_of(
         reference: whether there is one, beside the policy.
 
     Raises:
-        SettingsError, DataError, RewardError: see `rewards_of`.
+        SettingsError, DataError, GateError, RewardError: see `rewards_for`.
     """
     path = resolve_model(settings.model)
     policy = load_model(path)

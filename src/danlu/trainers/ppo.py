@@ -68,6 +68,7 @@ def train(settings: PpoSettings) -> TrainResult:
     Raises:
         SettingsError: nothing scores the answers, or the critic's warm-up leaves nothing to the policy.
         DataError: no prompt is left, or one cannot be verified.
+        GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
         RewardError: too few answers can be scored.
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
