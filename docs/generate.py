@@ -285,6 +285,7 @@ Every `eval_every` iterations, and before the first one, the held-out prompts ar
 |---|---|
 | `eval_score`, `eval_length`, `eval_stop_rate` | as in training, on prompts that are not trained on |
 | `eval_gold` | a reward that is measured but never trained on, where there is one |
+| `eval_disagreement` | with an [ensemble](training.md) of reward models: the mean standard deviation among its members; `disagreement` is that of the roll-outs |
 | `eval_win_rate` | share of prompts on which the answer is scored higher than that of the model before training |
 | `eval_win_rate_low`, `_high` | ends of its 95% interval |
 

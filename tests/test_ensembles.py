@@ -157,20 +157,27 @@ def judges(folder: Path, count: int) -> list[str]:
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
 def test_training_follows_an_ensemble(kind: str, tmp_path: Path) -> None:
     named = judges(tmp_path, 2)
-    rows = {}
+    rows, begun = {}, {}
     unclipped = {"ppo": {"ppo": {"score_clip": 1e6}}, "grpo": {}}[kind]
     for how in ("mean", "min"):
         out = tmp_path / how
         values = small.stage(kind, out, reward_model=named, ensemble=how, max_steps=1, **unclipped)
-        STAGES[kind].run(parse(KINDS[kind], values))
+        begun[how] = STAGES[kind].run(parse(KINDS[kind], values)).facts["start"]
         rows[how] = next(r for r in small.metrics_of(out) if "score" in r)
     assert rows["mean"]["disagreement"] == pytest.approx(rows["min"]["disagreement"], rel=1e-5)
     assert rows["mean"]["disagreement"] > 0.01
     # The same answers of the same policy, and of two scores the lower one is the mean less the deviation.
     gap = rows["mean"]["score"] - rows["min"]["score"]
     assert gap == pytest.approx(rows["mean"]["disagreement"], rel=1e-4)
+    # So it is on held-out answers of the start model; after training they are logged beside their score.
+    gap = begun["mean"]["eval_score"] - begun["min"]["eval_score"]
+    assert gap == pytest.approx(begun["mean"]["eval_disagreement"], rel=1e-4) and gap > 0.01
+    (held,) = (r for r in small.metrics_of(tmp_path / "min") if "eval_score" in r)
+    assert held["step"] == 1 and held["eval_disagreement"] > 0.01
+    assert held["eval_disagreement"] != rows["min"]["disagreement"]
     twice = tmp_path / "twice"
-    STAGES[kind].run(parse(KINDS[kind], small.stage(kind, twice, reward_model=[named[0]] * 2, max_steps=1)))
+    found = STAGES[kind].run(parse(KINDS[kind], small.stage(kind, twice, reward_model=[named[0]] * 2, max_steps=1)))
+    assert found.facts["start"]["eval_disagreement"] == pytest.approx(0.0, abs=1e-6)
     row = next(r for r in small.metrics_of(twice) if "score" in r)
     assert row["disagreement"] == pytest.approx(0.0, abs=1e-6)
 

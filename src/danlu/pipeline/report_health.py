@@ -89,6 +89,11 @@ def _groups(rows: Rows) -> list[tuple[str, list[Plan]]]:
                     [of("less KL", "reward_total", "third"), of("before norm and clip", "score_raw", "second")],
                     {},
                 ),
+                (
+                    "Disagreement of the ensemble",
+                    [of("roll-outs", "disagreement"), of("held-out", "eval_disagreement", "second")],
+                    {},
+                ),
                 ("Gold: measured, not trained on", [of("held-out", "eval_gold", "second")], {}),
                 (
                     "Wins against the start model",

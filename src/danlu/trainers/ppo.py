@@ -102,7 +102,7 @@ def train(settings: PpoSettings) -> TrainResult:
 
     gold = scoring.gold_for(settings, template, compute)
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers, states=states) as session:
-        heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold)
+        heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold, players.reward.metrics)
         watch = Watch(session, heldout, template)
         for step in session.steps():
             corrections = watch.corrections
