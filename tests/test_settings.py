@@ -27,7 +27,10 @@ TRAIN = (
     "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "
     "save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
-ROLLOUT = "reward_model ensemble follow_failed verifier verifier_weight rewards eval_rewards max_failed sandbox health rollout ref_bits"
+ROLLOUT = (
+    "reward_model ensemble follow_failed verifier verifier_weight rewards eval_rewards max_failed sandbox health rollout "
+    "ref_bits"
+)
 TERM = "weight name"
 ENDPOINT = "api_key_env concurrency timeout retries backoff cache"
 # What settings cannot do without and "given" would not do for.

@@ -115,7 +115,7 @@ def _groups(rows: Rows) -> list[tuple[str, list[Plan]]]:
                 ("Largest ratio", [of("of an iteration", "ratio_max")], {}),
                 ("Clipped tokens", [of("share", "clip_fraction", noisy=True)], share),
                 ("KL of an update, nats a token", [of("approximate", "approx_kl", noisy=True)], {}),
-                ("Engine against trainer, nats", [of("largest gap", "engine_gap")], {}),
+                ("Engine against trainer, nats a token", [of("mean difference", "engine_gap")], {}),
             ],
         ),
         (

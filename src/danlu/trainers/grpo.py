@@ -172,7 +172,7 @@ def _experience(
         built.append(Minibatch(parts, float(denominator), float(total_weight)))
 
     spread = torch.cat([advantages[i] for i in sorted(advantages)]).double().std(correction=0)
-    return built, {**drawn.stats, **reading_stats(readings, clip), "advantage_std": float(spread)}
+    return built, {**drawn.stats, **reading_stats(readings, clip, players.compute), "advantage_std": float(spread)}
 
 
 def _advantages(drawn: Drawn, readings: Sequence[Sequence[Reading]], method: Method) -> dict[int, Tensor]:

@@ -85,7 +85,7 @@ def train(settings: GrpoSettings) -> TrainResult:
 
             drawn = draw(engine, prompts, scorer, settings, template, step, method)
             minibatches = _pairs(players, drawn, settings)
-            stats = {**drawn.stats, **reading_stats(read_groups(root, drawn, 1, settings, compute), None)}
+            stats = {**drawn.stats, **reading_stats(read_groups(root, drawn, 1, settings, compute), None, compute)}
             stats["pairs"] = float(sum(count for _, count in minibatches))
 
             updates: list[dict[str, float]] = []

@@ -117,5 +117,7 @@ def watch_of(
 ) -> Watch:
     """The held-out prompts with their gold, and health."""
     gold = scoring.gold_for(settings, players.template, players.compute)
-    heldout = Heldout(held, players.engine, players.root, settings, players.template, scorer, gold, players.reward.metrics)
+    heldout = Heldout(
+        held, players.engine, players.root, settings, players.template, scorer, gold, players.reward.metrics
+    )
     return Watch(session, heldout, players.template)
