@@ -279,12 +279,27 @@ Every iteration, from the roll-outs: `score`, `kl` (k1, may be a little below 0)
 | `distinct_1`, `distinct_2` | different tokens, and 2-grams, of all answers over the number of all of them (Li et al. 2016) |
 | `empty_rate` | share of answers without any text |
 
+And from what the engine and the trainer say of the same fresh tokens:
+
+| metric | what it is |
+|---|---|
+| `engine_gap` | mean absolute difference of their log-probabilities, nats per token |
+| `engine_gap_max` | the greatest of these differences |
+| `engine_gap_high` | 1 where the mean is beyond its bound: 1e-5 in float32, 0.1 in bfloat16 and float16; otherwise absent |
+
+The engine answers in float32, also where the trainer reads in bfloat16, which keeps 8 bits: so they differ by rounding alone. One
+token of thousands may be off by 0.1 that way in any iteration, and says nothing. The mean hardly moves: in the quickstart it is
+0.0030, within a tenth, in every iteration, and an engine whose weights are a single update old has 0.016 to 0.039. So P-ENGINE-GAP
+looks at the mean, against the bound and against the first iteration, when both have the same weights for sure; of the greatest
+only what no rounding explains counts.
+
 Every `eval_every` iterations, and before the first one, the held-out prompts are answered, each time with the same draws:
 
 | metric | what it is |
 |---|---|
 | `eval_score`, `eval_length`, `eval_stop_rate` | as in training, on prompts that are not trained on |
 | `eval_gold` | a reward that is measured but never trained on, where there is one |
+| `eval_disagreement` | mean standard deviation among the members of an ensemble of reward models (`disagreement`: on roll-outs) |
 | `eval_win_rate` | share of prompts on which the answer is scored higher than that of the model before training |
 | `eval_win_rate_low`, `_high` | ends of its 95% interval |
 

@@ -265,6 +265,7 @@ def curves(kind: str) -> list[dict[str, Any]]:
                     "explained_variance": 0.6 * gain - 0.1,
                     "value_loss": 0.2 + 0.6 * (1 - gain) + abs(draw.gauss(0, 0.05)),
                     "engine_gap": 2e-6,
+                    "engine_gap_max": 1e-5,
                     "tokens": 2200.0,
                     "loss": -0.01,
                     "grad_norm": 0.9,

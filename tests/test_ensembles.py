@@ -22,9 +22,8 @@ from danlu.config import KINDS
 from danlu.exceptions import GateError, SettingsError
 from danlu.models.load import save_model
 from danlu.parsing import parse
-from danlu.pipeline.judges import opinions
 from danlu.pipeline.recipe import load_recipe
-from danlu.pipeline.run import execute, placed, run_stage
+from danlu.pipeline.run import execute, placed, run_stage, stage_key
 from danlu.pipeline.stages import STAGES
 from danlu.rewards.combine import Combined, Term
 from danlu.rewards.model import (
@@ -39,6 +38,8 @@ from danlu.rewards.model import (
 from danlu.rewards.protocol import Episode, Score
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import train_tokenizer
+from danlu.trainers import grpo, online_dpo, ppo, raft
+from danlu.trainers.judges import opinions
 
 Tiny = Callable[..., Any]
 EPISODES = [Episode((5, 6), (7, n), True) for n in range(3)]
@@ -156,20 +157,27 @@ def judges(folder: Path, count: int) -> list[str]:
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
 def test_training_follows_an_ensemble(kind: str, tmp_path: Path) -> None:
     named = judges(tmp_path, 2)
-    rows = {}
+    rows, begun = {}, {}
     unclipped = {"ppo": {"ppo": {"score_clip": 1e6}}, "grpo": {}}[kind]
     for how in ("mean", "min"):
         out = tmp_path / how
         values = small.stage(kind, out, reward_model=named, ensemble=how, max_steps=1, **unclipped)
-        STAGES[kind].run(parse(KINDS[kind], values))
+        begun[how] = STAGES[kind].run(parse(KINDS[kind], values)).facts["start"]
         rows[how] = next(r for r in small.metrics_of(out) if "score" in r)
     assert rows["mean"]["disagreement"] == pytest.approx(rows["min"]["disagreement"], rel=1e-5)
     assert rows["mean"]["disagreement"] > 0.01
     # The same answers of the same policy, and of two scores the lower one is the mean less the deviation.
     gap = rows["mean"]["score"] - rows["min"]["score"]
     assert gap == pytest.approx(rows["mean"]["disagreement"], rel=1e-4)
+    # So it is on held-out answers of the start model; after training they are logged beside their score.
+    gap = begun["mean"]["eval_score"] - begun["min"]["eval_score"]
+    assert gap == pytest.approx(begun["mean"]["eval_disagreement"], rel=1e-4) and gap > 0.01
+    (held,) = (r for r in small.metrics_of(tmp_path / "min") if "eval_score" in r)
+    assert held["step"] == 1 and held["eval_disagreement"] > 0.01
+    assert held["eval_disagreement"] != rows["min"]["disagreement"]
     twice = tmp_path / "twice"
-    STAGES[kind].run(parse(KINDS[kind], small.stage(kind, twice, reward_model=[named[0]] * 2, max_steps=1)))
+    found = STAGES[kind].run(parse(KINDS[kind], small.stage(kind, twice, reward_model=[named[0]] * 2, max_steps=1)))
+    assert found.facts["start"]["eval_disagreement"] == pytest.approx(0.0, abs=1e-6)
     row = next(r for r in small.metrics_of(twice) if "score" in r)
     assert row["disagreement"] == pytest.approx(0.0, abs=1e-6)
 
@@ -251,6 +259,34 @@ def test_a_reward_model_that_failed_is_refused(kind: str, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+TRAINERS = {
+    "ppo": ("ppo", ppo.train, {}),
+    "grpo": ("grpo", grpo.train, {}),
+    "online-dpo": ("grpo", online_dpo.train, {"method": "online-dpo"}),
+    "raft": ("grpo", raft.train, {"method": "raft"}),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_refuses_it_without_a_stage(name: str, tmp_path: Path) -> None:
+    kind, train, changes = TRAINERS[name]
+    bad = judge_with(tmp_path, False)
+    values = small.stage(kind, tmp_path / "out", reward_model=bad, max_steps=1, **changes)
+    with pytest.raises(GateError, match=r"did not pass G-RM: the reward model is right on 51\.0%") as caught:
+        train(parse(KINDS[kind], values))
+    assert "follow_failed" in caught.value.hint
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    result = train(parse(KINDS[kind], values | {"follow_failed": True}))
+    assert result.facts["reward_models"] == [{"model": bad, "gate": stored_verdict(Path(bad))}]
+
+
+def test_whether_it_is_followed_changes_no_result(tmp_path: Path) -> None:
+    bad = judge_with(tmp_path, False)
+    forced = parse(KINDS["ppo"], small.stage("ppo", tmp_path, reward_model=bad, follow_failed=True))
+    plain = forced.model_copy(update={"follow_failed": False})
+    assert stage_key("ppo", forced, []) == stage_key("ppo", plain, [])
+
+
 def test_force_follows_it_and_says_so(tmp_path: Path) -> None:
     bad = judge_with(tmp_path, False)
     settings = parse(KINDS["ppo"], small.stage("ppo", tmp_path / "out", reward_model=bad, max_steps=1))
@@ -265,11 +301,12 @@ def test_force_follows_it_and_says_so(tmp_path: Path) -> None:
 def test_others_are_followed(passed: bool | None, note: str, tmp_path: Path) -> None:
     model = judge_with(tmp_path, passed)
     settings = parse(KINDS["ppo"], small.stage("ppo", tmp_path / "out", reward_model=["", model]))
-    (opinion,) = opinions(settings, STAGES["ppo"].judges, force=False)
+    (opinion,) = opinions(settings)
     assert opinion.model == model and (note in opinion.note if note else opinion.note == "")
     # A stage without a reward model has nobody to ask about.
     verified = parse(KINDS["grpo"], small.stage("grpo", tmp_path / "out", reward_model=""))
-    assert opinions(verified, STAGES["grpo"].judges, force=False) == []
+    assert opinions(verified) == []
+    assert opinions(parse(KINDS["sft"], small.stage("sft", tmp_path / "out"))) == []
 
 
 def test_a_note_reaches_people(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

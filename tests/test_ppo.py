@@ -22,7 +22,7 @@ from danlu.training import objectives
 from danlu.training.monitor import Monitor
 
 NAMES = (
-    "score score_raw reward_total kl kl_k3 entropy length stop_rate engine_gap ratio_mean ratio_max ratio_error "
+    "score score_raw reward_total kl kl_k3 entropy length stop_rate engine_gap engine_gap_max ratio_mean ratio_max ratio_error "
     "ratio_error_first clip_fraction dual_clip_fraction approx_kl loss value_loss value_error explained_variance "
     "advantage_std advantage_max grad_norm critic_grad_norm kl_coef importance_mean importance_clipped staleness passes "
     "tokens step"
@@ -77,7 +77,7 @@ def test_what_an_iteration_logs(tmp_path: Path) -> None:
     first, second, third, fourth = rows_of(tmp_path / "full")
     own = {"kl_loss", "ptx_loss", "ptx_share"}
     assert set(third) == set(NAMES.split()) | own | ASKED
-    old = (set(NAMES.split()) | own | ASKED) - {"engine_gap", "reward_model", "reward_failed"}
+    old = (set(NAMES.split()) | own | ASKED) - {"engine_gap", "engine_gap_max", "reward_model", "reward_failed"}
     assert set(second) == set(fourth) == old, "old answers alone"
     assert {"grad_norm", "ptx_loss", "ratio_error_first"}.isdisjoint(first) and first["critic_grad_norm"] > 0
     assert not (tmp_path / "full" / "buffer").exists(), "what waited in files is gone with the stage"

@@ -342,6 +342,7 @@ def test_experience_by_hand() -> None:
             "stop_rate": 0.5,
             "staleness": 1.5,  # versions 4 and 1 under version 4
             "engine_gap": 0.0,  # of the fresh answer
+            "engine_gap_max": 0.0,
             "importance_mean": 4 / 3,
             "importance_clipped": 1 / 3,
             # R - V = 1.55, 1.1, -4 again
@@ -380,4 +381,6 @@ def test_options_of_the_experience_by_hand() -> None:
     assert returns == pytest.approx([first + second, second, third], rel=1e-4)
     _, stats = read(importance_clip=None)
     assert "importance_mean" not in stats
-    assert stats["engine_gap"] == pytest.approx(0.2) and stats["engine_gap_high"] == 1.0
+    # Of three fresh tokens one is off by 0.2.
+    assert stats["engine_gap"] == pytest.approx(0.2 / 3) and stats["engine_gap_max"] == pytest.approx(0.2)
+    assert stats["engine_gap_high"] == 1.0

@@ -141,11 +141,11 @@ def test_charts_have_names_and_follow_the_page(finished: tuple[str, Page]) -> No
     expected += [
         "Score",
         "Wins against the start model",
-        "KL to the reference, nats",
+        "KL to the reference, nats an answer",
         "Largest ratio",
         "Clipped tokens",
     ]
-    expected += ["Engine against trainer, nats", "Entropy, nats per token", "Repeated 3-grams of an answer"]
+    expected += ["Engine against trainer, nats a token", "Entropy, nats per token", "Repeated 3-grams of an answer"]
     expected += ["Different n-grams of a batch", "Answer length, tokens", "Answers that end by themselves"]
     expected += ["Critic's loss", "Explained variance of the returns", "Gradient norm"]
     assert labels == expected
@@ -156,6 +156,7 @@ def test_charts_have_names_and_follow_the_page(finished: tuple[str, Page]) -> No
 def test_the_health_of_a_stage_that_rolls_out(finished: tuple[str, Page]) -> None:
     html, page = finished
     for words in (
+        "18 rules watched this stage and found one thing.",
         "P-CLIP-HIGH iteration 31 · corrected",
         "36% of the tokens were clipped over the last 10 iterations",
         "Likelyupdates are so large",

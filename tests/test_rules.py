@@ -75,7 +75,9 @@ FIRES: list[tuple[str, list[Row]]] = [
     ("P-RATIO", rows(3, ratio_error_first=flat(0.01))),
     ("P-RATIO", rows(ratio_max=flat(40))),
     ("P-ENGINE-GAP", rows(8, engine_gap=lambda t: 1e-6 if t < 0.2 else 0.03)),
-    ("P-ENGINE-GAP", rows(8, engine_gap=flat(0.7))),
+    # One update behind in bf16, as it was measured: far below the bound of 0.1.
+    ("P-ENGINE-GAP", rows(4, engine_gap=lambda t: 3.2e-3 if t < 0.3 else 1.6e-2)),
+    ("P-ENGINE-GAP", rows(8, engine_gap=flat(0.01), engine_gap_max=flat(0.7))),
     ("P-ENGINE-GAP", rows(8, engine_gap=flat(1e-4), engine_gap_high=flat(1.0))),
     ("P-CLIP-HIGH", rows(clip_fraction=noisy(flat(0.45), 0.05))),
     ("P-SCORE-FALLS", rows(score=noisy(line(0.3, -1), 0.1))),
@@ -109,10 +111,10 @@ SILENT: list[tuple[str, list[Row]]] = [
     ("P-REWARD-HACK", rows(eval_gold=line(1, 0), eval_score=line(2, 0), score=line(2, 0))),
     ("P-CRITIC-BLIND", rows(explained_variance=fall(-1, 0.6, 12))),
     ("P-RATIO", rows(ratio_error_first=flat(1e-6), ratio_max=lambda t: 30 if t == 0.5 else 1.5)),
-    ("P-ENGINE-GAP", rows(engine_gap=noisy(flat(2e-5), 1e-6))),
-    ("P-ENGINE-GAP", rows(engine_gap=noisy(flat(0.06), 0.01))),  # bfloat16
-    # One token of thousands is beyond the bound at first, and none later.
-    ("P-ENGINE-GAP", rows(8, engine_gap=flat(0.1), engine_gap_high=lambda t: float(t < 0.1))),
+    ("P-ENGINE-GAP", rows(engine_gap=noisy(flat(2e-6), 1e-7), engine_gap_max=flat(4e-5))),
+    # bfloat16 as it was measured: the greatest of thousands of tokens is beyond 0.1 again and again.
+    ("P-ENGINE-GAP", rows(engine_gap=noisy(flat(3e-3), 2e-4), engine_gap_max=noisy(flat(0.09), 0.02))),
+    ("P-ENGINE-GAP", rows(8, engine_gap=flat(0.1), engine_gap_high=lambda t: float(t < 0.1))),  # once
     ("P-CLIP-HIGH", rows(clip_fraction=line(0.05, 0.2))),
     ("P-SCORE-FALLS", rows(score=noisy(line(0, 1), 0.2))),
     ("P-SCORE-FALLS", rows(score=noisy(flat(0.5), 0.3))),

@@ -127,8 +127,9 @@ def run(job: Job) -> Trained:
     from danlu.config import KINDS
     from danlu.parsing import parse
     from danlu.pipeline.stages import STAGES
+    from danlu.trainers.judges import following
 
-    settings = parse(KINDS[job.kind], job.settings)
+    settings = following(parse(KINDS[job.kind], job.settings))
     out = Path(settings.out)
     begun = time.monotonic()
     outcome = STAGES[job.kind].run(settings)

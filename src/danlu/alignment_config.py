@@ -226,6 +226,9 @@ class RolloutSettings(TrainSettings):
         "", description="folder or stage of the reward model, or of several; none: what else scores answers"
     )
     ensemble: Ensemble = Field("mean", description="several reward models: what becomes of their scores")
+    follow_failed: bool = Field(
+        False, description="follow a reward model although it did not pass G-RM; `--force` says so for one run"
+    )
     verifier: Literal["auto", "number", "exact", "choice", "regex", "json", "tests", "none"] = Field(
         "auto", description="how an answer is held against its prompt's reference; auto: as the reference says"
     )

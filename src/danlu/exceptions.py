@@ -96,7 +96,7 @@ class PeerLost(TrainingError):
 
 
 class GateError(DanluError):
-    """A gate between two stages does not hold and `--force` was not given."""
+    """A gate between two stages does not hold, and nobody said to go on all the same."""
 
 
 class RunError(DanluError):

@@ -43,6 +43,11 @@ class StageView:
         return [dict(r) for r in self.manifest.get("table") or []]
 
     @property
+    def start(self) -> dict[str, Any]:
+        """Held-out metrics of the model before a stage that rolls out; empty for other stages."""
+        return dict((self.manifest.get("facts") or {}).get("start") or {})
+
+    @property
     def reward_report(self) -> dict[str, Any]:
         """What a reward model's held-out answers say of it; empty for other stages."""
         return dict((self.manifest.get("facts") or {}).get("reward_report") or {})

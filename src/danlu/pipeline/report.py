@@ -348,6 +348,8 @@ def _tiles(stage: StageView, metrics: Mapping[str, Any], rows: Sequence[Mapping[
         if not is_number(value):
             continue
         note = f"{show(logged[0])} at the start" if len(logged) > 1 and key != "eval_length_correlation" else ""
+        if is_number(stage.start.get(key)):
+            note = f"{show(float(stage.start[key]))} before training"
         if key == "eval_loss" and is_number(metrics.get("first_eval_loss")):
             note = f"{show(metrics['first_eval_loss'])} before training"
         low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")

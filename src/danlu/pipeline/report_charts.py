@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from danlu.pipeline.report_words import number
 from danlu.training.curves import Points, Rows, points
 
 # matplotlib draws in these; afterwards each becomes a variable of the page's style sheet.
@@ -75,6 +74,7 @@ def lines(
     percent: bool = False,
     band: tuple[Points, Points] | None = None,
     level: float | None = None,
+    span: tuple[float, float] | None = None,
 ) -> str:
     """A line chart.
 
@@ -83,9 +83,10 @@ def lines(
         title: read out by screen readers.
         band: lower and upper edge of a shaded interval.
         level: a dashed horizontal line to compare with.
+        span: first and last x; none: those of the lines.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     with style():
         figure = Figure(figsize=(WIDTH, HEIGHT))
@@ -99,6 +100,9 @@ def lines(
         for one in series:
             _draw(axes, one)
         axes.margins(x=0.015, y=0.12)
+        if span is not None and span[0] < span[1]:
+            edge = 0.015 * (span[1] - span[0])
+            axes.set_xlim(span[0] - edge, span[1] + edge)
         axes.grid(axis="y", color=INK["grid"], linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "left", "right"]].set_visible(False)
@@ -106,7 +110,7 @@ def lines(
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if percent:
-            axes.yaxis.set_major_formatter(lambda value, _: number(round(value, 6), percent=True))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))  # with as many decimals as tell the ticks apart
         axes.set_xlabel(x_label, fontsize=8.5, loc="right", labelpad=1)
         return svg(figure, key, title)
 
@@ -186,14 +190,14 @@ def stage_charts(key: str, kind: str, rows: Rows) -> list[Chart]:
     return draw(key, planned.get(kind, []), "step")
 
 
-def draw(key: str, plans: Iterable[Plan], x_label: str) -> list[Chart]:
-    """Those of the planned charts that have a curve."""
+def draw(key: str, plans: Iterable[Plan], x_label: str, span: tuple[float, float] | None = None) -> list[Chart]:
+    """Those of the planned charts that have a curve; with a `span` all of them have one x axis."""
     drawn: list[Chart] = []
     for title, series, options in plans:
         shown = [s for s in series if s.points]
         if not any(len(s.points) > 1 for s in shown):
             continue
-        drawing = lines(f"{key}-{len(drawn)}", title, shown, x_label=x_label, **options)
+        drawing = lines(f"{key}-{len(drawn)}", title, shown, x_label=x_label, span=span, **options)
         drawn.append(Chart(title, drawing, shown, bool(options.get("percent"))))
     return drawn
 

@@ -11,12 +11,13 @@ from danlu.pipeline.listing import StageView
 from danlu.pipeline.report_charts import Chart, Plan, Series, draw
 from danlu.pipeline.report_words import is_number, number, visible
 from danlu.training.curves import Points, Rows, points
+from danlu.training.rules import RULES
 from danlu.training.tracking import read_metrics
 
 KINDS: Final = ("ppo", "grpo")
 COLUMNS: Final = 5  # answers side by side at most: the first, the last and some between
 DIALOGUES: Final = 4
-ACTIONS: Final = {"warn": "said", "adapt": "corrected", "stop": "stopped"}
+ACTIONS: Final = {"warn": "warned", "adapt": "corrected", "stop": "stopped"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Told:
 
 @dataclass(frozen=True)
 class HealthView:
-    """What the page says of a stage's health. `dialogues`: a prompt's turns and its answers, the oldest first."""
+    """What the page says of a stage's health.
 
+    Attributes:
+        summary: what the rules came to, in a sentence.
+        groups: title, what to look for, charts.
+        dialogues: a prompt's turns and its answers, the oldest first.
+    """
+
+    summary: str
     findings: list[Told]
-    groups: list[tuple[str, list[Chart]]]
+    groups: list[tuple[str, str, list[Chart]]]
     dialogues: list[dict[str, Any]]
 
 
@@ -51,16 +59,29 @@ def health_of(key: str, stage: StageView, rows: Rows) -> HealthView | None:
     """
     if stage.kind not in KINDS or stage.folder is None:
         return None
+    start = stage.start
+    steps = [step for name in ("score", "kl") for step, _ in points(rows, name)]
+    span = (0.0 if start else min(steps), max(steps)) if steps else None
     groups = []
-    for place, (title, plans) in enumerate(_groups(rows)):
-        charts = draw(f"{key}-{place}", plans, "iteration")
+    for place, (title, plans) in enumerate(_groups(rows, start)):
+        charts = draw(f"{key}-{place}", plans, "iteration", span)
         if charts:
-            groups.append((title, charts))
+            groups.append((title, LOOK_FOR[title], charts))
+    findings = [_told(row) for row in read_metrics(stage.folder / "health.jsonl")]
     return HealthView(
-        findings=[_told(row) for row in read_metrics(stage.folder / "health.jsonl")],
+        summary=_summary(stage, len(findings)),
+        findings=findings,
         groups=groups,
         dialogues=_dialogues(read_metrics(stage.folder / "samples.jsonl")),
     )
+
+
+def _summary(stage: StageView, count: int) -> str:
+    if (stage.settings.get("health") or {}).get("on") is False:
+        return "The rules were off."
+    found = "nothing yet" if stage.status == "running" else "nothing"
+    found = found if not count else "one thing" if count == 1 else f"{count} things"
+    return f"{len(RULES)} rules watched this stage and found {found}."
 
 
 def _told(row: Mapping[str, Any]) -> Told:
@@ -73,9 +94,29 @@ def _told(row: Mapping[str, Any]) -> Told:
 # -- curves -------------------------------------------------------------------------------------------------------------
 
 
-def _groups(rows: Rows) -> list[tuple[str, list[Plan]]]:
+LOOK_FOR: Final = {
+    "Reward": "What the policy is rewarded with on its own answers, and what held-out prompts say of it. Where the first rises and "
+    "the others do not, the policy has learnt what the reward gets wrong.",
+    "KL": "How far the policy has gone from the model that it began as: two estimates of one number, of which k1 may be a little "
+    "below 0. It should level out.",
+    "Ratio and clip": "How much an iteration changes a token's probability, and how many tokens went so far that they were held "
+    "back. Engine and trainer may differ by rounding alone.",
+    "Entropy and repetition": "How much the policy still tries: near 0 it knows one answer only. Repetition should stay low, and "
+    "a batch's answers should not become alike.",
+    "Length and stops": "Answers that become ever longer, or no longer end by themselves, are what a reward that likes "
+    "length leads to.",
+    "Critic": "How well the critic foresees what answers will be worth: at 1 it knows all of it, at 0 and below "
+    "advantages are noise.",
+    "Learning": "Gradients should neither grow on and on nor be 0.",
+}
+
+
+def _groups(rows: Rows, start: Mapping[str, Any]) -> list[tuple[str, list[Plan]]]:
+    """Plans of charts by group. `start`: held-out metrics of the model before training."""
+
     def of(label: str, name: str, ink: str = "first", noisy: bool = False) -> Series:
-        return Series(label, points(rows, name), ink, noisy)
+        begun = [(0.0, float(start[name]))] if is_number(start.get(name)) else []
+        return Series(label, [*begun, *points(rows, name)], ink, noisy)
 
     share = {"percent": True}
     wins: tuple[Points, Points] = points(rows, "eval_win_rate_low"), points(rows, "eval_win_rate_high")
@@ -85,8 +126,13 @@ def _groups(rows: Rows) -> list[tuple[str, list[Plan]]]:
             [
                 ("Score", [of("roll-outs", "score"), of("held-out", "eval_score", "second")], {}),
                 (
-                    "Score with and without KL",
-                    [of("less KL", "reward_total", "third"), of("before norm and clip", "score_raw", "second")],
+                    "Score less the KL's price",
+                    [of("less KL", "reward_total", "third"), of("as judged", "score_raw", "second")],
+                    {},
+                ),
+                (
+                    "Disagreement of the ensemble",
+                    [of("roll-outs", "disagreement"), of("held-out", "eval_disagreement", "second")],
                     {},
                 ),
                 ("Gold: measured, not trained on", [of("held-out", "eval_gold", "second")], {}),
@@ -100,7 +146,7 @@ def _groups(rows: Rows) -> list[tuple[str, list[Plan]]]:
         (
             "KL",
             [
-                ("KL to the reference, nats", [of("k1", "kl"), of("k3", "kl_k3", "third")], {}),
+                ("KL to the reference, nats an answer", [of("k1", "kl"), of("k3", "kl_k3", "third")], {}),
                 ("Weight of the KL", [of("kl_coef", "kl_coef")], {}),
             ],
         ),
@@ -110,7 +156,7 @@ def _groups(rows: Rows) -> list[tuple[str, list[Plan]]]:
                 ("Largest ratio", [of("of an iteration", "ratio_max")], {}),
                 ("Clipped tokens", [of("share", "clip_fraction", noisy=True)], share),
                 ("KL of an update, nats a token", [of("approximate", "approx_kl", noisy=True)], {}),
-                ("Engine against trainer, nats", [of("largest gap", "engine_gap")], {}),
+                ("Engine against trainer, nats a token", [of("mean difference", "engine_gap")], {}),
             ],
         ),
         (

@@ -28,13 +28,13 @@ from danlu.alignment_config import RolloutSettings
 from danlu.data.files import is_hub
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError, GateError, Interrupted, RunError
-from danlu.pipeline.judges import opinions
 from danlu.pipeline.ranks import Runner
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.stages import STAGES
 from danlu.reward_config import TERM_NO_EFFECT
 from danlu.synth.town.write import TOWN_FILES, write_town
 from danlu.train_config import Source, StageSettings, as_list, as_models
+from danlu.trainers.judges import following, opinions
 from danlu.training import checkpoint, memory
 from danlu.training.runs import MANIFEST, RECIPE, resolve_model
 
@@ -56,6 +56,7 @@ NO_EFFECT = (
     "activation_checkpointing",
     "on_oom",
     "rollout.buffer",
+    "follow_failed",
 )
 
 
@@ -173,7 +174,8 @@ def run_stage(
             raise _gate_error(name, failed)
         say(f"{name}: done before ({old['seconds']:.0f} s)")
         return old
-    judges = opinions(settings, STAGES[kind].judges, force=force)
+    settings = following(settings) if force else settings
+    judges = opinions(settings)
     out.mkdir(parents=True, exist_ok=True)
     # `out` differs when a run folder is moved; everything else is what the stage was asked to do.
     atomic.write_text(
@@ -218,7 +220,7 @@ def run_stage(
         "finished": _now(),
         "metrics": outcome.metrics,
         "inputs": _with_origins(inputs, outcome.facts.pop("origins", [])),
-        "facts": outcome.facts | ({"reward_models": [judge.as_dict() for judge in judges]} if judges else {}),
+        "facts": outcome.facts,
         "gates": [g.as_dict() for g in outcome.gates],
         "table": outcome.table,
         "peak_memory_mb": outcome.peak_memory_mb,

@@ -83,7 +83,7 @@ class Kind:
     """How a kind of stage runs.
 
     version: raised whenever the same settings and inputs would give another result; part of the stage's key.
-    inputs: fields that name data files; models: fields that name models; judges: those of them that name reward models.
+    inputs: fields that name data files; models: fields that name models.
     require: refuses settings that could not be met at their turn, before any stage of a run begins.
     """
 
@@ -91,7 +91,6 @@ class Kind:
     version: int
     inputs: tuple[str, ...] = ("data", "eval_data")
     models: tuple[str, ...] = ("model",)
-    judges: tuple[str, ...] = ()
     require: Callable[[Any], None] | None = None
 
 
@@ -423,8 +422,8 @@ STAGES: dict[str, Kind] = {
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
-    "ppo": Kind(run_ppo, 5, ("data", "eval_data", "ptx.data"), ("model", "reward_model"), judges=("reward_model",)),
-    "grpo": Kind(run_grpo, 2, models=("model", "reward_model"), judges=("reward_model",)),
+    "ppo": Kind(run_ppo, 5, ("data", "eval_data", "ptx.data"), ("model", "reward_model")),
+    "grpo": Kind(run_grpo, 2, models=("model", "reward_model")),
     "eval": Kind(run_eval, 2, ("data",), ("models",), require=_require_metrics),
     "quantize": Kind(run_quantize, 3, ("eval_data", "questions", "calibration")),
     "teach": Kind(run_teach, 1, ("file", "replay")),

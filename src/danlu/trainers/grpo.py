@@ -76,6 +76,7 @@ def train(settings: GrpoSettings) -> TrainResult:
     Raises:
         SettingsError: there is nothing that scores answers.
         DataError: no prompt is left, or one cannot be verified.
+        GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
         RewardError: answers could not be scored (more than max_failed).
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
@@ -171,7 +172,7 @@ def _experience(
         built.append(Minibatch(parts, float(denominator), float(total_weight)))
 
     spread = torch.cat([advantages[i] for i in sorted(advantages)]).double().std(correction=0)
-    return built, {**drawn.stats, **reading_stats(readings, clip), "advantage_std": float(spread)}
+    return built, {**drawn.stats, **reading_stats(readings, clip, players.compute), "advantage_std": float(spread)}
 
 
 def _advantages(drawn: Drawn, readings: Sequence[Sequence[Reading]], method: Method) -> dict[int, Tensor]:

@@ -58,6 +58,7 @@ def train(settings: GrpoSettings) -> TrainResult:
     Raises:
         SettingsError: there is nothing that scores answers.
         DataError: no prompt is left, or one cannot be verified.
+        GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
     distributed.start()
@@ -84,7 +85,7 @@ def train(settings: GrpoSettings) -> TrainResult:
 
             drawn = draw(engine, prompts, scorer, settings, template, step, method)
             minibatches = _pairs(players, drawn, settings)
-            stats = {**drawn.stats, **reading_stats(read_groups(root, drawn, 1, settings, compute), None)}
+            stats = {**drawn.stats, **reading_stats(read_groups(root, drawn, 1, settings, compute), None, compute)}
             stats["pairs"] = float(sum(count for _, count in minibatches))
 
             updates: list[dict[str, float]] = []

@@ -58,7 +58,7 @@ def players_of(
         reference: whether there is one, beside the policy.
 
     Raises:
-        SettingsError, DataError, RewardError: see `rewards_of`.
+        SettingsError, DataError, GateError, RewardError: see `rewards_for`.
     """
     path = resolve_model(settings.model)
     policy = load_policy(settings)
@@ -118,5 +118,7 @@ def watch_of(
 ) -> Watch:
     """The held-out prompts with their gold, and health."""
     gold = scoring.gold_for(settings, players.template, players.compute)
-    heldout = Heldout(held, players.engine, players.root, settings, players.template, scorer, gold)
+    heldout = Heldout(
+        held, players.engine, players.root, settings, players.template, scorer, gold, players.reward.metrics
+    )
     return Watch(session, heldout, players.template)

@@ -67,6 +67,7 @@ def train(settings: PpoSettings) -> TrainResult:
     Raises:
         SettingsError: nothing scores the answers, or the critic's warm-up leaves nothing to the policy.
         DataError: no prompt is left, or one cannot be verified.
+        GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
         RewardError: too few answers can be scored.
         TrainingError: the policy has left the reference (max_kl) or the loss is no number.
     """
@@ -100,7 +101,7 @@ def train(settings: PpoSettings) -> TrainResult:
 
     gold = scoring.gold_for(settings, template, compute)
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers, states=states) as session:
-        heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold)
+        heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold, players.reward.metrics)
         watch = Watch(session, heldout, template)
         for step in session.steps():
             corrections = watch.corrections

@@ -45,6 +45,7 @@ def train(settings: GrpoSettings) -> TrainResult:
     Raises:
         SettingsError: there is nothing that scores answers.
         DataError: no prompt is left, or one cannot be verified.
+        GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
         TrainingError: the loss is no number.
     """
     distributed.start()

@@ -17,6 +17,7 @@ from danlu.rewards.model import judge_of
 from danlu.rewards.protocol import Reward, episodes_of
 from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
+from danlu.trainers.judges import opinions
 from danlu.training import distributed
 from danlu.training.compute import DTYPES, Compute
 from danlu.training.heldout import Scorer
@@ -37,9 +38,10 @@ def rewards_for(
         prompts: that are trained on.
 
     Raises:
+        GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
         RewardError: the reward model cannot read the chats.
     """
-
+    known = opinions(settings)
     named = as_models(settings.reward_model)
 
     def judge() -> Reward:
@@ -52,7 +54,10 @@ def rewards_for(
             ensemble=settings.ensemble,
         )
 
-    return rewards_of(settings, prompts, Path(settings.out), judge=judge if named else None)
+    reward = rewards_of(settings, prompts, Path(settings.out), judge=judge if named else None)
+    if known:
+        reward.facts["reward_models"] = [opinion.as_dict() for opinion in known]
+    return reward
 
 
 def _at_rest(name: str, compute: Compute) -> Any:

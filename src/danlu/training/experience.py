@@ -18,13 +18,9 @@ from danlu.models.root import RootModel
 from danlu.training import distributed
 from danlu.training.buffer import ScoredAnswer
 from danlu.training.compute import Compute
-from danlu.training.rollouts import read_actions
+from danlu.training.rollouts import engine_gap, read_actions
 from danlu.training.sharding import share_forwards
 from danlu.tree import Trajectory, TreeBatch, forest
-
-# How far the engine's log-probabilities of what it has just sampled may be from the trainer's: rounding in another order of
-# sums. In fp32 it stays below 1e-5; bf16 keeps 8 bits, and log-probabilities of -10 differ in the second digit.
-ENGINE_GAP = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,7 @@ def _read_statistics(
 ) -> dict[str, float]:
     """Of the answers and of what was read of them; `engine_gap` of what the policy as it is now has sampled."""
     kl = k3 = estimate = entropy = weight = clipped = 0.0
-    gaps: list[float] = []
+    fresh: list[tuple[Tensor, Tensor]] = []
     for reading in readings:
         entropy += float(reading.entropies.sum())
         for i, part in reading.parts(trajectories):
@@ -187,7 +183,7 @@ def _read_statistics(
             k3 += float(kl_k3(old, ref).sum())
             estimate += float(kl_estimate(old, ref, options.kl_estimator).sum())
             if trajectories[i].policy_version == version:
-                gaps.append(float((sampled[i] - old).abs().max()))
+                fresh.append((sampled[i], old))
             if options.importance_clip is not None:
                 whole = torch.exp(old - sampled[i])
                 weight += float(whole.clamp(max=options.importance_clip).sum())
@@ -203,10 +199,7 @@ def _read_statistics(
         "staleness": sum(version - t.policy_version for t in trajectories) / count,
         "tokens": float(sum(len(t.prompt) for t in trajectories)) + actions,
     }
-    if gaps:
-        stats["engine_gap"] = max(gaps)
-        if not max(gaps) <= ENGINE_GAP[compute.dtype]:
-            stats["engine_gap_high"] = 1.0
+    stats |= engine_gap(fresh, compute.dtype)
     if options.importance_clip is not None:
         stats |= {"importance_mean": weight / actions, "importance_clipped": clipped / actions}
     return stats

@@ -24,7 +24,7 @@ from danlu.training import distributed
 from danlu.training.compute import Compute
 from danlu.training.heldout import Scorer
 from danlu.training.methods import Method
-from danlu.training.rollouts import prompt_order, read_actions, sampling_of, share_rollout
+from danlu.training.rollouts import engine_gap, prompt_order, read_actions, sampling_of, share_rollout
 from danlu.training.sharding import share_forwards
 from danlu.tree import Trajectory, TreeBatch, forest, group
 
@@ -208,7 +208,9 @@ def read_groups(
     return found
 
 
-def reading_stats(readings: Sequence[Sequence[Reading]], importance_clip: float | None) -> dict[str, float]:
+def reading_stats(
+    readings: Sequence[Sequence[Reading]], importance_clip: float | None, compute: Compute
+) -> dict[str, float]:
     """KL to the reference in nats per answer (k1 and k3), entropy per token, how the engine differs, and what that weighs."""
     parts = [r for minibatch in readings for r in minibatch]
     answers, actions = sum(len(r.answers) for r in parts), sum(sum(r.lengths) for r in parts)
@@ -216,7 +218,7 @@ def reading_stats(readings: Sequence[Sequence[Reading]], importance_clip: float 
         "kl": sum(float((r.old - r.ref).sum()) for r in parts) / answers,
         "kl_k3": sum(float(kl_k3(r.old, r.ref).sum()) for r in parts) / answers,
         "entropy": sum(float(r.entropies.sum()) for r in parts) / actions,
-        "engine_gap": max(float((r.sampled - r.old).abs().max()) for r in parts),
+        **engine_gap([(r.sampled, r.old) for r in parts], compute.dtype),
     }
     if importance_clip is not None:
         weights = torch.cat([importance(r.old, r.sampled, importance_clip) for r in parts])

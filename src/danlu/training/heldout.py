@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 
 import numpy as np
@@ -19,6 +19,7 @@ from danlu.training.session import Session
 from danlu.tree import Trajectory
 
 SAMPLES = 4  # prompts whose answers are kept at every evaluation
+TOLD = ("disagreement",)  # of what the reward says of a batch besides its scores, this is told of held-out answers, too
 Scorer = Callable[[Sequence[EncodedPrompt], Sequence[Trajectory]], list[float | None]]
 
 
@@ -31,6 +32,7 @@ class Heldout:
         prompts: may be none; then there is nothing to evaluate.
         scorer: the reward that is trained on.
         gold: a reward that is only measured, or none. Where there is one, it is the judge of wins.
+        said: what the reward says of the batch that `scorer` scored last, by metric (`Combined.metrics`).
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Heldout:
         template: ChatTemplate,
         scorer: Scorer,
         gold: Scorer | None = None,
+        said: Mapping[str, float] | None = None,
     ) -> None:
         self.prompts, self.engine, self.root = prompts, engine, root
+        self.said = said if said is not None else {}
         self.settings, self.template, self.scorer, self.gold = settings, template, scorer, gold
         chosen = np.random.default_rng([settings.seed, 0x5A]).permutation(len(prompts))[:SAMPLES]
         self.shown = sorted(int(i) for i in chosen)
@@ -59,7 +63,8 @@ class Heldout:
             session.extra["start"] = {"metrics": {**metrics, "spread": spread}, "judged": judged}
 
     def evaluate(self, session: Session, step: int) -> dict[str, float]:
-        """After a 0-based step: `eval_score`, `eval_length`, `eval_stop_rate`, `eval_gold` if there is gold, and `eval_win_rate`.
+        """After a 0-based step: `eval_score`, `eval_length`, `eval_stop_rate`, `eval_gold` if there is gold, `eval_disagreement`
+        of an ensemble, and `eval_win_rate`.
 
         A pair of the new and the start model's answer to one prompt is won when the judge scores the new one higher; ties count
         half. `eval_win_rate_low` and `_high` are the ends of the 95% interval (Wilson 1927).
@@ -85,6 +90,7 @@ class Heldout:
             step=0,
         )
         scores = self.scorer(self.prompts, found)
+        told = {f"eval_{name}": self.said[name] for name in TOLD if name in self.said}
         judged = scores if self.gold is None else self.gold(self.prompts, found)
         for i in self.shown:
             row = {
@@ -97,6 +103,7 @@ class Heldout:
             "eval_score": _mean(scores),
             "eval_length": fmean(len(t.actions) for t in found),
             "eval_stop_rate": fmean(t.finished for t in found),
+            **told,
         }
         return metrics if self.gold is None else metrics | {"eval_gold": _mean(judged)}, judged
 
