@@ -17,6 +17,7 @@ from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.models.blank import choice_inputs
 from danlu.models.glm130b import Glm130bConfig, Glm130bForCausalLM, Glm130bForSequenceClassification, rotate
+from danlu.models.load import load_model
 from danlu.models.registry import family_of
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
@@ -38,7 +39,7 @@ def cases(folder: Path) -> dict[str, Tensor]:
 def load(folder: Path, scalar: bool = False) -> Any:
     family = family_of(json.loads((folder / "config.json").read_text("utf-8")))
     assert family is not None and family.name == "GLM-130B"
-    return family.load(folder, torch.float32, scalar).eval()
+    return load_model(folder, scalar=scalar).eval()
 
 
 def small(**changes: Any) -> Any:

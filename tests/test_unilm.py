@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from danlu.exceptions import ModelError
+from danlu.models.load import load_model
 from danlu.models.registry import family_of
 from danlu.models.unilm import MODES, UniLmConfig, UniLmForMaskedLM, UniLmForTokenClassification, visible_by_mode
 
@@ -45,7 +46,7 @@ def model(bert: tuple[Any, Path]) -> Any:
 def load(folder: Path, scalar: bool = False) -> Any:
     family = family_of(json.loads((folder / "config.json").read_text("utf-8")))
     assert family is not None and family.name == "UniLM"
-    return family.load(folder, torch.float32, scalar).eval()
+    return load_model(folder, scalar=scalar).eval()
 
 
 def picture(mode: int, source: int, length: int = 4) -> list[str]:

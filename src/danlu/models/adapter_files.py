@@ -26,10 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
-from danlu.models.places import ADAPTER_CONFIG, base_of, tokenizer_place
+from danlu.models.places import ADAPTER_CONFIG, base_of, resolve, tokenizer_place
 from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
+from danlu.models.weights import check_file
 from danlu.text.tokenizer import load_tokenizer
 
 INFO: Final = "danlu_adapter.json"
@@ -199,6 +200,14 @@ def load_adapted(
         raise ModelError(
             "this adapter does not name its base", file=info.folder, hint="danlu chat BASE --adapter NAME=FOLDER"
         )
+    try:
+        resolve(info.base)
+    except ModelError as error:
+        raise ModelError(
+            f"this folder is an adapter, and its base is not there: {info.base}",
+            file=info.folder,
+            hint="put the base where it was, or danlu chat BASE --adapter NAME=FOLDER",
+        ) from error
     model = load_model(info.base, scalar=scalar, dtype=dtype)
     return finish(put_on(model, info), info, dense=dense)
 
@@ -271,6 +280,8 @@ def _inject(model: Any, info: AdapterInfo, shown: str) -> Any:
         from danlu.models.quantized_lora import QuantizedLora
 
         config._register_custom_module(dict.fromkeys(kinds, QuantizedLora))
+    if (info.folder / WEIGHTS).is_file():
+        check_file(info.folder / WEIGHTS)
     try:
         tensors = load_file(info.folder / WEIGHTS)
         with warnings.catch_warnings(), shown_to_peft(model):

@@ -522,7 +522,7 @@ def _load(folder: Path, dtype: torch.dtype, scalar: bool) -> Any:
     if scalar:
         config.num_labels = 1
         kind = BlankGlmForSequenceClassification
-    return load_own(kind, config, folder, dtype, parts={"query_key_value": 3})
+    return load_own(kind, config, folder, dtype, blocks={"query_key_value": 3})
 
 
 FAMILY = Family("GLM (blank infilling)", is_blank_glm, _load)

@@ -426,7 +426,7 @@ def _load(folder: Path, dtype: torch.dtype, scalar: bool) -> Any:
     if scalar:
         config.num_labels = 1
         kind = Glm130bForSequenceClassification
-    return load_own(kind, config, folder, dtype, parts={"dense_h_to_4h": 2})
+    return load_own(kind, config, folder, dtype, blocks={"dense_h_to_4h": 2})
 
 
 FAMILY = Family("GLM-130B", is_glm_130b, _load)

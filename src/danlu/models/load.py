@@ -137,8 +137,14 @@ def raw_config(name: str, local: bool) -> Mapping[str, Any]:
     """config.json as a mapping, of a folder or a hub id.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or the folder is an adapter.
     """
+    if local and is_adapter(name):
+        raise ModelError(
+            "this folder is an adapter, and a whole model is needed",
+            file=name,
+            hint=f"danlu merge {name} --into MODEL, and give MODEL; or give the model that it was trained on",
+        )
     try:
         if local:
             found = json.loads((Path(name) / "config.json").read_text("utf-8"))

@@ -16,7 +16,7 @@ from torch import Tensor
 from danlu.exceptions import ModelError
 from danlu.models.registry import Family
 from danlu.models.scalar import scalar_class
-from danlu.models.weights import build, checked, read_weights, weight_files
+from danlu.models.weights import build, check_weights, checked, read_weights, weight_files
 from danlu.text.moss_tokenizer import moss_tokenizer
 
 # What config.json leaves out is as the original configuration class has it.
@@ -80,6 +80,7 @@ def load(folder: Path, dtype: torch.dtype, scalar: bool) -> Any:
 
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     config = codegen_config(raw)
+    check_weights(folder)
     if scalar:
         config.num_labels = 1
     kind: Any = scalar_class(config) if scalar else CodeGenForCausalLM

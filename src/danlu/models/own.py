@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from danlu.exceptions import ModelError
+from danlu.models.chatglm_quantized import unpack_nibbles
+from danlu.models.megatron import Join, columns, joined, replicated, rows, whole_state
+from danlu.models.weights import build, check_weights, checked, weight_files
 from danlu.text.tokenizer import quiet
 
-RANKS = "mp_rank_*_model_states.pt"
 HEADS = ("score", "classifier")
 
 
@@ -28,139 +26,76 @@ def load_own(
     folder: Path,
     dtype: torch.dtype,
     *,
-    parts: Mapping[str, int],
+    blocks: Mapping[str, int],
     rename: Callable[[str], str] | None = None,
 ) -> Any:
     """A model of a class of danlu's own from safetensors, `.bin` (sharded or not) or the training code's rank files.
 
-    A head for numbers or classes that the folder does not hold starts at zero. Weights in 8 or 4 bits (`quantization_bit`) are
+    A head for numbers or classes may be absent (`load_model` makes it 0). Weights in 8 or 4 bits (`quantization_bit`) are
     made whole while they are read.
 
     Args:
-        parts: for the merge of rank files, by parameter suffix: into how many blocks each rank's rows are divided.
+        blocks: for the merge of rank files: see `splits_of`.
         rename: our name of a parameter of the files, where they have other names.
 
     Raises:
-        ModelError: parameters are missing or have other shapes than the configuration says.
+        ModelError: parameters are missing or have other shapes than the configuration says, or a file is damaged.
     """
     quiet()
-    ranks = sorted(folder.glob(RANKS))
-    ordinary = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     bits = int(getattr(config, "quantization_bit", 0) or 0)
-    config._attn_implementation = "eager"
-    try:
-        if (ordinary or not ranks) and not bits and rename is None:
-            model, info = model_class.from_pretrained(
+    if weight_files(folder) and not bits and rename is None:
+        check_weights(folder)
+        return checked(
+            lambda: model_class.from_pretrained(
                 str(folder),
                 config=config,
                 dtype=dtype,
                 local_files_only=True,
-                trust_remote_code=False,
                 output_loading_info=True,
-            )
-            missing = sorted(info["missing_keys"])
-        else:
-            config.quantization_bit = 0
-            model = model_class(config).to(dtype).eval()
-            states = [_whole(_rank(path), bits) for path in ranks] if ranks else [_whole(_plain(folder), bits)]
-            merged = merge_ranks(states, parts)
-            missing = _take(model, {rename(k): v for k, v in merged.items()} if rename else merged, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot be loaded: {first}", file=folder, hint="check config.json and the weight files"
-        ) from error
-    absent = [name for name in missing if name.split(".")[0] not in HEADS]
-    if absent:
-        raise ModelError(
-            f"{len(absent)} parameters are missing from the weights, the first is {absent[0]}",
-            file=folder,
-            hint="the download may be incomplete, or the configuration of another model",
+                ignore_mismatched_sizes=True,  # so that the shapes can be told
+                attn_implementation="eager",
+            ),
+            folder,
+            absent=_is_head,
         )
-    for name in missing:
-        nn.init.zeros_(model.get_parameter(name))
-    return model
+    config.quantization_bit = 0
+    state = joined([_whole(shard, bits) for shard in whole_state(folder)], splits_of(blocks))
+    named = {rename(name): tensor for name, tensor in state.items()} if rename else state
+    with torch.device("meta"):
+        own = model_class(config).state_dict().keys()
+    trunk = str(model_class.base_model_prefix)
+    full = {f"{trunk}.{n}" if f"{trunk}.{n}" in own else n: t for n, t in named.items()}
+    return build(model_class, config, full, dtype, folder, absent=_is_head, leftovers=False)
 
 
-def _rank(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            "this file holds more than tensors and is not opened", file=path, hint="get the weights as safetensors"
-        ) from error
-    module: dict[str, Tensor] = found.get("module", found)
-    return module
-
-
-def _plain(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    for path in sorted(folder.glob("pytorch_model*.bin")) if not found else ():
-        found |= _rank(path)
-    return found
+def _is_head(name: str) -> bool:
+    return name.split(".")[0] in HEADS
 
 
 def _whole(state: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Tensors in `bits` bits (8 or 4) times their rows' scales, in the scales' dtype; all others as they are.
-
-    Of two columns in one byte the even one has the high four bits; both are two's complements.
-    """
+    """Tensors in `bits` bits (8 or 4) times their rows' scales, in the scales' dtype; all others as they are."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         scale = state.get(f"{name}_scale")
         if name.endswith("_scale") and name.removesuffix("_scale") in state:
             continue
-        if scale is None:
-            found[name] = value
-            continue
-        numbers = value.to(torch.int8)
-        if bits == 4:
-            high, low = numbers >> 4, (numbers << 4) >> 4
-            numbers = torch.stack([high, low], dim=-1).flatten(1)
-        found[name] = numbers.to(scale.dtype) * scale[:, None]
+        if scale is not None:
+            numbers = value.to(torch.int8)
+            value = (unpack_nibbles(numbers) if bits == 4 else numbers).to(scale.dtype) * scale[:, None]
+        found[name] = value
     return found
 
 
-def _take(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> list[str]:
-    """Puts a rank file's tensors into the model, with or without its trunk's prefix; returns what was missing."""
-    own = dict(model.named_parameters())
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    found = {name: state[key] for name in own for key in (name, name.removeprefix(f"{prefix}.")) if key in state}
-    for name, value in found.items():
-        if own[name].shape != value.shape:
-            raise ModelError(
-                f"{name} is {list(value.shape)} in the weights and {list(own[name].shape)} by config.json", file=folder
-            )
-        own[name].data.copy_(value)
-    return sorted(set(own) - set(found))
-
-
-def merge_ranks(states: Sequence[Mapping[str, Tensor]], parts: Mapping[str, int]) -> dict[str, Tensor]:
-    """One state of the tensor-parallel parts that Megatron-like training code saves.
-
-    Rows of embeddings and of column-parallel layers are put one after the other, columns of row-parallel layers
-    (`attention.dense`, `mlp.dense_4h_to_h`) side by side; everything else is the same on every rank.
+def splits_of(blocks: Mapping[str, int]) -> list[tuple[str, Join]]:
+    """How the ranks of Megatron-like training code share GLM's tensors, by the end of their names.
 
     Args:
-        parts: by suffix: the blocks of a rank's rows that belong together over ranks (q, k, v; the halves of a gated layer).
+        blocks: of a layer's rows that belong together over ranks (3 where the fused projection is q, k, v; 2 where the two
+            halves of a gated layer are), where that is more than one.
     """
-    if len(states) == 1:
-        return dict(states[0])
-    merged: dict[str, Tensor] = {}
-    for name, first in states[0].items():
-        all_ranks = [state[name] for state in states]
-        stem, _, kind = name.rpartition(".")
-        if stem.endswith(("attention.dense", "dense_4h_to_h")):
-            merged[name] = torch.cat(all_ranks, dim=1) if kind == "weight" else first
-        elif stem.endswith(("word_embeddings", "query_key_value", "dense_h_to_4h")):
-            count = next((n for suffix, n in parts.items() if stem.endswith(suffix)), 1)
-            blocks = zip(*(rank.chunk(count) for rank in all_ranks), strict=True)
-            merged[name] = torch.cat([torch.cat(block) for block in blocks])
-        else:
-            merged[name] = first
-    return merged
+    by_rows = ("word_embeddings", "query_key_value", "dense_h_to_4h")
+    shared = [(f"{n}.{kind}", rows(blocks.get(n, 1))) for n in by_rows for kind in ("weight", "bias")]
+    return [*shared, ("attention.dense.weight", columns), ("dense_4h_to_h.weight", columns), ("", replicated)]
 
 
 def token_ids(folder: Path) -> dict[str, int]:

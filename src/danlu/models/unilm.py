@@ -406,7 +406,7 @@ def _load(folder: Path, dtype: torch.dtype, scalar: bool) -> Any:
     if scalar:
         config.num_labels = 1
         kind = UniLmForSequenceClassification
-    return load_own(kind, config, folder, dtype, parts={}, rename=own_name)
+    return load_own(kind, config, folder, dtype, blocks={}, rename=own_name)
 
 
 FAMILY = Family("UniLM", is_unilm, _load)

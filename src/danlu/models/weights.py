@@ -194,8 +194,20 @@ def _is_mapping(found: Any, key: str) -> bool:
     return isinstance(found, Mapping) and isinstance(found.get(key), Mapping)
 
 
-def build(kind: type, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> Any:
+def build(
+    kind: type,
+    config: Any,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    absent: Callable[[str], bool] = lambda name: False,
+    leftovers: bool = True,
+) -> Any:
     """A transformers model of a class with these weights.
+
+    Args:
+        absent, leftovers: see `checked`.
 
     Raises:
         ModelError: weights are missing, left over, or of another shape than the configuration says.
@@ -211,7 +223,8 @@ def build(kind: type, config: Any, state: dict[str, Tensor], dtype: torch.dtype,
             attn_implementation="eager",
         ),
         folder,
-        leftovers=True,
+        absent=absent,
+        leftovers=leftovers,
     )
 
 

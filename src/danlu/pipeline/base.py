@@ -13,7 +13,7 @@ import yaml
 
 from danlu.evals.perplexity import per_character
 from danlu.models.families import context_of
-from danlu.models.load import is_encoder_decoder, load_model, raw_config
+from danlu.models.load import check_vocabulary, is_encoder_decoder, load_model, raw_config
 from danlu.models.registry import family_of
 from danlu.models.weights import read_weights, weight_files
 from danlu.pipeline.footprint import Shape, adapter_parameters, kept, shape_of_folder
@@ -71,6 +71,8 @@ def _base(model: str, texts: Sequence[str]) -> Base:
     raw = raw_config(model, True)
     own = family_of(raw)
     tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        check_vocabulary(raw, tokenizer, folder)
     fast = getattr(tokenizer, "backend_tokenizer", None) is not None
     covered = coverage([tokenizer], texts)[0] if texts and fast else None
     shape = shape_of_folder(model) if own is None and not is_encoder_decoder(raw) else None
