@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup check test demo bench learning docs slow matrix families foreign browser seeds clean
+.PHONY: setup check test demo bench learning docs slow chaos matrix families foreign browser seeds clean
 
 setup: $(DEV_STAMP)
 
@@ -58,6 +58,10 @@ learning: $(DEV_STAMP)
 # Minutes each: not part of `test`.
 slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow -rs
+
+# Thirty runs of seven stages, killed at random moments; part of `slow`.
+chaos: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/test_chaos.py -m slow -rs
 
 # Families x adapters, for the table in docs/adapters.md; about half an hour.
 matrix: $(DEV_STAMP)

@@ -5,7 +5,6 @@ python tests/family_table.py docs/families.json [FAMILY...]
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -25,14 +24,25 @@ import danlu
 from danlu.config import SftSettings
 from danlu.exceptions import DanluError
 from danlu.generation.protocol import SamplingParams
+from danlu.models import starters
 from danlu.models.convert import convert
 from danlu.models.load import is_encoder_decoder, load_model, save_model
 from danlu.models.registry import family_of
-from danlu.trainers import sft
+from danlu.trainers import mask_sft, sft
 
-PTUNING = ("ptuning",) if importlib.util.find_spec("danlu.models.prefix") else ()
-CAN = ("load", "chat", "sft", *PTUNING, "serve", "convert")
+CAN = ("load", "chat", "sft", "ptuning", "serve", "convert")
 NEEDS_DECODER = "needs a decoder"
+NO_CAUSAL = "predicts masked tokens"
+# What danlu says where a family cannot have something, and how the table puts it.
+REFUSALS = {
+    "encoder-decoders train all their weights": NEEDS_DECODER,
+    "a UniLM predicts masked tokens": NO_CAUSAL,
+    "a UniLM trains all weights": "trains all weights",
+}
+# Families that cannot have everything, and what they have instead.
+EXPECTED = {kind: {"ptuning": NEEDS_DECODER} for kind in (*small.KINDS, "original:cpm2")} | {
+    "unilm": {"chat": NO_CAUSAL, "serve": NO_CAUSAL, "ptuning": "trains all weights"}
+}
 IDS = {"vocab_size": small.VOCAB, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 # As users know them; the name among tests/families.py, tests/seq2seq_models.py, or of a folder of recordings.
 FAMILIES: dict[str, str] = {
@@ -63,6 +73,8 @@ FAMILIES: dict[str, str] = {
     "ChatGLM3-6B": "original:chatglm3",
     "GLM": "original:glm",
     "GLM-130B block": "original:glm130b",
+    "UniLM": "unilm",
+    "llama2.c (stories260K)": "stories260k",
 }
 
 
@@ -70,6 +82,13 @@ def folder_of(kind: str, where: Path, shared: Path) -> Path | None:
     """A tiny model with a tokenizer; None where danlu does not know the family, or its recording is missing."""
     if kind in small.KINDS:
         return small.folder(where, kind)
+    if kind == "unilm":
+        shape = {"hidden_size": 32, "layers": 2, "heads": 4, "context": 64}
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "mask_token_id": 3}
+        return save_model(starters.unilm(small.VOCAB, shape, ids, 0), small.tokenizer(), where)
+    if kind == "stories260k":
+        weights = shared / "data" / "model-stories260k" / "stories260K.bin"
+        return convert(weights, where).folder if weights.is_file() else None
     if not kind.startswith("original:"):
         return save_model(make(kind, **IDS), small.tokenizer(), where)
     source = shared / "fixtures" / kind.removeprefix("original:")
@@ -111,6 +130,7 @@ def attempt(work: Callable[[], Any]) -> str:
 def examine(folder: Path, where: Path) -> dict[str, str]:
     """Every column for one folder."""
     short = SamplingParams(max_new_tokens=4, temperature=0)
+    kind = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
 
     def loads() -> None:
         load_model(folder)
@@ -127,7 +147,7 @@ def examine(folder: Path, where: Path) -> dict[str, str]:
             model=str(folder), data=str(data), eval_data=str(data), out=str(where / adapter), max_steps=3, max_length=64,
             adapter=adapter, learning_rate=rate, tokens_per_step=128, micro_tokens=128, dtype="float32",
         )  # fmt: skip
-        result = sft.train(settings)
+        result = (mask_sft if kind == "danlu_unilm" else sft).train(settings)
         assert result.metrics["eval_loss"] < result.metrics["first_eval_loss"]
         load_model(result.model)
 
@@ -152,8 +172,8 @@ def examine(folder: Path, where: Path) -> dict[str, str]:
             plain: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(done.folder).eval()
             given = {"input_ids": ids, "decoder_input_ids": ids}
         else:
-            kind = transformers.AutoModelForCausalLM if done.plain else None
-            plain = (kind.from_pretrained(done.folder) if kind else load_model(done.folder)).eval()
+            auto = transformers.AutoModelForCausalLM if done.plain else None
+            plain = (auto.from_pretrained(done.folder) if auto else load_model(done.folder)).eval()
             given = {"input_ids": ids}
         with torch.no_grad():
             assert float((plain(**given).logits - model(**given).logits).abs().max()) <= LOGITS
@@ -164,12 +184,10 @@ def examine(folder: Path, where: Path) -> dict[str, str]:
         "sft": trains,
         "serve": serves,
         "convert": converts,
+        "ptuning": lambda: trains("ptuning", 2e-2),
     }
-    work["ptuning"] = lambda: trains("ptuning", 2e-2)
     found = {column: attempt(work[column]) for column in CAN}
-    if "encoder-decoders train all their weights" in found.get("ptuning", ""):
-        found["ptuning"] = NEEDS_DECODER
-    return found
+    return {c: next((brief for says, brief in REFUSALS.items() if says in v), v) for c, v in found.items()}
 
 
 def table(names: dict[str, str], shared: Path) -> dict[str, dict[str, str]]:

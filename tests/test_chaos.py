@@ -18,7 +18,7 @@ import tiny
 import yaml
 
 RUNS, KILLS = 30, 3
-STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
+STAGES = ("tokenizer", "pretrain", "sft", "dpo", "reward", "ppo", "grpo")
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
@@ -60,7 +60,7 @@ def go(recipe: Path, runs: Path, log: Path, *, change: int = 0, seconds: float =
 
 
 def recipe(folder: Path) -> Path:
-    """The tiny recipe up to PPO, with steps enough for kills between checkpoints."""
+    """The tiny recipe up to PPO, with DPO and GRPO, and with steps enough for kills between checkpoints."""
     often = {"save_every": 2, "eval_every": 3, "keep_checkpoints": 1}
     best = {"checkpoint_best": {"monitor": "eval_loss", "keep": 2}}
     changes = {
@@ -71,7 +71,12 @@ def recipe(folder: Path) -> Path:
     }
     path = tiny.recipe(folder, "chaos", **changes)
     content = yaml.safe_load(path.read_text("utf-8"))
-    content["stages"] = [s for s in content["stages"] if s["kind"] in STAGES]
+    stages = {stage["kind"]: stage for stage in content["stages"]}
+    same = ("dtype", "max_length", "tokens_per_step", "micro_tokens", "log_every", "learning_rate")
+    stages["dpo"] = {k: stages["reward"][k] for k in ("data", "eval_data")} | {k: stages["sft"][k] for k in same}
+    stages["dpo"] |= {"kind": "dpo", "max_steps": 7, **often}
+    stages["grpo"] = stages["ppo"] | {"kind": "grpo", "grpo": {"group_size": 4}, "max_steps": 4}
+    content["stages"] = [stages[kind] for kind in STAGES]
     path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
     return path
 
@@ -103,6 +108,7 @@ def whole() -> tuple[Path, dict[str, Any], int, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # seven stages, begun up to four times
 @pytest.mark.parametrize("trial", range(RUNS))
 def test_killed_at_random(trial: int, tmp_path: Path) -> None:
     path, expected, changes, seconds = whole()

@@ -141,6 +141,7 @@ def test_model_parallel_files(name: str, ranks: int, tmp_path: Path, one: Any, t
     found, model = one if name == "cpm1" else two
     folder = write_ranks(found, tmp_path / "m", ranks)
     loaded = load_model(folder)
+    assert loaded.name_or_path == loaded.config.name_or_path == str(folder)  # by which adapters name their base
     for key, tensor in model.state_dict().items():
         assert loaded.state_dict()[key].equal(tensor), key
     (folder / "mp_rank_00_model_states.pt").unlink()

@@ -50,6 +50,9 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
     if family is not None:
         folder = Path(name) if local else _fetched(name)
         loaded = family.load(folder, dtype, scalar)
+        # Weights that are rewritten while they are read do not come by from_pretrained, which would note the place;
+        # adapters name their base by it.
+        loaded.name_or_path = loaded.config.name_or_path = str(folder)
     else:
         _check_family(raw, name)
         if local:
