@@ -27,17 +27,19 @@ SHAPES: dict[str, dict[str, int]] = {
 TINY = {"hidden_size": 64, "intermediate_size": 128, "layers": 2, "heads": 2, "kv_heads": 2, "vocab": 500}
 MARK = "## Small"
 PEAK = """
-import json, resource, sys
+import json, sys
 import torch
+from danlu.training.peak import peak_memory_mb, reset_peak_memory
 from danlu.models.quantize import load_in_bits
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reset_peak_memory()  # else the parent's peak would be inherited
+base = peak_memory_mb()
 folder, bits = sys.argv[1], int(sys.argv[2])
 model = load_in_bits(folder, bits, dtype=torch.bfloat16)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = peak_memory_mb()
 tensors = list(model.parameters()) + list(model.buffers())
 held = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-print(json.dumps({"peak": (peak - base) * 1024, "held": held}))
+print(json.dumps({"peak": int((peak - base) * 2**20), "held": held}))
 """
 
 

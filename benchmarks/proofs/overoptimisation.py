@@ -23,7 +23,7 @@ from benchmarks.proofs.figures import turn
 NAME = "3 over-optimisation"
 CODE = "P-REWARD-HACK"
 SHARE = 0.10  # of gold's gain that may be lost before the rule fires
-PROMPTS, QUICK_PROMPTS = 200, 120  # that are compared, two pairs each at most
+PROMPTS, QUICK_PROMPTS = 1200, 800  # that are compared, two pairs each at most
 SMALL = {"hidden_size": 48, "layers": 1, "heads": 2, "kv_heads": 1, "context": 512}
 STEPS, QUICK_STEPS = 160, 60
 SFT_STEPS = 120  # a policy that still has something to gain
@@ -40,7 +40,7 @@ REWARD: dict[str, Any] = {
 PPO: dict[str, Any] = {
     "max_length": 256,
     "micro_tokens": 8192,
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-4,
     "schedule": "constant",
     "warmup": 0.0,
     "save_every": 10**6,
@@ -89,7 +89,7 @@ def prove(bench: Bench) -> list[Verdict]:
         }
     )
     ppo = PPO | {"model": policy, "data": town.file("prompts"), "eval_data": town.file("eval"), "seed": seed}
-    ppo |= {"max_steps": QUICK_STEPS if bench.quick else STEPS, "eval_every": 3 if bench.quick else 5}
+    ppo |= {"max_steps": QUICK_STEPS if bench.quick else STEPS, "eval_every": 2 if bench.quick else 4}
     ppo |= {"health": {"actions": {CODE: "warn", "P-KL-HIGH": "warn"}}}
     found = bench.train(
         {n: Job("ppo", ppo | {"reward_model": str(r.model), "out": str(folder / n)}) for n, r in rewards.items()}
