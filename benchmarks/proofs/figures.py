@@ -98,8 +98,8 @@ class Turn(NamedTuple):
 
 
 def turn(series: Sequence[float], share: float) -> Turn:
-    """The peak of a series, and where the first `share` of what was gained since its begin is gone again."""
+    """The peak of a series, and where the first `share` of it is gone again."""
     peak = max(range(len(series)), key=lambda i: series[i])
-    limit = series[peak] - share * (series[peak] - series[0])
+    limit = series[peak] - share * abs(series[peak])
     after = [i for i in range(peak + 1, len(series)) if series[i] < limit]
     return Turn(peak, after[0] if after and series[peak] > series[0] else None)
