@@ -123,7 +123,7 @@ COMMON = {
     "max_length": 160,
     "micro_tokens": 8192,
     "eval_fraction": 0.0,
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-4,
     "warmup": 10,
     "schedule": "linear",
     "save_every": 10**6,
