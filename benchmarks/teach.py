@@ -24,6 +24,8 @@ from danlu.training.templates import tokenizer_of
 FACTS = Path(__file__).with_name("teach_facts.yaml")
 SEEDS = (0, 1, 2, 3, 4)
 NOTEBOOK: dict[str, Any] = {
+    "adapter": "adalora",
+    "rank": 8,
     "stop": "loss",
     "max_steps": 100,
     "phrasings": 8,

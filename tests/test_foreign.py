@@ -12,6 +12,7 @@ import tiny as small
 import torch
 from families import make
 
+from danlu.exceptions import GateError
 from danlu.models import gguf, gguf_layout
 from danlu.models.load import save_model
 from danlu.pipeline import export_check
@@ -93,6 +94,24 @@ def test_what_is_written_wrongly_shows_at_this_scale(
     verdict = export(Order(str(source), "gguf", "f16", tmp_path / "out", check=True, force=True)).verdict
     assert not verdict.gate.passed
     assert verdict.numbers["logits"] > 10 * export_check.BOUNDS["f16"], verdict.numbers["logits"]
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_twice_the_rope_base_shows_in_quantised_files(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It moves logits no further than rounded activations do: only the same values written as F16 tell."""
+    tokenizer = small.tokenizer()
+    source = save_model(family_of("llama", tokenizer), tokenizer, tmp_path / "model")
+    monkeypatch.setattr(gguf, "shape_of", lambda config: gguf_layout.shape_of(config) | {"rope.freq_base": 2e4})
+    order = Order(str(source), "gguf", kind, tmp_path / "out", check=True, force=True)
+    verdict = export(order).verdict
+    assert verdict.numbers["logits"] < export_check.BOUNDS[kind], "the quantised file alone would have passed"
+    assert verdict.numbers["logits_f16"] > 4 * verdict.numbers["bound_f16"] and not verdict.gate.passed
+    assert not (tmp_path / "out" / "halves.gguf").exists()
+    with pytest.raises(GateError, match="G-EXPORT"):
+        export(replace(order, out=tmp_path / "refused", force=False))
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, ROPE | {"rope_type": "linear"}, ROPE | {"rope_type": "yarn"}])

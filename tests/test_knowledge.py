@@ -15,7 +15,7 @@ import torch
 
 import danlu
 from danlu.exceptions import KnowledgeError
-from danlu.knowledge.adapter import Patched
+from danlu.knowledge.adapter import adapted, factors_of
 from danlu.knowledge.facts import Fact, key_of, parse_fact, read_facts, slug_of
 from danlu.knowledge.memory import encode, judge, remember
 from danlu.knowledge.phrasings import questions_about, templates
@@ -26,11 +26,12 @@ from danlu.knowledge_config import TeachSettings
 from danlu.losses.distil import kept_logprobs, kl_from_kept, leads
 from danlu.models.load import load_model
 from danlu.models.patches import Factors, add_factors, apply_patches, fingerprint, read_factors, restore
-from danlu.models.roles import SeparateModels
+from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import load_tokenizer
 from danlu.training.compute import Compute
+from danlu.training.rank_allocation import allocation_of
 from danlu.training.runs import patches_folder
 from danlu.types import Message
 
@@ -280,39 +281,46 @@ def logits_of(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", ["lora", "adalora"])
-def test_factors_are_what_the_adapter_does(kind: str) -> None:
-    plain = load_model(tiny.model())
-    before = logits_of(plain)
-    patched = Patched(plain, TeachSettings(adapter=kind, rank=4, max_steps=30), 3)
+def stirred(roles: AdapterRoles) -> list[torch.nn.Parameter]:
+    """The adapter's parameters, moved away from where they begin."""
+    learnt = [p for p in roles.parameters() if p.requires_grad]
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in patched.learning:
+        for p in learnt:
             p.add_(0.1 * torch.randn(p.shape))
-    adapted = logits_of(patched.base)
-    factors = patched.factors()
-    back = patched.unload()
+    return learnt
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_factors_are_what_the_adapter_does(kind: Any) -> None:
+    plain = load_model(tiny.model())
+    before = logits_of(plain)
+    roles = adapted(plain, TeachSettings(adapter=kind, rank=4, max_steps=30), 3)
+    stirred(roles)
+    changed = logits_of(roles.base)
+    factors = factors_of(roles)
+    back = roles.unload()
     assert torch.equal(logits_of(back), before), "unloading leaves the model as it was"
     assert not any("lora" in name for name, _ in back.named_parameters())
+    assert not any(m._forward_pre_hooks for m in back.modules()), "no hook of the roles is left"
     assert all(p.requires_grad for p in back.parameters())
     weights = add_factors(back, factors)
-    torch.testing.assert_close(logits_of(back), adapted, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(adapted, before, atol=1e-3)
+    torch.testing.assert_close(logits_of(back), changed, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(changed, before, atol=1e-3)
     restore(back, weights)
     assert torch.equal(logits_of(back), before)
 
 
 def test_adalora_prunes_to_its_rank() -> None:
-    patched = Patched(load_model(tiny.model()), TeachSettings(rank=2, max_steps=30), 0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in patched.learning:
-            p.add_(0.1 * torch.randn(p.shape))
-    for step in range(1, 31):
-        for p in patched.learning:
+    roles = adapted(load_model(tiny.model()), TeachSettings(adapter="adalora", rank=2, max_steps=30), 0)
+    allocation = allocation_of(RootModel(roles), 1)
+    assert allocation is not None
+    learnt = stirred(roles)
+    for _ in range(30):
+        for p in learnt:
             p.grad = torch.randn(p.shape)
-        patched.prune(step)
-    ranks = [len(f.a) for f in patched.factors().values()]
+        allocation.update("policy")
+    ranks = [len(f.a) for f in factors_of(roles).values()]
     # Two layers of seven matrices, two ranks each on average; it began with four each.
     assert sum(ranks) <= 2 * 14 and max(ranks) <= 4
 

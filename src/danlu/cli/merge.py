@@ -42,7 +42,12 @@ def merge(
     import torch
 
     from danlu.models.merging import TOLERANCE, merge_adapters
-    from danlu.training.runs import resolve_model
+    from danlu.models.places import resolve
+    from danlu.training.runs import patches_folder, resolve_model
+
+    def taught(base: str) -> Path:
+        name, local = resolve(base)
+        return patches_folder(name, local=local)
 
     try:
         shares = [float(w) for w in weights.split(",")] if weights else None
@@ -58,7 +63,10 @@ def merge(
         density=density,
         seed=seed,
         dtype=chosen,
+        taught=taught,
     )
+    if report["patches"]:
+        say(f"the facts that the base was taught are in the weights, too: {', '.join(report['patches'])}")
     say(
         f"G-MERGE holds: logits differ by {report['logit_difference']:.1e} at most (limit {TOLERANCE:g} of "
         f"{max(1.0, report['logit_scale']):.3g})"

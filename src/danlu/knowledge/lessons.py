@@ -21,6 +21,7 @@ from danlu.models.load import load_model, save_model
 from danlu.models.patches import apply_patches, fingerprint
 from danlu.models.places import resolve
 from danlu.models.quantize import is_quantized
+from danlu.models.stored_tensors import require_space
 from danlu.train_config import Sources
 from danlu.training.runs import is_run, patches_folder, resolve_model, stages_of
 from danlu.training.templates import tokenizer_of
@@ -237,6 +238,7 @@ def export(model: str, out: Path, *, force: bool = False) -> list[Patch]:
 
     Raises:
         KnowledgeError: there is nothing to merge, or `out` exists and `force` is false.
+        ModelError: the disk is too small.
     """
     store = store_of(model)
     if not store.active:
@@ -246,6 +248,7 @@ def export(model: str, out: Path, *, force: bool = False) -> list[Patch]:
     name, _ = resolve(resolve_model(model))
     loaded = load_model(name)
     store.refuse_other_base(loaded)
+    require_space(out, sum(p.numel() * p.element_size() for p in loaded.parameters()))
     apply_patches(loaded, store.folder, model)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_merged(loaded, tokenizer_of(model, stage="export"), out, store)

@@ -10,23 +10,27 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from danlu.assistant import Assistant
 from danlu.data.collate import Trees
 from danlu.generation.protocol import SamplingParams
 from danlu.generation.seeds import mix_seed
-from danlu.knowledge.adapter import Patched
+from danlu.knowledge.adapter import ROLE, adapted, factors_of
 from danlu.knowledge.facts import Fact
 from danlu.knowledge.memory import Answers, divergence, encode, judge, remember
+from danlu.knowledge.natural import Changes, Metric, cut, learning, metrics_of
 from danlu.knowledge.phrasings import Asked, questions_about, user
 from danlu.knowledge.probe import Locality, Recall, conversations, locality, plain, recall
 from danlu.knowledge.replay import Pool, Question, contrast, near_and_far
 from danlu.knowledge_config import TeachSettings
+from danlu.losses.distil import leads
 from danlu.models.patches import Factors, add_factors, restore
 from danlu.models.roles import SeparateModels
-from danlu.models.root import RootModel
+from danlu.models.root import RootModel, TrunkOutput
 from danlu.text.chat_template import ChatTemplate
 from danlu.training.compute import Compute
+from danlu.training.rank_allocation import allocation_of, orthogonality
 from danlu.training.step import language_loss
 from danlu.types import Message
 
@@ -34,6 +38,8 @@ Action = Literal["teach", "update", "forget"]
 CHECK_EVERY = 10  # steps between looks at whether the fact is recalled
 PATIENCE = 20  # steps without a lower loss, where the loss decides (the notebook's)
 LAST_RATE = 0.1  # share of the rate at the last step
+SETTLE = 20  # steps after all phrasings are sure, shorter and shorter
+NATURAL_KL, ADAPTER_KL = 25.0, 1.0  # weights of the divergence where the settings say none
 MAX_ANSWER = 96  # tokens of a probe's answer, or twice the fact's if that is more
 EARLIER_PROBED = 3  # phrasings of each earlier fact among the locality probes
 
@@ -88,6 +94,7 @@ class Pupil:
         self.compute = _compute(settings)
         model.to(self.compute.device)
         self._general: Held | None = None
+        self._metrics: dict[str, Metric] = {}
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
 
     def answer(self, asked: Sequence[Sequence[Message]], tokens: int = MAX_ANSWER) -> list[str]:
@@ -114,6 +121,14 @@ class Pupil:
             chosen = list(self.pool.replay[: self.settings.replay_pool])
             self._general = self.hold([*chosen, *contrast([f.keyword for f in self.known], probe=False)])
         return self._general
+
+    def metrics(self) -> dict[str, Metric]:
+        """What a change of each layer does to the replayed answers; measured once, before the first lesson."""
+        if not self._metrics:
+            told = self.general_replay().answers.trees
+            settings = self.settings
+            self._metrics = metrics_of(self.model, self.root(), [told], settings.target, self.compute, settings.seed)
+        return self._metrics
 
     def general_probes(self) -> list[Question]:
         """Probes that have nothing to do with a fact; the same for every lesson."""
@@ -191,17 +206,15 @@ def teach_one(
     before = recall(questions, lambda asked: pupil.answer(asked, tokens))
     earlier = [f for f in pupil.known if f.key != fact.key]
     material = _material(pupil, fact, earlier)
-    patched = Patched(pupil.model, settings, mix_seed(settings.seed, 0xFAC7))
-    try:
-        steps, losses = _learn(pupil, patched, material, on_step)
-        factors = patched.factors()
-    finally:
-        patched.unload()
+    learn = _learn_naturally if settings.adapter == "natural" else _learn
+    factors, losses = learn(pupil, material, on_step)
     untouched = add_factors(pupil.model, factors)
     after = recall(questions, lambda asked: pupil.answer(asked, tokens))
     moved = _locality(pupil, material)
     complaint = _complaint(after, moved, settings)
-    lesson = Lesson(fact, action, factors, before, after, moved, steps, time.monotonic() - begun, complaint, losses)
+    lesson = Lesson(
+        fact, action, factors, before, after, moved, len(losses), time.monotonic() - begun, complaint, losses
+    )
     if complaint and not force:
         restore(pupil.model, untouched)
     else:
@@ -249,38 +262,89 @@ def _dialogues(pupil: Pupil, asked: Sequence[Asked]) -> list[tuple[list[Message]
     return list(zip(conversations(asked, pupil.answer), [a.expected[0] for a in asked], strict=True))
 
 
-def _learn(
-    pupil: Pupil, patched: Patched, material: _Material, on_step: Callable[[int, float], None]
-) -> tuple[int, list[float]]:
-    """The loop: each step some phrasings of the fact, some of earlier facts, some answers that must stay."""
+def _learn_naturally(
+    pupil: Pupil, material: _Material, on_step: Callable[[int, float], None]
+) -> tuple[dict[str, Factors], list[float]]:
+    """The loop of natural gradients (`natural.py`): until every phrasing is sure, some shorter and shorter steps more, and then the
+    cut to a rank, if the fact survives it.
+    """
     settings, compute = pupil.settings, pupil.compute
-    root = RootModel(patched).to(compute.device).train()
-    optimizer = torch.optim.Adam(patched.learning, lr=settings.learning_rate)
+    metrics = pupil.metrics()
+    root = pupil.root().train()
+    changes = Changes(pupil.model, metrics)
     rng = np.random.default_rng([settings.seed, 0x1EA2])
     losses: list[float] = []
-    for step in range(1, settings.max_steps + 1):
-        rate = 1.0 - (1.0 - LAST_RATE) * (step - 1) / settings.max_steps
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * (rate if settings.stop == "recall" else 1.0)
-        loss = _imitate(root, material.fact, _draw(rng, len(material.fact), settings.phrasings), compute)
-        if len(material.earlier) and settings.earlier_batch:
-            _imitate(root, material.earlier, _draw(rng, len(material.earlier), settings.earlier_batch), compute)
-        for held in material.replay:
-            _hold(root, held, _draw(rng, len(held), settings.replay_batch // len(material.replay)), pupil)
-        penalty = patched.penalty()
-        if penalty is not None:
-            penalty.backward()
-        torch.nn.utils.clip_grad_norm_(patched.learning, 1.0)
-        optimizer.step()
-        patched.prune(step)
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        on_step(step, loss)
-        if settings.stop == "loss":
-            if len(losses) - 1 - int(np.argmin(losses)) >= PATIENCE:
+    sure = 0  # the step at which it was
+    hold = settings.kl_weight if settings.kl_weight is not None else NATURAL_KL
+    try:
+        with learning(pupil.model, changes.layers):
+            for step in range(1, settings.max_steps + 1):
+                chosen = _draw(rng, len(material.fact), settings.phrasings)
+                loss = _press(root, material.fact, chosen, settings.fact_margin, compute)
+                if len(material.earlier) and settings.earlier_batch:
+                    chosen = _draw(rng, len(material.earlier), settings.earlier_batch)
+                    _press(root, material.earlier, chosen, settings.fact_margin, compute)
+                for held in material.replay:
+                    chosen = _draw(rng, len(held), settings.replay_batch // len(material.replay))
+                    _hold(root, held, chosen, pupil, weight=hold, margin=0.0)
+                share = 1.0 - (1.0 - LAST_RATE) * (step - sure) / SETTLE if sure else 1.0
+                changes.step(settings.trust * share)
+                losses.append(loss)
+                on_step(step, loss)
+                if sure and step - sure == SETTLE:
+                    if _sure(root, material, pupil, settings.lead):
+                        break
+                    sure = 0
+                elif not sure and step % CHECK_EVERY == 0 and _sure(root, material, pupil, settings.fact_margin / 2):
+                    sure = step
+        return cut(changes, settings.rank, lambda: _sure(root, material, pupil, settings.lead)), losses
+    finally:
+        changes.close()
+
+
+def _learn(
+    pupil: Pupil, material: _Material, on_step: Callable[[int, float], None]
+) -> tuple[dict[str, Factors], list[float]]:
+    """The loop of an adapter: each step some phrasings of the fact, some of earlier facts, some answers that must stay."""
+    settings, compute = pupil.settings, pupil.compute
+    roles = adapted(pupil.model, settings, mix_seed(settings.seed, 0xFAC7))
+    root = RootModel(roles).to(compute.device).train()
+    trained = [p for p in roles.parameters() if p.requires_grad]
+    allocation = allocation_of(root, 1)
+    optimizer = torch.optim.Adam(trained, lr=settings.learning_rate)
+    rng = np.random.default_rng([settings.seed, 0x1EA2])
+    hold = settings.kl_weight if settings.kl_weight is not None else ADAPTER_KL
+    losses: list[float] = []
+    try:
+        for step in range(1, settings.max_steps + 1):
+            rate = 1.0 - (1.0 - LAST_RATE) * (step - 1) / settings.max_steps
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * (rate if settings.stop == "recall" else 1.0)
+            loss = _imitate(root, material.fact, _draw(rng, len(material.fact), settings.phrasings), compute)
+            if len(material.earlier) and settings.earlier_batch:
+                _imitate(root, material.earlier, _draw(rng, len(material.earlier), settings.earlier_batch), compute)
+            for held in material.replay:
+                chosen = _draw(rng, len(held), settings.replay_batch // len(material.replay))
+                _hold(root, held, chosen, pupil, weight=hold, margin=settings.margin)
+            penalty = orthogonality(root, ROLE)
+            if penalty is not None:
+                penalty.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if allocation is not None:
+                allocation.update(ROLE)
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            on_step(step, loss)
+            if settings.stop == "loss":
+                if len(losses) - 1 - int(np.argmin(losses)) >= PATIENCE:
+                    break
+            elif (
+                step % CHECK_EVERY == 0 and _sure(root, material, pupil, settings.lead) and _kept(root, material, pupil)
+            ):
                 break
-        elif step % CHECK_EVERY == 0 and _recalled(root, material, pupil):
-            break
-    return len(losses), losses
+        return factors_of(roles), losses
+    finally:
+        roles.unload()
 
 
 def _draw(rng: np.random.Generator, among: int, count: int) -> list[int]:
@@ -296,28 +360,54 @@ def _imitate(root: RootModel, answers: Answers, chosen: list[int], compute: Comp
     return float(metrics["loss_sum"]) / weight
 
 
-def _hold(root: RootModel, replay: Answers, chosen: list[int], pupil: Pupil) -> None:
-    settings = pupil.settings
+def _press(root: RootModel, answers: Answers, chosen: list[int], goal: float, compute: Compute) -> float:
+    """The mean of what each token's lead over the likeliest other one lacks of `goal`: it ends where the answer is sure, whereas
+    cross-entropy would go on to move a model whose rare tokens never get a high probability.
+    """
+    tree = answers.trees.batch(chosen).to(compute.device)
+
+    def head(out: TrunkOutput) -> Tensor:
+        index = out.tree.loss_index()
+        logits = out.logits(out.tree.predictor_T[index])
+        return torch.relu(goal - leads(logits, out.tree.input_ids_T[index])).mean()
+
+    with compute.autocast():
+        loss = root(tree, "policy", head)
+    loss.backward()
+    return float(loss.detach())
+
+
+def _hold(root: RootModel, replay: Answers, chosen: list[int], pupil: Pupil, *, weight: float, margin: float) -> None:
     tree = replay.trees.batch(chosen).to(pupil.compute.device)
     kept, ids = (torch.cat([part[i] for i in chosen]) for part in (replay.kept, replay.ids))
     with pupil.compute.autocast():
         kl, lead = root(tree, "policy", lambda out: divergence(out, kept, ids))
-    # Where two words are nearly as likely, a breath would change the answer: the hinge holds the one that was said.
-    loss = settings.kl_weight * kl.mean() + torch.relu(settings.margin - lead).mean()
-    (len(chosen) / settings.replay_batch * loss).backward()
+    loss = weight * kl.mean()
+    if margin:
+        # Where two words are nearly as likely, a breath would change the answer: the hinge holds the one that was said.
+        loss = loss + torch.relu(margin - lead).mean()
+    (len(chosen) / pupil.settings.replay_batch * loss).backward()
 
 
-def _recalled(root: RootModel, material: _Material, pupil: Pupil) -> bool:
-    """Every trained phrasing of this fact and the earlier ones is answered surely, and the replayed answers are what they were."""
-    settings = pupil.settings
+def _sure(root: RootModel, material: _Material, pupil: Pupil, lead: float) -> bool:
+    """Every trained phrasing of this fact is answered with such a lead at each token, of earlier ones at most the settings'."""
     root.eval()
     try:
-        for answers in (material.fact, material.earlier):
+        for answers, least in ((material.fact, lead), (material.earlier, min(lead, pupil.settings.lead))):
             told = judge(root, answers, pupil.compute)
-            if min(told.lead, default=math.inf) < settings.lead:
+            if min(told.lead, default=math.inf) < least:
                 return False
+        return True
+    finally:
+        root.train()
+
+
+def _kept(root: RootModel, material: _Material, pupil: Pupil) -> bool:
+    """The replayed answers are what they were, but for few."""
+    root.eval()
+    try:
         same = [g for held in material.replay for g in judge(root, held, pupil.compute).greedy]
-        return not same or sum(same) / len(same) >= settings.kept
+        return not same or sum(same) / len(same) >= pupil.settings.kept
     finally:
         root.train()
 

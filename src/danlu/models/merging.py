@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from danlu.exceptions import ModelError
 from danlu.models.adapter_files import AdapterInfo, merge_into, put_on, read_info, settle
 from danlu.models.adapters import quantize_base
 from danlu.models.load import load_model, save_model
+from danlu.models.patches import active_names, add_factors, read_factors, read_index, refuse_other_base
 from danlu.models.places import adapter_place, is_adapter, tokenizer_place
 from danlu.text.tokenizer import load_tokenizer
 
@@ -37,6 +38,7 @@ def merge_adapters(
     density: float = 0.5,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    taught: Callable[[str], Path] | None = None,
 ) -> dict[str, Any]:
     """Merges adapters into their base and writes a plain model folder; nothing is written where the check fails (G-MERGE).
 
@@ -45,13 +47,16 @@ def merge_adapters(
         density: share of the entries that TIES and DARE keep.
         seed: of what DARE drops.
         dtype: of what is written; default: the dtype that the base is stored in.
+        taught: where the patches of a base's facts are, if anywhere; they come into the weights, too, once the check has passed.
 
     Returns:
-        `{"out", "base", "adapters", "weights", "method", "logit_difference", "logit_scale", "rounding_difference", "dtype"}`.
+        `{"out", "base", "adapters", "weights", "method", "patches", "logit_difference", "logit_scale", "rounding_difference",
+        "dtype"}`.
 
     Raises:
         ModelError: not adapters of one base; a prefix; a wrong number of weights; a folder that exists; too little room; or the
             merged model's logits are not the adapter's.
+        KnowledgeError: the base's patches are damaged or belong to another model.
     """
     infos = [_adapter(folder) for folder in folders]
     shares = list(weights) if weights else [1.0 / len(infos)] * len(infos)
@@ -88,7 +93,8 @@ def merge_adapters(
         "weights": shares,
         "method": method,
     }
-    return report | _write_checked(model, first, out, expected, dtype or _stored_dtype(first.base))
+    folder = taught(first.base) if taught is not None and not is_adapter(first.base) else None
+    return report | _write_checked(model, first, out, expected, dtype or _stored_dtype(first.base), folder)
 
 
 def _adapter(folder: str | Path) -> AdapterInfo:
@@ -178,7 +184,9 @@ def difference(found: Tensor, expected: Tensor) -> tuple[float, float]:
     return float((found - expected).abs().max()), float(expected.abs().max())
 
 
-def _write_checked(model: Any, info: AdapterInfo, out: Path, expected: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def _write_checked(
+    model: Any, info: AdapterInfo, out: Path, expected: Tensor, dtype: torch.dtype, taught: Path | None
+) -> dict[str, Any]:
     """Writes a folder, reads it back and compares before it gets its name."""
     off, size = difference(probe(model), expected)
     if not off <= TOLERANCE * max(1.0, size):
@@ -186,6 +194,9 @@ def _write_checked(model: Any, info: AdapterInfo, out: Path, expected: Tensor, d
             f"G-MERGE: logits of the merged model are off by {off:.2e} (limit {TOLERANCE:g} of {max(1.0, size):.3g})",
             hint="nothing was written; please report the family and the kind of adapter",
         )
+    patches = _add_taught(model, info, taught)
+    if patches:
+        expected = probe(model)
     needed = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -205,7 +216,28 @@ def _write_checked(model: Any, info: AdapterInfo, out: Path, expected: Tensor, d
     finally:
         shutil.rmtree(checked, ignore_errors=True)
     name = str(dtype).removeprefix("torch.")
-    return {"logit_difference": off, "logit_scale": size, "rounding_difference": rounded, "dtype": name}
+    return {
+        "patches": patches,
+        "logit_difference": off,
+        "logit_scale": size,
+        "rounding_difference": rounded,
+        "dtype": name,
+    }
+
+
+def _add_taught(model: Any, info: AdapterInfo, folder: Path | None) -> list[str]:
+    """Adds the facts that the base was taught to the merged weights; returns the patches' names.
+
+    An adapter's change and a fact's are sums on the same weights, so their order does not matter.
+    """
+    index = read_index(folder) if folder is not None else None
+    names = active_names(index)
+    if folder is None or index is None or not names:
+        return []
+    refuse_other_base(index, _base(info), info.base, folder)
+    for name in names:
+        add_factors(model, read_factors(folder / name))
+    return names
 
 
 def _stored_dtype(base: str) -> torch.dtype:

@@ -63,6 +63,11 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     return index
 
 
+def active_names(index: Mapping[str, Any] | None) -> list[str]:
+    """The names of the patches that a model answers with and that are not in its weights, in order."""
+    return [str(p["name"]) for p in index["patches"] if p["active"] and not p["merged"]] if index else []
+
+
 def refuse_other_base(index: Mapping[str, Any], model: Any, name: str, folder: Path) -> None:
     """Raises KnowledgeError when patches were made for another model, naming both."""
     base, found = index["base"], fingerprint(model)
@@ -81,13 +86,13 @@ def apply_patches(model: Any, folder: Path, name: str) -> list[str]:
         KnowledgeError: they are damaged or belong to another base.
     """
     index = read_index(folder)
-    active = [p for p in index["patches"] if p["active"] and not p["merged"]] if index else []
+    active = active_names(index)
     if index is None or not active:
         return []
     refuse_other_base(index, model, name, folder)
     for patch in active:
-        add_factors(model, read_factors(folder / patch["name"]))
-    return [p["name"] for p in active]
+        add_factors(model, read_factors(folder / patch))
+    return active
 
 
 def read_factors(folder: Path) -> dict[str, Factors]:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from danlu.exceptions import ModelError
 from danlu.models import packed_layouts
 from danlu.models.fingerprint import HASH, digest_of, sample
-from danlu.models.load import load_model, raw_config
+from danlu.models.load import is_encoder_decoder, load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
 from danlu.models.packed_layouts import KEY, Layout, layout_of
 from danlu.models.places import resolve
@@ -40,6 +40,7 @@ __all__ = [
     "load_quantized",
     "quantize_model",
     "quantize_rows",
+    "refuse_encoder_decoder",
     "save_quantized",
 ]
 Written = Literal["danlu", "gptq"]
@@ -81,6 +82,20 @@ def replace(model: Any, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
 
 
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """Raises ModelError for a model that reads a source and writes a target: packed layers are tested in decoders only.
+
+    Args:
+        config: or config.json as a mapping.
+    """
+    if is_encoder_decoder(config):
+        raise ModelError(
+            "an encoder-decoder cannot be quantised: packed weights are for decoders (Llama, Qwen, GPT-2, GLM and their like)",
+            file=name,
+            hint="it runs in 16 bits, without --bits",
+        )
+
+
 def quantize_model(model: Any, bits: int = 8, *, group_size: int = GROUP_SIZE, symmetric: bool = False) -> Any:
     """Replaces the linear layers of the trunk by packed ones, rounded to nearest, in place.
 
@@ -89,8 +104,9 @@ def quantize_model(model: Any, bits: int = 8, *, group_size: int = GROUP_SIZE, s
         group_size: of 4 bits, see `packed.pack`; symmetric: of 4 bits, without zeros.
 
     Raises:
-        ModelError: there is nothing to quantise, it is quantised already, or other bits.
+        ModelError: there is nothing to quantise, it is quantised already, other bits, or an encoder-decoder.
     """
+    refuse_encoder_decoder(model.config, str(getattr(model, "name_or_path", "") or type(model).__name__))
     for name, linear in linear_layers(model).items():
         bias = linear.bias.detach() if linear.bias is not None else None  # type: ignore[operator]
         layer = pack(weight_of(linear), bias, bits, group_size=group_size, symmetric=symmetric)
@@ -239,7 +255,7 @@ def load_in_bits(
     Only families whose weight files transformers renames or fuses on loading are loaded whole first.
 
     Raises:
-        ModelError: see `load_model`; or the folder holds weights of other bits.
+        ModelError: see `load_model`; or the folder holds weights of other bits; or the model is an encoder-decoder.
     """
     if bits not in (8, 4):
         raise ModelError(f"weights of {bits} bits are not available", hint="use 8 or 4")
@@ -253,6 +269,7 @@ def load_in_bits(
             )
         return load_quantized(name, dtype=dtype)
     folder = Path(name) if local else _downloaded(name)
+    refuse_encoder_decoder(_config_of(folder), str(model))
     skeleton = _skeleton(folder)
     if skeleton is not None and _Filling(skeleton, folder, dtype).rounded(bits, group_size, symmetric):
         return skeleton

@@ -109,6 +109,7 @@ class AdapterRoles(nn.Module):
         super().__init__()
         prepare(base)
         fast = base.base_model.danlu_fast_path
+        self._before = {name: p.requires_grad for name, p in base.named_parameters()}
         if config is None:
             config = LoraConfig(
                 r=rank,
@@ -149,14 +150,30 @@ class AdapterRoles(nn.Module):
         }
         self._restore()
         self._selected: str | None = None
-        for layer in (m for m in self.base.modules() if isinstance(m, GradientCheckpointingLayer)):
-            for part in layer.children():  # a layer's own hooks stay outside of what checkpointing recomputes
-                part.register_forward_pre_hook(self._select_again, with_kwargs=True)
+        self._hooks = [
+            part.register_forward_pre_hook(self._select_again, with_kwargs=True)
+            for layer in self.base.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+            for part in layer.children()  # a layer's own hooks stay outside of what checkpointing recomputes
+        ]
 
     @property
     def base(self) -> Any:
         """The transformers model under the adapters."""
         return self.peft.get_base_model()
+
+    def unload(self) -> Any:
+        """Takes all adapters off and returns the base as it was; the roles are of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        fast = self.base.base_model.danlu_fast_path
+        base = self.peft.unload()
+        base.base_model.danlu_fast_path = fast
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(self._before.get(name, True))
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        return base
 
     def _tie(self) -> None:
         """Where the base has one tensor for embedding and head, each role's copies are one, too."""

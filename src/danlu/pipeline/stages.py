@@ -28,9 +28,16 @@ from danlu.exceptions import DataError, ModelError, SettingsError
 from danlu.knowledge import lessons
 from danlu.knowledge_config import TeachSettings
 from danlu.models.gptq import quantize_gptq, transformer_layers
-from danlu.models.load import load_model
+from danlu.models.load import load_model, raw_config
 from danlu.models.places import resolve
-from danlu.models.quantize import is_quantized, load_in_bits, packed_layers, quantize_model, save_quantized
+from danlu.models.quantize import (
+    is_quantized,
+    load_in_bits,
+    packed_layers,
+    quantize_model,
+    refuse_encoder_decoder,
+    save_quantized,
+)
 from danlu.models.stored_tensors import parse_size, require_space
 from danlu.models.unilm import is_unilm
 from danlu.pipeline import gates, quantizing
@@ -56,7 +63,7 @@ from danlu.trainers import (
 )
 from danlu.training import distributed
 from danlu.training.progress import Bar
-from danlu.training.runs import resolve_model
+from danlu.training.runs import refuse_patches, resolve_model
 from danlu.training.setup import records_of
 from danlu.training.step import TrainResult
 from danlu.training.templates import served_template, template_of, tokenizer_of
@@ -333,6 +340,8 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
             file=source,
             hint="quantise the model it was made from",
         )
+    refuse_encoder_decoder(raw_config(source, local), settings.model)
+    refuse_patches(settings.model, "quantize")
     tokenizer = tokenizer_of(settings.model, stage="quantize")
     max_shard = parse_size(settings.max_shard_size) if settings.max_shard_size else None
     trees = None
@@ -426,5 +435,5 @@ STAGES: dict[str, Kind] = {
     "grpo": Kind(run_grpo, 3, models=("model", "reward_model")),
     "eval": Kind(run_eval, 2, ("data",), ("models",), require=_require_metrics),
     "quantize": Kind(run_quantize, 3, ("eval_data", "questions", "calibration")),
-    "teach": Kind(run_teach, 1, ("file", "replay")),
+    "teach": Kind(run_teach, 2, ("file", "replay")),
 }

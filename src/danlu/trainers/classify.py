@@ -25,7 +25,7 @@ from danlu.training.denoise import padded
 from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
-from danlu.training.runs import resolve_model
+from danlu.training.runs import refuse_patches, resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import plan_of, sample_records
 from danlu.training.sharding import shard, share_forwards
@@ -73,6 +73,7 @@ def train(settings: SftSettings) -> TrainResult:
     if settings.adapter != "full":
         raise SettingsError("a classifier trains all weights", field="adapter", hint="adapter: full")
     per_token = settings.task == "token-classify"
+    refuse_patches(settings.model, "sft")
     tokenizer = tokenizer_of(settings.model, stage="sft")
     train_rows, heldout_rows = _read(settings, per_token)
     labels = sorted({label for row in train_rows for label in labels_of(row)})

@@ -34,7 +34,7 @@ from danlu.training.denoise import (
 from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
-from danlu.training.runs import resolve_model
+from danlu.training.runs import refuse_patches, resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import plan_of, policy_roles, records_of
 from danlu.training.sharding import shard
@@ -168,6 +168,7 @@ def start(settings: PretrainSettings) -> tuple[Any, Any]:
 
 def _given(settings: PretrainSettings) -> Any:
     """The given model: an encoder-decoder for t5, otherwise one of danlu's own families."""
+    refuse_patches(settings.model, "pretrain")
     path = resolve_model(settings.model)
     if settings.objective != "t5":
         return load_model(path)

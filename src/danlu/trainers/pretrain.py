@@ -16,7 +16,7 @@ from danlu.training.compute import choose
 from danlu.training.memory import within_limits
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
-from danlu.training.runs import resolve_model
+from danlu.training.runs import refuse_patches, resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import load_policy, placed, plan_of, policy_roles, records_of
 from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
@@ -42,6 +42,7 @@ def train(settings: PretrainSettings) -> TrainResult:
         raise SettingsError(
             "a starter has a tokenizer of its own text already", field="new_words", hint="new_words: 0, or give a model"
         )
+    refuse_patches(settings.model, "pretrain")
     tokenizer = tokenizer_of(settings.model or settings.tokenizer, stage="pretrain")
     if settings.model:
         model = load_model(resolve_model(settings.model)) if settings.new_words else load_policy(settings)

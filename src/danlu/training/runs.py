@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from danlu.config import POLICY_KINDS
-from danlu.exceptions import RunError
-from danlu.models.patches import SUFFIX
+from danlu.exceptions import KnowledgeError, RunError
+from danlu.models.patches import SUFFIX, active_names, read_index
+from danlu.models.places import is_adapter, resolve
 
 ROOT_VARIABLE = "DANLU_RUNS"
 RECIPE = "recipe.yaml"
@@ -100,3 +101,28 @@ def patches_folder(folder: str, *, local: bool) -> Path:
         path = Path(folder).resolve()
         return path.with_name(path.name + SUFFIX)
     return runs_root() / SUFFIX.lstrip(".") / (folder.replace("/", "--") + SUFFIX)
+
+
+def refuse_patches(model: str, stage: str) -> None:
+    """What starts from a model's weights alone does not start from one whose facts are in patches beside it.
+
+    Args:
+        model: as the user named it; "" for none.
+
+    Raises:
+        KnowledgeError: it has active patches, all named, with the command that puts them into weights.
+    """
+    place = resolve_model(model) if model else ""
+    if not place or (Path(place).is_dir() and not (Path(place) / "config.json").is_file()):
+        return  # none, a tokenizer alone, or an adapter: patches belong to whole models
+    name, local = resolve(place)
+    if local and is_adapter(name):
+        return
+    folder = patches_folder(name, local=local)
+    taught = active_names(read_index(folder))
+    if taught:
+        raise KnowledgeError(
+            f"'{model}' was taught facts that are not in its weights ({', '.join(taught)}), and {stage} would lose them",
+            file=folder,
+            hint=f"danlu facts export {model} --out FOLDER writes the model with them; start from FOLDER",
+        )

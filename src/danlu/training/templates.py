@@ -15,7 +15,7 @@ from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
 from danlu.train_config import TrainSettings
 from danlu.training import distributed
-from danlu.training.runs import resolve_model
+from danlu.training.runs import refuse_patches, resolve_model
 
 
 def tokenizer_of(model: str, *, stage: str) -> Any:
@@ -53,7 +53,12 @@ def served_template(folder: str | Path) -> ChatTemplate:
 
 
 def template_of(model: str, settings: TrainSettings, *, stage: str) -> ChatTemplate:
-    """The chat seam of a model. What people should know about the choice of template is said on stderr."""
+    """The chat seam of a model. What people should know about the choice of template is said on stderr.
+
+    Raises:
+        KnowledgeError: the model has facts in patches, which training would lose.
+    """
+    refuse_patches(model, stage)
     tokenizer = tokenizer_of(model, stage=stage)
     folder = Path(resolve_model(model))
     if (folder / "config.json").is_file():
