@@ -49,6 +49,17 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", GROUPED | {"sliding_window": 7, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
     "olmo2": ("Olmo2", GROUPED),
     "granite": ("Granite", GROUPED | {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}),
+    "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        GROUPED
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
     # Not among `families.TESTED`: compared with transformers when they are loaded.
     "cohere2": ("Cohere2", GROUPED | {"logit_scale": 0.5, "sliding_window": 6}),
     "nemotron": ("Nemotron", GROUPED),

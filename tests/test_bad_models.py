@@ -18,7 +18,8 @@ from seq2seq_models import VOCAB, tokenizer
 import danlu
 from danlu.cli.main import run
 from danlu.exceptions import ModelError
-from danlu.models.glm import BlankGlmConfig, BlankGlmForConditionalGeneration
+from danlu.models.glm import BlankGlmForConditionalGeneration
+from danlu.models.glm_config import BlankGlmConfig
 from danlu.models.load import load_model, save_model
 
 KINDS = ("llama", "t5", "glm", "chatglm_v1", "chatglm2", "moss")

@@ -180,9 +180,9 @@ def test_batch_dependent_rotary_positions_hold_up_to_the_original_context(kind: 
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("Mixtral", {}, "'mixtral' is a mixture of experts"),
-        ("Qwen3Moe", {}, "'qwen3_moe' is a mixture of experts"),
-        ("Dbrx", {}, "'dbrx' is a mixture of experts"),
+        ("Mixtral", {"output_router_logits": True}, "'mixtral' is a mixture of experts"),
+        ("Qwen3Moe", {"output_router_logits": True}, "'qwen3_moe' is a mixture of experts"),
+        ("Dbrx", {"output_router_logits": True}, "'dbrx' is a mixture of experts"),
         ("Mamba", {}, "'mamba' has layers of type 'linear_attention'"),
         ("Rwkv", {}, "'rwkv' has recurrent"),
         ("Lfm2", {}, "'lfm2' has recurrent"),

@@ -16,7 +16,8 @@ from danlu.exceptions import ModelError
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.models.blank import BlankIds, choice_inputs, generation_inputs
-from danlu.models.glm import BlankGlmConfig, BlankGlmForConditionalGeneration
+from danlu.models.glm import BlankGlmForConditionalGeneration
+from danlu.models.glm_config import BlankGlmConfig
 from danlu.models.load import load_model
 from danlu.models.megatron import joined
 from danlu.models.own import splits_of

@@ -42,7 +42,7 @@ from danlu.models.chatglm_heads import (
     with_prefix,
 )
 from danlu.models.chatglm_positions import Rules, hidden_keys, positions_after, step_inputs
-from danlu.models.chatglm_prefix import LoadsPrefix, PrefixEncoder, freeze_all_but_prefix
+from danlu.models.chatglm_prefix import ChatGLMPrefix, LoadsPrefix, freeze_all_but_prefix
 from danlu.models.registry import Family
 from danlu.text.chatglm_tokenizers import ChatGLMTokenizer, open_first
 
@@ -185,9 +185,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             width = 2 * config.num_layers * config.hidden_size
             small, hidden = config.hidden_size, config.hidden_size
             self.prefix_encoder = (
-                PrefixEncoder(self.prefix_length, width, small, hidden)
+                ChatGLMPrefix(self.prefix_length, width, width=small, hidden=hidden)
                 if config.prefix_projection
-                else PrefixEncoder(self.prefix_length, width, width, None)
+                else ChatGLMPrefix(self.prefix_length, width, width=None, hidden=None)
             )
         open_quantized(config, self.layers)
         self.post_init()

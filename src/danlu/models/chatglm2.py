@@ -41,7 +41,7 @@ from danlu.models.chatglm_heads import (
     open_quantized,
     with_prefix,
 )
-from danlu.models.chatglm_prefix import LoadsPrefix, PrefixEncoder, freeze_all_but_prefix
+from danlu.models.chatglm_prefix import ChatGLMPrefix, LoadsPrefix, freeze_all_but_prefix
 from danlu.models.registry import Family
 from danlu.text.chatglm_tokenizers import ChatGLM2Tokenizer, open_later
 
@@ -247,7 +247,9 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         if self.prefix_length:
             width = 2 * config.num_layers * config.key_value_heads * config.kv_channels
             hidden = config.hidden_size if config.prefix_projection else None
-            self.prefix_encoder = PrefixEncoder(self.prefix_length, width, width, hidden)
+            self.prefix_encoder = ChatGLMPrefix(
+                self.prefix_length, width, width=width if hidden is not None else None, hidden=hidden
+            )
         open_quantized(config, self.encoder)
         self.post_init()
         freeze_all_but_prefix(self)

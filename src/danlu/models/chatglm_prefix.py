@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
+from danlu.models.prefix_table import PrefixTable
 from danlu.models.weights import read_weights
 
 FILES = ("prefix_encoder.safetensors", "prefix_encoder.bin")
@@ -20,27 +21,22 @@ NAME = "prefix_encoder."
 DROPOUT = 0.1  # of the prefix in training, as the original
 
 
-class PrefixEncoder(nn.Module):
-    """Ids 0 .. pre_seq_len-1 -> `[pre, width]`: a table, or a table and a small network.
+class ChatGLMPrefix(PrefixTable):
+    """Keys and values of the virtual tokens, with the original's dropout in training.
 
     Args:
-        length: pre_seq_len.
-        width: numbers of a virtual token: layers * 2 * key heads * head width.
-        table: width of the embedding; hidden: of the network's middle; None: no network (prefix_projection false).
+        tokens: pre_seq_len.
+        numbers: of a virtual token: layers * 2 * key heads * head width.
+        width, hidden: see `PrefixTable`; no width where prefix_projection is false.
     """
 
-    def __init__(self, length: int, width: int, table: int, hidden: int | None) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(length, table)
-        if hidden is not None:
-            self.trans = nn.Sequential(nn.Linear(table, hidden), nn.Tanh(), nn.Linear(hidden, width))
+    def __init__(self, tokens: int, numbers: int, *, width: int | None, hidden: int | None) -> None:
+        super().__init__(tokens, numbers, width=width, hidden=hidden)
         self.dropout = nn.Dropout(DROPOUT)
 
     def states(self, layers: int, heads: int, batch: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values `[batch, heads, pre, K]` of each layer: slots 2i and 2i + 1 of a virtual token."""
-        rows: Tensor = self.embedding.weight
-        if hasattr(self, "trans"):
-            rows = self.trans(rows)
+        rows = self.rows()
         rows = rows.view(len(rows), 2 * layers, heads, -1)[None].expand(batch, -1, -1, -1, -1)
         slots = self.dropout(rows).permute(2, 0, 3, 1, 4)
         return [(slots[2 * i], slots[2 * i + 1]) for i in range(layers)]

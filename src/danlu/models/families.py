@@ -10,7 +10,7 @@ from danlu.exceptions import ModelError
 # they are loaded, on a few tokens.
 TESTED = frozenset(
     {"gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama"}
-    | {"mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "stablelm"}
+    | {"mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm"}
 )
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 RECURRENT = (
@@ -33,7 +33,7 @@ def refuse(config: Any) -> None:
     """Ends with a sentence for families that token trees would train wrongly.
 
     Raises:
-        ModelError: an encoder-decoder, a mixture of experts, or layers that are not attention.
+        ModelError: an encoder-decoder, a mixture of experts with a balancing loss, or layers that are not attention.
     """
     name = getattr(config, "model_type", type(config).__name__)
     if name == "danlu_unilm":
@@ -47,11 +47,12 @@ def refuse(config: Any) -> None:
             hint="sft, chat, serve, generate and eval take encoder-decoders; use a causal language model for the rest",
         )
     feed_forward = getattr(config, "ffn_config", None)
-    if any(_number(part, field) > 1 for part in (config, feed_forward) for field in EXPERTS):
+    mixture = any(_number(part, field) > 1 for part in (config, feed_forward) for field in EXPERTS)
+    if mixture and getattr(config, "output_router_logits", False):
         raise ModelError(
-            f"'{name}' is a mixture of experts; the loss that balances its experts is an average over a batch, "
-            "which packing and accumulation would change",
-            hint="use a dense model",
+            f"'{name}' is a mixture of experts whose config.json asks for the loss that balances them; that is an average over a "
+            "batch, which packing and accumulation would change",
+            hint="set output_router_logits to false in config.json (transformers' default): experts then learn by the text alone",
         )
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_TYPES)
     if others or name in RECURRENT_TYPES or any(_number(config, field) > 0 for field in RECURRENT):

@@ -1,13 +1,12 @@
 """GLM (Du et al. 2022), the blank-infilling model of 2021: pre-LN GPT-2 blocks, learned positions in two rows, prefix masks.
 
-Its published configurations say `model_type: glm`, as transformers' own GLM-4 does; keys tell them apart. Parameter names are
-those of the published transformers port, and of the training repository's checkpoints without `glm.`.
+Parameter names are those of the published transformers port, and of the training repository's checkpoints without `glm.`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,95 +23,19 @@ from transformers import (
     AutoModelForTokenClassification,
     DynamicCache,
 )
-from transformers.configuration_utils import PretrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from danlu.exceptions import ModelError
-from danlu.models.blank import BlankIds, Choices, blank_positions, choice_logprobs, context_lengths, visible_prefix
-from danlu.models.own import classify_loss, load_own, own_keys, read_config, token_ids
+from danlu.models.blank import Choices, blank_positions, choice_logprobs, context_lengths, visible_prefix
+from danlu.models.glm_config import ACTIVATIONS, BlankGlmConfig, config_of, is_blank_glm
+from danlu.models.own import load_own
+from danlu.models.own_heads import TokenClasses, aligned_loss, at_places, classify_loss, last_places, new_part
 from danlu.models.registry import Family
 
 FILL = -65504.0  # what the original adds to scores that are masked
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
-
-
-class BlankGlmConfig(PretrainedConfig):  # type: ignore[misc]
-    """Keys as published, and what the published files leave to the tokenizer.
-
-    hidden_act: "gelu" (exact, the port) or "gelu_tanh" (the training repository; differs by 1e-3).
-    attention_scale: >= 1, a numerical safeguard of fp16 training.
-    block_position_encoding: positions have two rows.
-    sop_token_id, mask_token_ids: with them masks and positions are found from ids where none are given.
-    """
-
-    model_type = "danlu_glm"
-    attribute_map: ClassVar[Any] = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
-    keys_to_ignore_at_inference: ClassVar[Any] = ["mems", "past_key_values"]
-
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 50048,
-        hidden_size: int = 1024,
-        num_layers: int = 24,
-        num_attention_heads: int = 16,
-        max_sequence_length: int = 1024,
-        block_position_encoding: bool = True,
-        attention_scale: float = 1.0,
-        relative_encoding: bool = False,
-        hidden_act: str = "gelu",
-        layernorm_epsilon: float = 1e-5,
-        embedding_dropout_prob: float = 0.1,
-        attention_dropout_prob: float = 0.1,
-        output_dropout_prob: float = 0.1,
-        initializer_range: float = 0.02,
-        output_predict: bool = True,
-        pool_token: str = "cls",
-        classifier_dropout: float = 0.1,
-        sop_token_id: int | None = None,
-        eop_token_id: int | None = None,
-        mask_token_ids: Sequence[int] = (),
-        tie_word_embeddings: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        if relative_encoding:
-            raise ModelError("relative_encoding of GLM is not supported", field="relative_encoding")
-        if hidden_act not in ACTIVATIONS:
-            raise ModelError(f"hidden_act is '{hidden_act}'; known: {', '.join(ACTIVATIONS)}", field="hidden_act")
-        if pool_token not in ("cls", "start", "pad"):
-            raise ModelError(f"pool_token is '{pool_token}'; known: cls, start, pad", field="pool_token")
-        if hidden_size % num_attention_heads:
-            raise ModelError(
-                f"hidden_size {hidden_size} is no multiple of {num_attention_heads} heads", field="hidden_size"
-            )
-        self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
-        self.num_attention_heads, self.max_sequence_length = num_attention_heads, max_sequence_length
-        self.block_position_encoding, self.attention_scale = block_position_encoding, attention_scale
-        self.relative_encoding, self.hidden_act = relative_encoding, hidden_act
-        self.layernorm_epsilon = layernorm_epsilon
-        self.embedding_dropout_prob, self.attention_dropout_prob = embedding_dropout_prob, attention_dropout_prob
-        self.output_dropout_prob, self.initializer_range = output_dropout_prob, initializer_range
-        self.output_predict, self.pool_token, self.classifier_dropout = output_predict, pool_token, classifier_dropout
-        self.sop_token_id, self.eop_token_id = sop_token_id, eop_token_id
-        self.mask_token_ids = list(mask_token_ids)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-
-    def blank_ids(self) -> BlankIds:
-        """The tokens of blank infilling.
-
-        Raises:
-            ModelError: the configuration does not name them.
-        """
-        if self.sop_token_id is None or not self.mask_token_ids:
-            raise ModelError(
-                "this GLM does not say which tokens start a piece and which mask",
-                hint="set sop_token_id, eop_token_id and mask_token_ids in config.json",
-            )
-        end = self.eop_token_id if self.eop_token_id is not None else self.eos_token_id
-        return BlankIds(tuple(self.mask_token_ids), self.sop_token_id, int(end), int(self.pad_token_id or 0))
 
 
 @dataclass
@@ -221,6 +144,7 @@ class BlankGlmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     config_class = BlankGlmConfig
     base_model_prefix = "glm"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[Any] = ["BlankGlmLayer"]
     _supports_sdpa = True
@@ -234,12 +158,6 @@ class BlankGlmModel(BlankGlmPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer = BlankGlmTransformer(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.word_embeddings = value
 
     def forward(
         self,
@@ -337,18 +255,6 @@ class BlankGlmForConditionalGeneration(BlankGlmPreTrainedModel, GenerationMixin)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.glm.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.glm.word_embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.lm_head = new_embeddings
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -371,10 +277,7 @@ class BlankGlmForConditionalGeneration(BlankGlmPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         logits = self.lm_head(out.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        out.logits, out.loss = logits, loss
+        out.logits, out.loss = logits, aligned_loss(logits, labels)
         return out
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -397,26 +300,14 @@ class BlankGlmForConditionalGeneration(BlankGlmPreTrainedModel, GenerationMixin)
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The new tokens, with their part of masks and positions."""
-        total = input_ids.shape[1]
-        before = past_key_values.get_seq_length() if past_key_values is not None else 0
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if blank_positions is None:
             blank_positions = blank_positions_of(self.config, input_ids, real)
         if generation_attention_mask is None:
             context = context_lengths(input_ids, self.config.sop_token_id)
             generation_attention_mask = visible_prefix(context, real.bool())
-        if total > min(blank_positions.shape[-1], generation_attention_mask.shape[-1]):
-            raise ModelError(
-                f"{total} tokens, but positions and mask were given for {blank_positions.shape[-1]}",
-                hint="build the inputs with more room, or generate fewer tokens",
-            )
-        return {
-            "input_ids": input_ids[:, before:],
-            "position_ids": blank_positions[..., before:total],
-            "attention_mask": generation_attention_mask[:, :, before:total, :total],
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache", True),
-        }
+        kept = kwargs.get("use_cache", True)
+        return new_part(input_ids, blank_positions, generation_attention_mask, past_key_values, kept)
 
     @torch.no_grad()
     def choose(self, choices: Choices) -> list[Tensor]:
@@ -458,62 +349,15 @@ class BlankGlmForSequenceClassification(BlankGlmPreTrainedModel):
         elif self.config.pool_token == "pad":
             two = attention_mask is not None and attention_mask.dim() == 2
             real = attention_mask.long() if two and attention_mask is not None else torch.ones_like(input_ids)
-            place = (real * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
-        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
-        return classify_loss(self.score(self.dropout(pooled)), labels, self.config)
+            place = last_places(real)
+        return classify_loss(self.score(self.dropout(at_places(hidden, place))), labels, self.config)
 
 
-class BlankGlmForTokenClassification(BlankGlmPreTrainedModel):
-    """A class for every token."""
+class BlankGlmForTokenClassification(TokenClasses, BlankGlmPreTrainedModel):
+    """A class for every token; masks and positions as in `BlankGlmModel.forward`."""
 
-    def __init__(self, config: BlankGlmConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.glm = BlankGlmModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Logits `[B, T, labels]`; labels of -100 carry no loss."""
-        hidden = self.glm(input_ids, position_ids, attention_mask, **kwargs).last_hidden_state
-        return classify_loss(self.score(self.dropout(hidden)), labels, self.config)
-
-
-# -- published folders ---------------------------------------------------------------------------------------------------
-
-NAMES = {"sop": "<|startofpiece|>", "eop": "<|endofpiece|>"}
-BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
-# Where a folder has no tokenizer file that names them: the fixed numbering of the two published vocabularies.
-CHINESE = {"<|startofpiece|>": 50006, "<|endofpiece|>": 50007, "[MASK]": 50003, "[sMASK]": 50008, "[gMASK]": 50009}
-ENGLISH = {"<|startofpiece|>": 50257, "<|endofpiece|>": 50258, "[MASK]": 50260, "[gMASK]": 50263, "[sMASK]": 50264}
-NUMBERING = {50048: CHINESE, 50304: ENGLISH}
-
-
-def is_blank_glm(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of this family: `glm` with the old keys (GLM-4 has num_key_value_heads), or ours."""
-    kind = config.get("model_type")
-    old = "block_position_encoding" in config or "num_layers" in config
-    return kind == BlankGlmConfig.model_type or (kind == "glm" and old and "num_key_value_heads" not in config)
-
-
-def config_of(folder: Path) -> BlankGlmConfig:
-    """The configuration of a folder, with the ids of the tokens of blank infilling if its files or its vocabulary say them."""
-    keys = own_keys(read_config(folder))
-    named = {**NUMBERING.get(keys.get("vocab_size", 0), {}), **token_ids(folder)}
-    for field, text in NAMES.items():
-        if keys.get(f"{field}_token_id") is None and text in named:
-            keys[f"{field}_token_id"] = named[text]
-    if not keys.get("mask_token_ids"):
-        keys["mask_token_ids"] = [named[text] for text in BLANKS if text in named]
-    return BlankGlmConfig(**keys)
+    trunk = BlankGlmModel
+    dropout_of = "classifier_dropout"
 
 
 def _load(folder: Path, dtype: torch.dtype, scalar: bool) -> Any:

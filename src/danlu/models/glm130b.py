@@ -23,7 +23,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from danlu.exceptions import ModelError
 from danlu.models.blank import BlankIds, Choices, choice_logprobs, context_lengths, mask_places, visible_prefix
-from danlu.models.own import classify_loss, load_own, own_keys, read_config, token_ids
+from danlu.models.own import load_own, own_keys, read_config, token_ids
+from danlu.models.own_heads import at_places, classify_loss, last_places, new_part, shifted_loss
 from danlu.models.registry import Family
 
 FILL = -10000.0
@@ -205,6 +206,7 @@ class Glm130bPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     config_class = Glm130bConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[Any] = ["Glm130bLayer"]
     _keys_to_ignore_on_load_unexpected: ClassVar[Any] = [r"rotary_emb\.inv_freq"]
@@ -219,12 +221,6 @@ class Glm130bModel(Glm130bPreTrainedModel):
         self.layers = nn.ModuleList([Glm130bLayer(config, i) for i in range(config.num_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.word_embeddings = value
 
     def forward(
         self,
@@ -292,18 +288,6 @@ class Glm130bForCausalLM(Glm130bPreTrainedModel, GenerationMixin):  # type: igno
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.transformer.word_embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.lm_head = new_embeddings
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -319,11 +303,7 @@ class Glm130bForCausalLM(Glm130bPreTrainedModel, GenerationMixin):  # type: igno
             input_ids, position_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
         logits = self.lm_head(out.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-            )
+        loss = shifted_loss(logits, labels)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
@@ -347,26 +327,13 @@ class Glm130bForCausalLM(Glm130bPreTrainedModel, GenerationMixin):  # type: igno
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The new tokens, with their part of masks and positions; what was not given for them goes on from the ids."""
-        total = input_ids.shape[1]
-        before = past_key_values.get_seq_length() if past_key_values is not None else 0
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if span_positions is None:
             span_positions = positions_of(self.config, input_ids, real)
         if hidden_mask is None:
             context = context_lengths(input_ids, self.config.sop_token_id)
             hidden_mask = ~visible_prefix(context, real.bool())
-        if total > min(span_positions.shape[-1], hidden_mask.shape[-1]):
-            raise ModelError(
-                f"{total} tokens, but positions and mask were given for {span_positions.shape[-1]}",
-                hint="build them with more room, or generate fewer tokens",
-            )
-        return {
-            "input_ids": input_ids[:, before:],
-            "position_ids": span_positions[..., before:total],
-            "attention_mask": hidden_mask[:, :, before:total, :total],
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache", True),
-        }
+        return new_part(input_ids, span_positions, hidden_mask, past_key_values, kwargs.get("use_cache", True))
 
     @torch.no_grad()
     def choose(self, choices: Choices) -> list[Tensor]:
@@ -397,10 +364,8 @@ class Glm130bForSequenceClassification(Glm130bPreTrainedModel):
     ) -> Any:
         """Logits `[B, labels]`; attention_mask `[B, T]` is 0 at padding."""
         hidden = self.transformer(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        last = (real * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(1)
-        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-        return classify_loss(self.score(pooled), labels, self.config)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return classify_loss(self.score(at_places(hidden, last_places(real))), labels, self.config)
 
 
 def is_glm_130b(config: Mapping[str, Any]) -> bool:

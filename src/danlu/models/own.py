@@ -1,4 +1,4 @@
-"""What model classes of danlu's own share: published folders and rank files into a model, special ids, the loss of a head."""
+"""What model classes of danlu's own share: published folders and rank files into a model, and special ids."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from danlu.models.chatglm_quantized import unpack_nibbles
 from danlu.models.megatron import Join, columns, joined, replicated, rows, whole_state
@@ -113,16 +111,6 @@ def token_ids(folder: Path) -> dict[str, int]:
         else:
             found |= {text: int(i) for text, i in data.items()}
     return found
-
-
-def classify_loss(logits: Tensor, labels: Tensor | None, config: Any) -> SequenceClassifierOutput:
-    """Logits with their loss: cross entropy over classes (labels of -100 carry none), squared error for one number."""
-    loss = None
-    if labels is not None and config.num_labels == 1:
-        loss = functional.mse_loss(logits.squeeze(-1).float(), labels.float())
-    elif labels is not None:
-        loss = functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
-    return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from danlu.atomic import write_bytes, write_json
 from danlu.exceptions import ModelError
 from danlu.models.families import context_of
 from danlu.models.heads import head_of
+from danlu.models.prefix_table import PrefixTable
 from danlu.models.roles import SCALAR_ROLES
 from danlu.models.root import RoleName, prepare
 from danlu.models.virtual_root import NAME, Prefix, PrefixKind, PrefixShape, shape_of
@@ -33,18 +34,13 @@ OLD_WEIGHTS = "adapter_model.bin"
 DEEP_STD = 1.0
 
 
-class PrefixEncoder(nn.Module):
-    """Makes the states of the virtual tokens: a table, or a table of embeddings and two layers behind it.
-
-    With the layers ("projection", the reparameterisation of Li and Liang 2021) all keys and values are a function of one embedding
-    for each token: `Linear(tanh(Linear(embedding)))`. After training only its result matters.
+class PrefixEncoder(PrefixTable):
+    """Makes the states of the virtual tokens. After training only its result matters.
 
     Args:
         kind, shape, shift: see `Prefix`.
-        tokens: P >= 1.
+        tokens, width, hidden: see `PrefixTable`.
         numbers: of a row of the result: `shape.numbers` ("ptuning") or the width of the model's embeddings ("prompt").
-        width: of the table behind which the layers are; None: no layers, the table is the result.
-        hidden: between the two layers; default `width`.
     """
 
     def __init__(
@@ -58,21 +54,14 @@ class PrefixEncoder(nn.Module):
         hidden: int | None = None,
         shift: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(tokens, numbers, width=width, hidden=hidden)
         self.kind, self.shape, self.shift = kind, shape, shift
-        self.embedding = nn.Embedding(tokens, numbers if width is None else width)
-        self.trans: nn.Sequential | None = None
-        if width is not None:
-            middle = hidden or width
-            self.trans = nn.Sequential(nn.Linear(width, middle), nn.Tanh(), nn.Linear(middle, numbers))
         self.start: Tensor | None
         self.register_buffer("start", None)
 
     def forward(self) -> Tensor:
-        """The states `[P, numbers]`, fp32 also under autocast: they are few."""
-        weight = self.embedding.weight
-        with torch.autocast(weight.device.type, enabled=False):
-            states: Tensor = weight if self.trans is None else self.trans(weight)
+        """The states `[P, numbers]`."""
+        states = self.rows()
         return states if self.start is None else states + self.start
 
     def prefix(self) -> Prefix:

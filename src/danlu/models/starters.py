@@ -174,7 +174,8 @@ def blank_glm(vocab: int, shape: Mapping[str, int], ids: Mapping[str, Any], seed
     Args:
         ids: of special tokens, by the names of `BlankGlmConfig`.
     """
-    from danlu.models.glm import BlankGlmConfig, BlankGlmForConditionalGeneration
+    from danlu.models.glm import BlankGlmForConditionalGeneration
+    from danlu.models.glm_config import BlankGlmConfig
 
     config = BlankGlmConfig(
         vocab_size=vocab,

@@ -26,7 +26,8 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from danlu.exceptions import ModelError
-from danlu.models.own import classify_loss, load_own, own_keys, read_config
+from danlu.models.own import load_own, own_keys, read_config
+from danlu.models.own_heads import TokenClasses, aligned_loss, classify_loss
 from danlu.models.registry import Family
 
 MODES = ("bidirectional", "left-to-right", "right-to-left", "seq2seq")
@@ -145,6 +146,7 @@ class UniLmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     config_class = UniLmConfig
     base_model_prefix = "unilm"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[Any] = ["UniLmLayer"]
 
@@ -164,12 +166,6 @@ class UniLmModel(UniLmPreTrainedModel):
         self.transform = nn.Linear(width, width)
         self.transform_norm = nn.LayerNorm(width, eps=eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.word_embeddings = value
 
     def forward(
         self,
@@ -235,12 +231,6 @@ class UniLmForMaskedLM(UniLmPreTrainedModel):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.unilm.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.unilm.word_embeddings = value
-
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder
 
@@ -259,10 +249,7 @@ class UniLmForMaskedLM(UniLmPreTrainedModel):
         """See `UniLmModel.forward`; labels are aligned with the inputs, -100 carries no loss."""
         out = self.unilm(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         logits = self.decoder(out.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        return MaskedLMOutput(loss=aligned_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, mode: str, source: int | None = None) -> Tensor:
@@ -341,23 +328,12 @@ class UniLmForSequenceClassification(UniLmPreTrainedModel):
         return classify_loss(self.score(self.dropout(hidden[:, 0])), labels, self.config)
 
 
-class UniLmForTokenClassification(UniLmPreTrainedModel):
-    """A class for every token."""
+class UniLmForTokenClassification(TokenClasses, UniLmPreTrainedModel):
+    """A class for every token, read both ways."""
 
-    def __init__(self, config: UniLmConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.unilm = UniLmModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Logits `[B, T, labels]`; labels of -100 carry no loss."""
-        hidden = self.unilm(input_ids, attention_mask, for_head=False, **kwargs).last_hidden_state
-        return classify_loss(self.score(self.dropout(hidden)), labels, self.config)
+    trunk = UniLmModel
+    dropout_of = "hidden_dropout_prob"
+    options: ClassVar[dict[str, Any]] = {"for_head": False}
 
 
 # BERT's names -> ours; both BERT's and TensorFlow's names of a norm occur in published files.
