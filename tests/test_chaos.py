@@ -54,7 +54,7 @@ def go(recipe: Path, runs: Path, log: Path, *, change: int = 0, seconds: float =
     arguments = ["run", str(recipe), "--force"]
     child = tiny._server().Process(target=_child, args=(arguments, str(runs), change, seconds, str(log)), daemon=True)
     child.start()
-    child.join(300)
+    child.join(600)
     assert child.exitcode is not None, "it hangs"
     return child.exitcode
 
