@@ -23,7 +23,7 @@ from danlu.pipeline.recipe import load_recipe
 from danlu.training import checkpoint, distributed, launch
 from danlu.training.launch import Crew, resolve_count
 
-SOON = 30.0
+SOON = 120.0  # against what hangs (the process group alone would wait half an hour), not for a machine that is busy
 
 
 def ranks_of(parent: int) -> dict[int, int]:

@@ -213,8 +213,8 @@ def start(arguments: list[str], log: Path, **environment: str) -> Any:
     return child
 
 
-def wait_for(reached: Callable[[], bool], child: Any, *, seconds: float = 120.0) -> None:
-    """Waits until something holds or the child ends."""
+def wait_for(reached: Callable[[], bool], child: Any, *, seconds: float = 280.0) -> None:
+    """Waits until something holds or the child ends; the limit is for what hangs, not for a machine that is busy."""
     limit = time.monotonic() + seconds
     while not reached() and child.is_alive():
         assert time.monotonic() < limit, "waited in vain"
