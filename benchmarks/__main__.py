@@ -1,4 +1,4 @@
-"""`python -m benchmarks core|data|seeds|learning|teach|small|gpu|peers`: what is measured, ratios of one run, their spread."""
+"""`python -m benchmarks core|data|seeds|learning|teach|small|families|vocabulary|gpu|peers`: ratios of one run, their spread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("core", "data", "seeds", "learning", "teach", "small", "gpu"):
+    for name in ("core", "data", "seeds", "learning", "teach", "small", "families", "vocabulary", "gpu"):
         command = commands.add_parser(name)
         command.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
         if name != "gpu":
@@ -39,6 +39,13 @@ def main() -> None:
     small = commands.choices["small"]
     small.add_argument("--only", default="", help="sizes, separated by commas")
     small.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
+    families = commands.choices["families"]
+    families.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
+    vocabulary = commands.choices["vocabulary"]
+    vocabulary.add_argument(
+        "--data-root", type=Path, default=Path("data"), help="folder with model-stories260k, pretrain-*"
+    )
+    vocabulary.add_argument("--write-docs", action="store_true", help="write the table into docs/tokenizers.md")
     gpu = commands.choices["gpu"]
     gpu.add_argument("--tiny", action="store_true", help="tiny models: a test of the benchmark itself, on any machine")
     gpu.add_argument("--only", default="", help="parts, separated by commas")
@@ -62,6 +69,15 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
         from benchmarks import small
 
         return small.measure(quick=arguments.quick, only=only, docs=DOCS if arguments.write_docs else None)
+    if arguments.command == "families":
+        from benchmarks import families
+
+        return families.measure(quick=arguments.quick, docs=DOCS if arguments.write_docs else None)
+    if arguments.command == "vocabulary":
+        from benchmarks import vocabulary
+
+        page = DOCS.with_name("tokenizers.md") if arguments.write_docs else None
+        return vocabulary.measure(quick=arguments.quick, data_root=arguments.data_root, docs=page)
     if arguments.command == "gpu":
         from benchmarks import gpu
 
