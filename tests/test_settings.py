@@ -58,8 +58,8 @@ FROZEN = {
     "Blanks": "blank sentence ratio mean_span single short blocked rest_min infill",
     "PretrainSettings": f"{STAGE} {TRAIN} objective preset blanks instruction_data instruction_share tokenizer starter new_words",
     "SftSettings": f"{STAGE} {TRAIN} task",
-    "TeachSettings": "out seed model facts file replay adapter rank alpha dropout target learning_rate max_steps phrasings "
-    "both_languages varied replay_pool replay_batch kl_weight margin earlier_batch stop lead kept min_agreement max_kl "
+    "TeachSettings": "out seed model facts file replay adapter rank trust fact_margin alpha dropout target learning_rate max_steps "
+    "phrasings both_languages varied replay_pool replay_batch kl_weight margin earlier_batch stop lead kept min_agreement max_kl "
     "max_perplexity_ratio probes dtype",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
     "EngineSettings": "slots cache_gib speculate guesses",

@@ -288,7 +288,7 @@ def _inject(model: Any, info: AdapterInfo, shown: str) -> Any:
             warnings.filterwarnings("ignore", ".*tie_word_embeddings=True`", UserWarning)
             # peft 0.21 reads an attribute that transformers 5.23 renamed, and AdaLoRA's ranks as LoRA's.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             peft = PeftModel(model, config, adapter_name=NAME)
             found = set_peft_model_state_dict(peft, tensors, adapter_name=NAME)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:

@@ -129,6 +129,8 @@ class AdapterRoles(nn.Module):
             # Embeddings and head that are one tensor are tied again below, for every role.
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
             warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`", UserWarning)
+            # PEFT names experts' joined weights for ranks of their own, also where they get no adapter.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
             self.peft = get_peft_model(base, config, adapter_name=adapters[0])
             # AdaLoRA knows one trained adapter only: the others come as frozen ones, and what learns is decided below.
             for name in [*adapters[1:], *([START] if pissa else [])]:
