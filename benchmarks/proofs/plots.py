@@ -32,7 +32,8 @@ def overoptimisation(
         axis.set_ylabel("gold", color=GOLD)
         right.set_ylabel("proxy", color=PROXY)
         lines = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-        axis.legend(lines, [line.get_label() for line in lines], fontsize=7, loc="lower center")
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncol": 3, "frameon": False}
+        axis.legend(lines, [line.get_label() for line in lines], fontsize=7, **below)
     _save(figure, path)
 
 
