@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from danlu.alignment_config import HEALTH_ACTIONS, HEALTH_ADAPTS
 from danlu.config import KINDS
 from danlu.data.formats.base import Format
 from danlu.data.formats.registry import FORMATS, REFUSED
 from danlu.data.kinds import SERVED_BY
 from danlu.data.rows_out import row_of
+from danlu.health_config import HEALTH_ACTIONS, HEALTH_ADAPTS
 from danlu.reward_config import TERMS, RewardTerm
 from danlu.train_config import AdapterKind, Source, StageSettings, TrainSettings
 from danlu.training.health import CORRECTIONS, PAUSE

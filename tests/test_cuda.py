@@ -16,6 +16,7 @@ from danlu.config import KINDS
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.generation.runner import CachedRunner
+from danlu.models import packed_cuda
 from danlu.models.quantize import quantize_model
 from danlu.models.resting import rest
 from danlu.models.roles import AdapterRoles, SeparateModels
@@ -105,6 +106,7 @@ def test_graphs_see_new_weights() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights(bits: int, dtype: torch.dtype) -> None:
+    assert packed_cuda.available("cuda"), "else the plain products are tested"
     config = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = quantize_model(make("llama", **config), bits)
     ids = torch.arange(3, 40)[None]

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from danlu.alignment_config import GrpoSettings, HealthSettings, PpoSettings
+from danlu.alignment_config import GrpoSettings, PpoSettings
 from danlu.config import KINDS
+from danlu.health_config import HealthSettings
 from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.rewards.model import ModelReward

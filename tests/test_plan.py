@@ -16,6 +16,7 @@ import yaml
 from conftest import make_tiny
 from transformers import CodeGenConfig
 
+from danlu.alignment_config import PpoSettings
 from danlu.cli.main import run
 from danlu.config import SftSettings, Starter
 from danlu.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
@@ -158,6 +159,18 @@ def test_weights_gradients_and_averages_by_strategy() -> None:
         assert [found[k] * mb for k in ("weights", "gradients", "optimizer")] == pytest.approx(sizes), strategy
     assert parts("qlora")["weights"] < 0.5 * parts("lora")["weights"]
     assert parts("full", optimizer="adamw8bit")["optimizer"] == pytest.approx(2.03 * count / mb)
+
+
+@pytest.mark.parametrize(("adapter", "bases"), [("qlora", 1), ("ptuning", 2)])
+def test_who_takes_part_in_ppo_on_a_packed_base(adapter: str, bases: int) -> None:
+    """Base, reward model, and what answers: it shares packed weights with LoRA, and has a copy of them before a prefix."""
+    shape = shape_of_starter(Starter(), 2048)
+    values = {"adapter": adapter, "base_bits": 4, "dtype": "bfloat16", "reward_model": "judge"}
+    settings = PpoSettings(model="m", data="d", out="o", **values)  # type: ignore[arg-type]
+    strategy = footprint.own_strategy(settings)
+    parts = stage_memory(shape, settings, strategy, dtype="bfloat16", length=64, processes=1)
+    base = (shape.parameters - shape.tables) * 0.55 + shape.tables * 2
+    assert parts["weights"] * 2**20 == pytest.approx(bases * base + 2 * shape.parameters)
 
 
 def test_activations_grow_with_tokens_and_layers() -> None:

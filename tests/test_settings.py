@@ -9,10 +9,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from danlu import alignment_config, config, reward_config, train_config
-from danlu.alignment_config import HEALTH_ACTIONS, HEALTH_ADAPTS, PpoSettings
+from danlu.alignment_config import PpoSettings
 from danlu.cli.options import given_values, options_of
 from danlu.config import KINDS, SftSettings
 from danlu.exceptions import SettingsError, UsageError
+from danlu.health_config import HEALTH_ACTIONS, HEALTH_ADAPTS
 from danlu.parsing import parse
 from danlu.train_config import Settings
 from danlu.training.health import CORRECTIONS

@@ -5,7 +5,7 @@ token (or several that were guessed), and what is left of the step goes to promp
 nobody waiting. What another prompt has read before is not read again. There is no background thread: whoever waits for a token
 takes the lock and moves every running request one step on.
 
-A request's tokens do not depend on what else runs (bit for bit in fp32 on a CPU; see `kv_cache.py` for how).
+A request's tokens do not depend on what else runs (bit for bit in fp32 on a CPU; see `step_plan.py` for how).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from danlu.exceptions import EngineError
-from danlu.generation.kv_cache import Lane, Read
+from danlu.generation.kv_cache import Lane
 from danlu.generation.memory import default_memory
 from danlu.generation.past import PastRunner
 from danlu.generation.protocol import Request
@@ -28,6 +28,7 @@ from danlu.generation.runner import CachedRunner
 from danlu.generation.sampling import sample
 from danlu.generation.search import Search, search_of
 from danlu.generation.speculative import Drafter, Guessing
+from danlu.generation.step_plan import Read
 from danlu.generation.stepwise import Row, StepwiseEngine
 from danlu.models.prefix import receive, room_of
 from danlu.models.root import prepare

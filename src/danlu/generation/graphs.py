@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from danlu.generation.kv_cache import Arena, KeyValueCache, StepPlan
+from danlu.generation.kv_cache import Arena, KeyValueCache
+from danlu.generation.step_plan import StepPlan
 from danlu.models.attention import PLAN_ARGUMENT
 
 SLOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -25,21 +25,18 @@ MOST = 64  # graphs that are kept; the least recently used one goes first
 Key = tuple[tuple[int, int, int, int], ...]
 
 
-@dataclass
-class _Step:
-    """A captured step.
+class _Step(NamedTuple):
+    """A step of fixed shape.
 
     Attributes:
         inputs_2T: ids and positions.
-        hidden_TD: what it leaves.
         starts: the first row of each arena.
+        run: computes the hidden states `[T, D]` of the inputs as they are; the next run may write over them.
     """
 
     inputs_2T: Tensor
-    hidden_TD: Tensor
     starts: list[int]
-    graph: Any = None
-    work: Any = None
+    run: Callable[[], Tensor]
 
 
 class DecodeGraphs:
@@ -80,23 +77,17 @@ class DecodeGraphs:
             if step is None:
                 return None
         self.steps.move_to_end(key)
-        rows = [
-            start + i for start, arena in zip(step.starts, arenas, strict=True) for i in range(len(arena.lanes))
-        ]  # of the plan's tokens, in order
+        # The plan's tokens, in order, are the first rows of each arena's share.
+        rows = [s + i for s, arena in zip(step.starts, arenas, strict=True) for i in range(len(arena.lanes))]
         filled = torch.zeros(step.inputs_2T.shape, dtype=torch.int64)
         filled[:, rows] = torch.tensor([plan.ids, plan.positions])
         step.inputs_2T.copy_(filled)
-        if step.graph is not None:
-            step.graph.replay()
-        else:
-            step.hidden_TD = step.work()
-        index = torch.tensor([rows[w] for w in wanted], device=step.hidden_TD.device)
-        return step.hidden_TD.index_select(0, index)  # a copy: the next replay writes over the states
+        hidden = step.run()
+        return hidden.index_select(0, torch.tensor([rows[w] for w in wanted], device=hidden.device))
 
     def _made(self, arenas: Sequence[Arena], key: Key) -> _Step | None:
-        device = self.cache.shape.device
         slots = [part[-1] for part in key]
-        inputs = torch.zeros(2, sum(slots), dtype=torch.int64, device=device)
+        inputs = torch.zeros(2, sum(slots), dtype=torch.int64, device=self.cache.shape.device)
         before = self.cache.root.offset if self.cache.root is not None else 0
 
         def work() -> Tensor:
@@ -107,27 +98,35 @@ class DecodeGraphs:
             hidden: Tensor = output.last_hidden_state[0]
             return hidden
 
-        starts = [sum(slots[:i]) for i in range(len(slots))]
-        step = _Step(inputs, inputs, starts, work=work)
-        if self.capture:
-            alive = {a.keys.data_ptr() for a in self.cache.arenas}
-            for old in [k for k in self.steps if not all(part[0] in alive for part in k)]:
-                del self.steps[old]
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=self._pool):
-                    step.hidden_TD = work()
-            except RuntimeError as error:
-                self.refused = str(error).splitlines()[0]
-                self.clear()
-                print(f"danlu: decoding without CUDA graphs, for {self.refused}", file=sys.stderr)
-                return None
-            step.graph = graph
-        self.steps[key] = step
+        run = self._captured(work) if self.capture else work
+        if run is None:
+            return None
+        self.steps[key] = _Step(inputs, [sum(slots[:i]) for i in range(len(slots))], run)
         if len(self.steps) > MOST:
             self.steps.popitem(last=False)
-        return step
+        return self.steps[key]
+
+    def _captured(self, work: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        """Replays what `work` does; None, with a sentence and for good, where it cannot be captured."""
+        alive = {a.keys.data_ptr() for a in self.cache.arenas}
+        for old in [k for k in self.steps if not all(part[0] in alive for part in k)]:
+            del self.steps[old]
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                hidden = work()
+        except RuntimeError as error:
+            self.refused = str(error).splitlines()[0]
+            self.clear()
+            print(f"danlu: decoding without CUDA graphs, for {self.refused}", file=sys.stderr)
+            return None
+
+        def replay() -> Tensor:
+            graph.replay()
+            return hidden
+
+        return replay
 
 
 def _rounded(lanes: int, arena: Arena) -> int:

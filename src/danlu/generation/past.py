@@ -20,7 +20,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from danlu.exceptions import EngineError
-from danlu.generation.kv_cache import Lane, Read, arena_length
+from danlu.generation.kv_cache import Lane, arena_length
+from danlu.generation.step_plan import Read
 from danlu.models.attention import VirtualRoot
 from danlu.models.heads import logits_of
 from danlu.models.prefix import attached

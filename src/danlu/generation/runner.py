@@ -10,8 +10,9 @@ from torch import Tensor
 
 from danlu.exceptions import EngineError
 from danlu.generation.graphs import DecodeGraphs
-from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, Read, StepPlan, arena_length
+from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, arena_length
 from danlu.generation.prefixes import PrefixStore
+from danlu.generation.step_plan import Read, StepPlan
 from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.heads import logits_of
 from danlu.models.prefix import attached

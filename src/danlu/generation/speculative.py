@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from danlu.exceptions import EngineError
-from danlu.generation.kv_cache import Lane, Read
+from danlu.generation.kv_cache import Lane
 from danlu.generation.runner import CachedRunner
+from danlu.generation.step_plan import Read
 from danlu.models.load import load_model
 from danlu.models.prefix import room_of
 from danlu.models.root import prepare

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.fingerprint import HASH, digest_of, sample
+from danlu.models.heads import SCALAR_HEADS
 from danlu.models.nf4 import library, quantize_nf4
 from danlu.models.quantize import quantize_model
 from danlu.models.quantized_layers import is_quantized_layer, quantized_kinds
@@ -28,7 +29,6 @@ from danlu.train_config import AdaLora, Freeze, TrainSettings
 
 PREFIX_KINDS: Final = ("ptuning", "prompt")
 PREFIX: Final = "danlu.models.prefix"
-SCALAR_HEADS: Final = ("score", "classifier")  # transformers' names for them
 ALL_LINEAR: Final = ("auto", "all-linear")
 # (IA)^3 scales keys, values and what goes into the second feed-forward product. The families' names for them:
 IA3_KEYS: Final = ("k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
 
+SCALAR_HEADS = ("score", "classifier")  # transformers' names for heads of one number, or of classes
+
 
 @dataclass(frozen=True)
 class LogitRule:

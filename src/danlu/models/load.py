@@ -15,13 +15,13 @@ from torch import nn
 
 from danlu.exceptions import ModelError
 from danlu.models import cpm2
+from danlu.models.heads import SCALAR_HEADS
 from danlu.models.places import is_adapter, resolve
 from danlu.models.registry import families, family_of
 from danlu.models.scalar import scalar_class
 from danlu.models.weights import check_weights, checked
 from danlu.text.tokenizer import quiet
 
-HEADS = ("score", "classifier")
 # What a family is called in the sentence that says what can be loaded.
 TRANSFORMERS = (
     "LLaMA, OPT, BLOOM, GPT-2, GPT-J, GPT-NeoX, StableLM, CodeGen, Falcon, Qwen, GLM-4, Mistral, Gemma, Phi, "
@@ -59,7 +59,7 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
             check_weights(Path(name))
         loaded = _from_transformers(name, local, scalar=scalar, dtype=dtype)
     if scalar:
-        for head in (n for n in getattr(loaded, "danlu_missing", ()) if n.split(".")[0] in HEADS):
+        for head in (n for n in getattr(loaded, "danlu_missing", ()) if n.split(".")[0] in SCALAR_HEADS):
             nn.init.zeros_(loaded.get_parameter(head))
     return loaded
 
@@ -86,7 +86,7 @@ def _from_transformers(name: str, local: bool, *, scalar: bool, dtype: torch.dty
             **where,
         ),
         name,
-        absent=lambda parameter: scalar and parameter.split(".")[0] in HEADS,
+        absent=lambda parameter: scalar and parameter.split(".")[0] in SCALAR_HEADS,
     )
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from danlu.models.chatglm_quantized import unpack_nibbles
+from danlu.models.heads import SCALAR_HEADS
 from danlu.models.megatron import Join, columns, joined, replicated, rows, whole_state
 from danlu.models.weights import build, check_weights, checked, weight_files
 from danlu.text.tokenizer import quiet
-
-HEADS = ("score", "classifier")
 
 
 def load_own(
@@ -67,7 +66,7 @@ def load_own(
 
 
 def _is_head(name: str) -> bool:
-    return name.split(".")[0] in HEADS
+    return name.split(".")[0] in SCALAR_HEADS
 
 
 def _whole(state: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:

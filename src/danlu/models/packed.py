@@ -158,7 +158,7 @@ class Int8Linear(PackedLinear):
         rows = self.rows_in_order(rows)
         if self.scale.dim() > 1:
             return nn.functional.linear(rows, self.stored(rows.dtype))
-        if _for_cuda(rows) and len(rows) <= cuda.MOST_ROWS:
+        if _has_kernels(rows.device, rows.dtype) and len(rows) <= cuda.MOST_ROWS:
             return cuda.few8(rows.contiguous(), self.weight_int8, self.scale)
         if kernels.is_few(rows) and kernels.fits_int8(self.in_features) and kernels.has_int8(rows.device.type):
             if self._prepared is None:
@@ -197,12 +197,13 @@ class Int4Linear(PackedLinear):
             return kernels.unblocked(self.weight_int4, self.blocked)
         return unpack4(self.weight_int4)
 
-    def for_cuda(self, rows: Tensor) -> bool:
-        """Whether a card's kernels take these rows and this weight."""
-        return _for_cuda(rows) and not self.blocked and cuda.fits4(self.in_features, self.scale.shape[1])
+    def for_cuda(self, dtype: torch.dtype) -> bool:
+        """Whether a card's kernels take this weight and rows of a dtype."""
+        known = _has_kernels(self.weight_int4.device, dtype) and not self.blocked
+        return known and cuda.fits4(self.in_features, self.scale.shape[1])
 
     def stored(self, dtype: torch.dtype) -> Tensor:
-        if self.weight_int4.is_cuda and dtype == torch.bfloat16 and self.for_cuda(self.scale.to(dtype)):
+        if self.for_cuda(dtype):
             return cuda.whole4(self.weight_int4, self.scale, self.zero)
         step = max(1, (CHUNK if self.weight_int4.device.type == "cpu" else CHUNK_CUDA) // self.in_features)
         step = -(-step // self.blocked) * self.blocked if self.blocked else step
@@ -216,7 +217,7 @@ class Int4Linear(PackedLinear):
 
     def product(self, rows: Tensor) -> Tensor:
         rows = self.rows_in_order(rows)
-        if self.for_cuda(rows) and len(rows) <= cuda.MOST_ROWS:
+        if self.for_cuda(rows.dtype) and len(rows) <= cuda.MOST_ROWS:
             return cuda.few4(rows.contiguous(), self.weight_int4, self.scale, self.zero)
         if rows.dtype != torch.bfloat16 or not self.prepare():
             return nn.functional.linear(rows, self.stored(rows.dtype))
@@ -262,8 +263,8 @@ class Int4Linear(PackedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _for_cuda(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and cuda.available("cuda")
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype == torch.bfloat16 and cuda.available("cuda")
 
 
 def _scaled(codes: Tensor, scale: Tensor, zero: Tensor | None, middle: int = 0) -> Tensor:
@@ -394,7 +395,7 @@ def joined(parts: Sequence[PackedLinear]) -> PackedLinear | None:
         return None
     if isinstance(first, Int4Linear):
         here = [p for p in parts if isinstance(p, Int4Linear)]
-        if not all(p.prepare() or p.for_cuda(p.scale.bfloat16()) for p in here):
+        if not all(p.prepare() or p.for_cuda(torch.bfloat16) for p in here):
             return None
     with torch.inference_mode(False):  # the layers may be trained on later
         return _side_by_side(parts)

@@ -10,6 +10,7 @@ Axes: M rows, N rows of a weight, K columns, G groups of a row.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
     def _whole4(
-        codes_ptr: Any, scale_ptr: Any, zero_ptr: Any, out_ptr: Any, total: Any, width: Any, size: Any,
+        codes_ptr: Any, scale_ptr: Any, zero_ptr: Any, out_ptr: Any, total: Any, size: Any,
         HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
     ) -> None:  # fmt: skip
         """The weight of BLOCK bytes; size: columns of a group."""
@@ -139,7 +140,7 @@ def whole4(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
     out = torch.empty(count, 2 * half, dtype=dtype, device=codes.device)
     block = 1024
     _whole4[(-(-codes.numel() // block),)](
-        codes, scale, zero if zero is not None else codes, out, codes.numel(), 2 * half, 2 * half // scale.shape[1],
+        codes, scale, zero if zero is not None else codes, out, codes.numel(), 2 * half // scale.shape[1],
         HAS_ZERO=zero is not None, BLOCK=block,
     )  # fmt: skip
     return out
@@ -151,10 +152,12 @@ def available(device: str) -> bool:
     if triton is None or device != "cuda":
         return False
     try:
-        return right(device)
+        fault = "" if right(device) else "their results are off"
     except Exception as error:  # compilers fail in ways of their own
-        print(f"danlu: packed weights without Triton's kernels: {type(error).__name__}: {str(error).splitlines()[:1]}")
-        return False
+        fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if fault:
+        print(f"danlu: packed weights are computed with slowly, without Triton's kernels ({fault})", file=sys.stderr)
+    return not fault
 
 
 def right(device: str, dtype: torch.dtype = torch.bfloat16) -> bool:

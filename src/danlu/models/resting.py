@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-SCALAR_HEADS = ("score", "classifier", "scalar_heads")
+from danlu.models.heads import SCALAR_HEADS
 
 
 def rest(model: Any, dtype: torch.dtype) -> bool:
@@ -29,19 +29,8 @@ def rest(model: Any, dtype: torch.dtype) -> bool:
     Returns:
         Whether a weight was rounded, so that the model is no longer what its folder holds.
     """
+    resting = _resting(model, dtype) if dtype != torch.float32 else set()
     rounded = False
-    resting: set[int] = set()
-    if dtype != torch.float32:
-        for name, module in model.named_modules():
-            if any(part in SCALAR_HEADS for part in name.split(".")):
-                continue
-            frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
-            if type(module) is nn.Embedding and frozen and _holds(module.weight, dtype):
-                module.register_forward_hook(_as_float)
-                resting.add(id(module.weight))
-            elif isinstance(module, nn.Linear | Conv1D) and frozen:
-                resting.add(id(module.weight))
-        resting -= _looked_up(model, resting, dtype)
     for parameter in model.parameters():
         if id(parameter) in resting:
             rounded = rounded or not _holds(parameter, dtype)
@@ -51,6 +40,24 @@ def rest(model: Any, dtype: torch.dtype) -> bool:
             parameter.data = parameter.data.to(torch.float32, copy=True)
     model.base_model.danlu_rests = dtype if resting else None
     return rounded
+
+
+def _resting(model: Any, dtype: torch.dtype) -> set[int]:
+    """The weights that can rest, by `id`; embeddings among them give fp32 from now on."""
+    found: set[int] = set()
+    for name, module in model.named_modules():
+        frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        scalar = any(part in (*SCALAR_HEADS, "scalar_heads") for part in name.split("."))
+        if isinstance(module, nn.Linear | Conv1D) and frozen and not scalar:
+            found.add(id(module.weight))
+    for table in (m for m in model.modules() if isinstance(m, nn.Embedding)):
+        # One of a class of its own may scale what it looks up, in the dtype of its weight.
+        if type(table) is nn.Embedding and not table.weight.requires_grad and _holds(table.weight, dtype):
+            table.register_forward_hook(_as_float)
+            found.add(id(table.weight))
+        else:
+            found.discard(id(table.weight))  # a head that is the embedding, too
+    return found
 
 
 def rests(trunk: Any) -> bool:
@@ -70,16 +77,6 @@ def embedded_dtype(trunk: Any) -> torch.dtype:
     embedding = trunk.get_input_embeddings()
     found: torch.dtype = torch.float32 if _as_float in embedding._forward_hooks.values() else embedding.weight.dtype
     return found
-
-
-def _looked_up(model: Any, resting: set[int], dtype: torch.dtype) -> set[int]:
-    """Weights of linear layers that are an embedding of some kind, too, and would not be the same there."""
-    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
-    return {
-        id(m.weight)
-        for m in tables
-        if id(m.weight) in resting and not (type(m) is nn.Embedding and _holds(m.weight, dtype))
-    }
 
 
 def _holds(weight: Tensor, dtype: torch.dtype) -> bool:

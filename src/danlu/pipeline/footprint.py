@@ -327,8 +327,10 @@ def stage_memory(
     )
     copies = 2.0 * shape.products if dtype == "bfloat16" and exact else 0.0
     if small:
-        # The base; what answers beside packed weights shares them; judges are models of their own.
-        weights = base + (frozen - 1) * shape.parameters * rested - (base if quantised and frozen > 1 else 0.0)
+        # The base; what answers beside packed weights shares them (before a prefix it has a copy); judges are whole models.
+        rolls = quantised and isinstance(settings, RolloutSettings)
+        copied = base if rolls and strategy == "prefix" else 0.0
+        weights = base + copied + (frozen - 1 - rolls) * shape.parameters * rested
     else:
         weights = (exact * 4.0 + frozen * rested) * shape.parameters / share[0] + copies
     gradients = 4.0 * learnt / share[1]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from danlu.alignment_config import HEALTH_ACTIONS, HealthSettings
+from danlu.health_config import HEALTH_ACTIONS, HealthSettings
 from danlu.train_config import Best
 from danlu.training import distributed
 from danlu.training.rules import READ, Finding, examine
