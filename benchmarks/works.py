@@ -98,7 +98,7 @@ def _supervised(name: str, size: str, goals: dict[Setting, float], rows: tuple[i
         Peer(TRL, "best", TRL_FAST | GROUPED | kept),
         Peer(TRL, "best", TRL_FAST | GROUPED | kept | _size(16), quick=False),
         Peer(LLAMAFACTORY, "default", {}, quick=False),
-        Peer(LLAMAFACTORY, "best", LF_FAST | lengths),
+        Peer(LLAMAFACTORY, "best", LF_FAST | lengths, quick=name == "sft"),
         Peer(LLAMAFACTORY, "best", LF_FAST | lengths | _size(16), quick=False),
     ]
     if name != "reward":
@@ -146,7 +146,7 @@ def _generate() -> Work:
     peers.append(Peer(LLAMA_CPP, "best", {}, "bfloat16", quick=False, goal=0.7))
     ours = {dtype: {"dtype": dtype} for dtype in ("float32", "bfloat16")}
     goals: dict[Setting, float] = {"default": 3, "best": 2.5}
-    return Work("generate", "7M", "tokens/s", ours, peers, (64, 64), goals, extra={"slots": 16})
+    return Work("generate", "7M", "tokens/s", ours, peers, (64, 32), goals, extra={"slots": 16})
 
 
 def _memory() -> Work:
@@ -168,9 +168,9 @@ ONLINE = {"reference": "online"}
 GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
 
 WORKS = [
-    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (48, 48)),
-    _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 24)),
-    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (24, 24), settings=ONLINE),
+    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (48, 32)),
+    _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 16)),
+    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (24, 16), settings=ONLINE),
     _generate(),
     _grpo(),
     _ppo(),

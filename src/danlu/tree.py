@@ -144,6 +144,24 @@ class TreeBatch:
         """Indices of action tokens."""
         return self.is_action_T.nonzero().squeeze(1)
 
+    def filled(self, tokens: int) -> Self:
+        """The same batch and behind it one more tree of `tokens` zeros (>= 0), which no loss reads: for a size that comes back."""
+        if not tokens:
+            return self
+        start = self.tokens
+        new = {
+            "input_ids_T": [0] * tokens,
+            "position_ids_T": [0] * tokens,
+            "loss_weight_T": [0.0] * tokens,
+            "is_action_T": [False] * tokens,
+            "predictor_T": [NO_PREDICTOR] * tokens,
+            "node_start_N": [start],
+            "node_end_N": [start + tokens],
+            "node_parent_N": [-1],
+        }
+        own = {name: getattr(self, name) for name in new}
+        return replace(self, **{name: torch.cat([x, x.new_tensor(new[name])]) for name, x in own.items()})
+
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu.shapes import compiles, rounded
+
 # Entries of a chunk of logits, and of the part of a chunk that is held in fp32 on a CPU: a part stays in the cache, and its
 # memory is not asked from the system anew for every chunk.
 CHUNK_ENTRIES = 1 << 23
@@ -50,6 +52,10 @@ class _Head:
     """The product `h W^T + b` in chunks, and the gradients that a chunk's `d loss / d z` adds to hidden states and head."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: _Rule, chunk: int | None) -> None:
+        self.rows = hidden.shape[0]
+        if self.rows and compiles(hidden.device, hidden.dtype):
+            # Rows of zeros, whose gradients are zero and go nowhere.
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, rounded(self.rows) - self.rows))
         self.hidden, self.weight, self.bias, self.rule, self.chunk = hidden, weight, bias, rule, chunk
         self.computed = weight.to(hidden.dtype)
         self.precise = torch.promote_types(hidden.dtype, torch.float32)
@@ -79,11 +85,12 @@ class _Head:
         for first in range(0, total, chunk):
             rows = slice(first, min(first + chunk, total))
             raw = buffer[: rows.stop - first]
+            real = min(raw.shape[0], self.rows - first)
             torch.mm(self.hidden[rows], self.computed.T, out=raw)
             if self.bias is not None:
                 raw.add_(self.bias)
-            for start in range(0, raw.shape[0], size):
-                part = raw[start : start + size]
+            for start in range(0, real, size):
+                part = raw[start : min(start + size, real)]
                 logits = self.rule.apply_(part if exact else scratch[: part.shape[0]].copy_(part))
                 slope = self.rule.slope(logits) if graded else 1.0
                 yield slice(first + start, first + start + part.shape[0]), logits, slope
@@ -104,7 +111,8 @@ class _Head:
 
     def gradients(self, factor: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias, in their dtypes; `factor`: one number that all are multiplied by."""
-        found = (self.grad_hidden, self.grad_weight, self.grad_bias)
+        grad = self.grad_hidden
+        found = (grad[: self.rows] if grad is not None else None, self.grad_weight, self.grad_bias)
         if factor is not None:
             found = tuple(g * factor.to(g.dtype) if g is not None else None for g in found)  # type: ignore[assignment]
         grad_hidden, grad_weight, grad_bias = found
@@ -160,7 +168,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[rows], norm[rows], found = _logprobs_(logits, targets[rows], ones, entropies)
             if found is not None:
                 entropy[rows] = found
-        ctx.unit = head.grad_hidden
+        ctx.unit = head.grad_hidden[: head.rows] if head.grad_hidden is not None else None
         if not at_once:
             ctx.save_for_backward(hidden, weight, bias, targets, norm, entropy)
         ctx.rule, ctx.chunk = rule, chunk

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu.shapes import rounded
 from danlu.tree import TreeBatch
 
 # Measured on a 2-core CPU with AMX, 8 heads of width 32: what a block costs beside its cells, in cells (a query and a key).
 BLOCK_COST = 5000
 BLOCK_CELLS = 1 << 17
 LARGEST_GROUP = 64
-LONGEST_PIECE = 256
-# Softmax and bf16 products like rows of whole vectors.
-KEY_MULTIPLE = 32
+LONGEST_PIECE = 64
+# Few sizes of blocks, so that their products' shapes come back (`danlu/shapes.py`): queries and pieces are powers of two.
+LEAST_QUERIES = 16
+KEY_MULTIPLE = 64
 # Blocks with longer rows compute their weights again in the backward pass: memory grows with T, not with T squared.
 KEPT_KEYS = 2048
 
@@ -145,7 +147,7 @@ def _groups(found: Sequence[Piece], before: int) -> list[list[Piece]]:
         least, at = float("inf"), end - 1
         for start in range(end - 1, max(-1, end - 1 - LARGEST_GROUP), -1):
             queries = max(queries, order[start].queries)
-            cells = (end - start) * queries * spans
+            cells = _power(end - start) * max(LEAST_QUERIES, _power(queries)) * spans
             if start < end - 1 and cells > BLOCK_CELLS:
                 break
             if best[start] + cells < least:
@@ -161,19 +163,26 @@ def _groups(found: Sequence[Piece], before: int) -> list[list[Piece]]:
 
 
 def _keys(piece: Piece, before: int) -> int:
-    return -(-(before + piece.keys) // KEY_MULTIPLE) * KEY_MULTIPLE
+    return rounded(before + piece.keys, KEY_MULTIPLE)
+
+
+def _power(size: int) -> int:
+    """The power of two at or above."""
+    return 1 << (size - 1).bit_length()
 
 
 def _block(group: Sequence[Piece], tokens: int, window: int | None, device: torch.device, before: int) -> Block:
-    queries, spans = max(p.queries for p in group), max(_keys(p, before) for p in group)
-    query = torch.full((len(group), queries), tokens, dtype=torch.int64)
-    key = torch.full((len(group), spans), before + tokens, dtype=torch.int64)
-    key[:, :before] = torch.arange(before)
+    queries = max(LEAST_QUERIES, _power(max(p.queries for p in group)))
+    count, spans = _power(len(group)), max(_keys(p, before) for p in group)
+    query = torch.full((count, queries), tokens, dtype=torch.int64)
+    key = torch.full((count, spans), before + tokens, dtype=torch.int64)
     for row, piece in enumerate(group):
         query[row, : piece.queries] = torch.arange(piece.start, piece.end)
+        key[row, :before] = torch.arange(before)
         key[row, before : before + piece.keys] = torch.cat([torch.arange(*run) for run in piece.runs]) + before
     # Position of query i and key j on the path; the first key of a piece is at 0, the root's are before it.
-    at_NQ1 = torch.tensor([p.position - p.first_key for p in group])[:, None, None] + torch.arange(queries)[:, None]
+    first_N = torch.tensor([p.position - p.first_key for p in group] + [0] * (count - len(group)))
+    at_NQ1 = first_N[:, None, None] + torch.arange(queries)[:, None]
     at_S = torch.arange(spans) - before
     seen = at_S <= at_NQ1
     if window is not None:

@@ -22,6 +22,7 @@ from danlu.models.heads import LogitRule, head_weights, logits_of
 from danlu.models.resting import products, rests
 from danlu.models.virtual_root import NAME as PREFIX
 from danlu.models.virtual_root import Prefix
+from danlu.shapes import compiles, computed_in, rounded
 from danlu.text.tokenizer import quiet
 from danlu.tree import Node, TreeBatch, branches, forest
 
@@ -115,12 +116,16 @@ def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix:
     check_length(trunk.config, longest + (root.offset if root is not None else 0))
     check_table(trunk, longest, root.offset if root is not None else 0)
     fast = getattr(trunk, "danlu_fast_path", False)
+    tokens = tree.tokens
+    weight = next(trunk.parameters())
+    if fast and compiles(weight.device, computed_in(weight)):
+        tree = tree.filled(rounded(tokens) - tokens)
     plan = TreePlan(tree, role, root)
     carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)
     if carrier is not None:
         carrier.plan = plan
     try:
-        return _run_fast(trunk, tree, plan) if fast else padded.run_trunk(trunk, tree, root)
+        return _run_fast(trunk, tree, plan)[:tokens] if fast else padded.run_trunk(trunk, tree, root)
     finally:
         if carrier is not None:
             carrier.plan = None

@@ -26,9 +26,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # A power of two costs no precision. Should it still overflow, the step is skipped like any whose gradient is no number.
 FLOAT16_SCALE = 1024.0
 # oneDNN keeps the compiled products of its last 1024 shapes, and on trees nearly every step has shapes of its own: after a
-# hundred steps of a 2M model that was half a gigabyte. 32 hold the shapes of a step and cost no time (docs/log.md). It is read at
-# the first product.
-PRIMITIVES_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+# hundred steps of a 2M model that was half a gigabyte. Sizes are rounded (`danlu/shapes.py`), so that 128 hold those of several
+# steps (docs/log.md). It is read at the first product.
+PRIMITIVES_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 @dataclass(frozen=True)
