@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.inputs import MAX_LENGTH, SIZES, Inputs, Rows, prepare
 from benchmarks.ratios import Report, fastest, rates, row, spread
-from benchmarks.turns import Side, SideFailed, take_turns
-from benchmarks.works import GEMM_GOALS, WORKS, Peer, Work, command
+from benchmarks.turns import Side, SideFailed, Sides, take_turns
+from benchmarks.works import GEMM_GOALS, WORKS, Peer, Work, command, shortened
 from danlu.models import gguf
 from danlu.models.gguf_vocab import vocabulary_of
 from danlu.models.load import load_model
@@ -72,13 +71,13 @@ def measure(
     begun = time.monotonic()
     root = data_root or default_data_root()
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="danlu-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="danlu-bench-") as folder, Sides(keep=quick) as children:
         inputs = prepare(root, Path(folder))
         for work in WORKS:
             if (only and work.name not in only) or (quick and not work.quick):
                 continue
             print(f"{work.name} {work.size} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
-            found += _work(work, inputs, Path(folder) / f"{work.name}-{work.size}", quick)
+            found += _work(work, inputs, Path(folder) / f"{work.name}-{work.size}", quick, children)
             if json_file is not None:
                 json_file.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     print(tables.markdown(found))
@@ -88,8 +87,9 @@ def measure(
     return found
 
 
-def _work(work: Work, inputs: Inputs, folder: Path, quick: bool) -> list[dict[str, Any]]:
+def _work(work: Work, inputs: Inputs, folder: Path, quick: bool, children: Sides) -> list[dict[str, Any]]:
     """All rows of one work."""
+    work = shortened(work) if quick else work
     folder.mkdir()
     turns = TURNS[quick]
     windows = 1 if work.name == "memory" else turns + 1
@@ -108,11 +108,12 @@ def _work(work: Work, inputs: Inputs, folder: Path, quick: bool) -> list[dict[st
     if work.name == "sft":
         sides.append(("gemm", OURS, {}))
     labels = {name: (peer.name, peer.setting) for name, peer in names.items()}
-    found = _measure(sides, job, folder, windows, labels)
+    found = _measure(children, sides, job, folder, windows, labels)
     return _rows(work, found, names, job)
 
 
 def _measure(
+    children: Sides,
     sides: Sequence[tuple[str, list[str], dict[str, Any]]],
     job: dict[str, Any],
     folder: Path,
@@ -123,28 +124,32 @@ def _measure(
 
     A side that fails is named and left out.
     """
-    with ExitStack() as stack:
-        started: list[Side] = []
-        losses: dict[str, list[float]] = {}
-        for name, start, settings in sides:
-            told = {**job, "settings": settings, "work": "gemm" if name == "gemm" else job["work"]}
-            started.append(stack.enter_context(Side(name, start, told, folder / name.replace(" ", "-"))))
-        for side in list(started):
-            try:
-                losses[side.name] = side.check()
-            except SideFailed as error:
-                started.remove(side)
-                print(f"  {error}", file=sys.stderr, flush=True)
-        reports = take_turns(started, 1)
-        if windows > 1:
-            first = {side.name: found for side, found in zip(started, reports, strict=True)}
-            kept = _survivors(first, labels)
-            started = [side for side in started if side.name in kept]
-            reports = take_turns(started, windows - 1)
-        return {
-            side.name: Measured(losses[side.name], found, side.next("peak")["peak"])
-            for side, found in zip(started, reports, strict=True)
-        }
+    started: list[Side] = []
+    losses: dict[str, list[float]] = {}
+    for name, start, settings in sides:
+        told = {**job, "settings": settings, "work": "gemm" if name == "gemm" else job["work"]}
+        started.append(children.start(name, start, told, folder / name.replace(" ", "-")))
+    left_out: list[Side] = []
+    for side in list(started):
+        try:
+            losses[side.name] = side.check()
+        except SideFailed as error:
+            started.remove(side)
+            left_out.append(side)
+            print(f"  {error}", file=sys.stderr, flush=True)
+    reports = take_turns(started, 1)
+    if windows > 1:
+        first = {side.name: found for side, found in zip(started, reports, strict=True)}
+        kept = _survivors(first, labels)
+        left_out += [side for side in started if side.name not in kept]
+        started = [side for side in started if side.name in kept]
+        reports = take_turns(started, windows - 1)
+    measured = {
+        side.name: Measured(losses[side.name], found, side.next("peak")["peak"])
+        for side, found in zip(started, reports, strict=True)
+    }
+    children.ended(started, left_out)
+    return measured
 
 
 def _survivors(first: dict[str, list[Report]], labels: dict[str, tuple[str, str]]) -> set[str]:

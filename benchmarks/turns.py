@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,10 +30,8 @@ class Side:
     """
 
     def __init__(self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path) -> None:
-        self.name, self.folder = name, folder
-        folder.mkdir(parents=True)
-        file = folder / "job.json"
-        file.write_text(json.dumps({**job, "folder": str(folder)}), "utf-8")
+        self.name, self.command, self.folder = name, list(command), folder
+        file = _job_file(job, folder)
         self._log = (folder / "log.txt").open("w")
         reads, writes = os.pipe()
         self._child = subprocess.Popen(
@@ -54,11 +53,17 @@ class Side:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Ends the child; a second time nothing happens."""
         self._child.kill()
         self._child.wait()
         assert self._child.stdin is not None, "opened as a pipe"
         for stream in (self._child.stdin, self._reports, self._log):
             stream.close()
+
+    def again(self, name: str, job: Mapping[str, Any], folder: Path) -> None:
+        """Gives a child that has ended its job another one; what it prints stays in its first folder."""
+        self.name = name
+        self._say(str(_job_file(job, folder)))
 
     def next(self, key: str) -> dict[str, Any]:
         """The next report, which must hold `key`.
@@ -75,10 +80,13 @@ class Side:
 
     def _turn(self, key: str) -> dict[str, Any]:
         self.next("ready")
-        assert self._child.stdin is not None, "opened as a pipe"
-        self._child.stdin.write("go\n")
-        self._child.stdin.flush()
+        self._say("go")
         return self.next(key)
+
+    def _say(self, line: str) -> None:
+        assert self._child.stdin is not None, "opened as a pipe"
+        self._child.stdin.write(line + "\n")
+        self._child.stdin.flush()
 
     def check(self) -> list[float]:
         """Lets it take the first steps; their losses."""
@@ -88,6 +96,45 @@ class Side:
     def go(self) -> dict[str, Any]:
         """Lets it work for one window."""
         return self._turn("seconds")
+
+
+def _job_file(job: Mapping[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    file = folder / "job.json"
+    file.write_text(json.dumps({**job, "folder": str(folder)}), "utf-8")
+    return file
+
+
+class Sides:
+    """The children of a benchmark. Ended ones are kept for the next work if `keep`: that saves their imports."""
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep = keep
+        self._stack = ExitStack()
+        self._idle: list[Side] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def start(self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path) -> Side:
+        """A new child with this job, or one of the same command that has ended its own."""
+        for side in self._idle:
+            if side.command == list(command):
+                self._idle.remove(side)
+                side.again(name, job, folder)
+                return side
+        return self._stack.enter_context(Side(name, command, job, folder))
+
+    def ended(self, sides: Sequence[Side], others: Sequence[Side]) -> None:
+        """`sides` have ended their jobs; `others` wait in the middle of theirs and are stopped."""
+        stopped = others if self._keep else [*sides, *others]
+        for side in stopped:
+            side.__exit__(None, None, None)
+        if self._keep:
+            self._idle += sides
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ import torch
 from benchmarks import core, gpu, inputs, ratios, tables
 from benchmarks.core import Measured
 from benchmarks.peers import environments
-from benchmarks.turns import Side, SideFailed, take_turns
-from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRL, WORKS, Work
+from benchmarks.turns import Side, SideFailed, Sides, take_turns
+from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRL, WORKS, Work, shortened
 from danlu.config import KINDS
 from danlu.models.load import load_model
 from danlu.models.starters import starter
@@ -103,6 +103,35 @@ def test_sides_take_turns(tmp_path: Path) -> None:
     assert (tmp_path / "diary").read_text() == "a0 b0 a1 b1 a2 b2 "
     assert [[w["tokens"] for w in reports] for reports in found] == [[1, 2, 3], [1, 2, 3]]
     assert all(1e6 < peak < 1e9 for peak in peaks)
+
+
+def test_children_are_kept_for_the_next_work(tmp_path: Path) -> None:
+    """One process does both jobs; what was stopped in the middle of its own is not asked again."""
+    script = tmp_path / "child.py"
+    script.write_text(CHILD, "utf-8")
+    told = {"name": "a", "diary": str(tmp_path / "diary"), "windows": 1, "losses": [1.0]}
+    processes = []
+    with Sides(keep=True) as children:
+        for work in range(2):
+            command = [sys.executable, str(script)]
+            done, dropped = (children.start(f"{n}{work}", command, told, tmp_path / f"{n}{work}") for n in "ab")
+            assert [side.check() for side in (done, dropped)] == [[1.0], [1.0]]
+            take_turns([done], 1)
+            assert done.next("peak")["peak"] > 1e6
+            children.ended([done], [dropped])
+            processes.append((done._child.pid, dropped._child.pid))
+            assert dropped._child.poll() is not None
+    assert processes[0][0] == processes[1][0]
+    assert processes[0][1] != processes[1][1]
+    assert done._child.poll() is not None
+
+
+def test_quick_answers_are_shorter_on_both_sides() -> None:
+    work = shortened(next(w for w in WORKS if w.name == "grpo"))
+    assert work.extra["new"] == work.ours["bfloat16"]["rollout"]["max_new_tokens"] == 32
+    assert {p.settings["max_completion_length"] for p in work.peers} == {32}
+    sft = WORKS[0]
+    assert shortened(sft) is sft
 
 
 def test_a_side_that_dies_says_why(tmp_path: Path) -> None:

@@ -54,8 +54,9 @@ def _peak() -> int:
 
 
 def run(work: Callable[[dict[str, Any], Meter], None]) -> None:
-    """A child's `main`: arguments are a job's file and the descriptor for reports."""
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    meter = Meter(int(sys.argv[2]))
-    work(job, meter)
-    meter.end()
+    """A child's `main`: arguments are a job's file and the descriptor for reports. Files of further jobs are lines on stdin."""
+    file, meter = sys.argv[1], Meter(int(sys.argv[2]))
+    while file:
+        work(json.loads(Path(file).read_text("utf-8")), meter)
+        meter.end()
+        file = sys.stdin.readline().strip()
