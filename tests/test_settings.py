@@ -69,8 +69,8 @@ FROZEN = {
     "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta gamma label_smoothing sft_weight desirable_weight undesirable_weight "
     "reference ref_bits",
     "HealthSettings": "on actions",
-    "Rollout": "batch max_new_tokens temperature",
-    "PpoRollout": "batch max_new_tokens temperature per_update reuse buffer",
+    "Rollout": "batch max_new_tokens temperature engine vllm_memory",
+    "PpoRollout": "batch max_new_tokens temperature engine vllm_memory per_update reuse buffer",
     "Ppo": "kl_coef kl_estimator kl_in kl_controller kl_target kl_horizon gamma gae_lambda critic_lambda whiten_rewards "
     "clip_range clip_range_high dual_clip importance_clip value_clip_range entropy_coef epochs minibatches update_kl score_norm "
     "score_clip missing_stop_penalty critic_learning_rate critic_warmup critic_init max_kl",

@@ -56,6 +56,7 @@ NO_EFFECT = (
     "activation_checkpointing",
     "on_oom",
     "rollout.buffer",
+    "rollout.vllm_memory",
     "follow_failed",
 )
 
