@@ -67,7 +67,7 @@ def players_of(
     path = resolve_model(settings.model)
     policy = load_policy(settings)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
-    reward = scoring.rewards_for(settings, template, prompts, compute, stage=settings.method)
+    reward = scoring.rewards_for(settings, template, prompts, compute, stage=settings.method, policy=policy)
     engine = engine_of(policy, settings, template, compute)
     trunks: nn.Module
     if settings.adapted:
@@ -82,6 +82,7 @@ def players_of(
             models["ref"] = reference_model(path, settings.ref_bits)
         trunks = own_models(models, ["policy"], settings)
     root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
+    scoring.rest_beside(reward, policy)
     return Players(root, policy, reward, engine, compute, template)
 
 

@@ -176,7 +176,7 @@ def _players(
     path = resolve_model(settings.model)
     policy = load_policy(settings)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
-    reward = scoring.rewards_for(settings, template, prompts, compute, stage="ppo")
+    reward = scoring.rewards_for(settings, template, prompts, compute, stage="ppo", policy=policy)
     engine = engine_of(policy, settings, template, compute)
     trunks: nn.Module
     if settings.adapted:
@@ -188,6 +188,7 @@ def _players(
         models: dict[RoleName, Any] = {"policy": policy, "ref": ref, "critic": critic}
         trunks = own_models(models, ["policy", "critic"], settings)
     root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
+    scoring.rest_beside(reward, policy)
     return Players(root, policy, reward, engine, compute, template)
 
 
