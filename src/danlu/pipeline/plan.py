@@ -53,9 +53,9 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
     """One row per stage: `{"stage", "kind", "parameters", "trained_parameters", "tokens", "tokens_per_parameter", "flops",
     "memory_mb", "seconds", "fits", "parts", "strategies"}`.
 
-    `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory, work (FLOPs)
-    and time of a process, and `fits`, of each. Training stages also have `inference_mb` (a cache of 2,048 tokens) and `tuning_mb` (LoRA) by
-    the bits of the weights. ZeRO is that of as many processes as the settings say, or of `MANY`.
+    `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory, FLOPs
+    and time of a process, and `fits`, of each. Training stages also have `inference_mb` (a cache of 2,048 tokens) and `tuning_mb`
+    (LoRA) by the bits of the weights. ZeRO is that of as many processes as the settings say, or of `MANY`.
     """
     rate = gemm_rate()
     room = memory_here()
