@@ -25,8 +25,8 @@ TRAIN = (
     "neftune_alpha "
     "processes strategy template max_length "
     "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens optimizer "
-    "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "
-    "save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
+    "activation_checkpointing compile_head on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm "
+    "log_every eval_every save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
 ROLLOUT = (
     "reward_model ensemble follow_failed verifier verifier_weight rewards eval_rewards max_failed sandbox health rollout "

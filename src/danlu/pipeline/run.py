@@ -54,6 +54,7 @@ NO_EFFECT = (
     "strategy",
     "micro_tokens",
     "activation_checkpointing",
+    "compile_head",
     "on_oom",
     "rollout.buffer",
     "rollout.vllm_memory",
