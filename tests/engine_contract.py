@@ -153,6 +153,11 @@ class EngineContract:
         with pytest.raises(EngineError, match="one answer"):
             engine.submit(request_for(**options))
 
+    @pytest.mark.parametrize("prompt", [[5, -6, 7], [5, 6.5], "abc", [5, None]])
+    def test_prompts_that_are_no_ids_are_refused(self, prompt: Any, engine: Engine) -> None:
+        with pytest.raises(EngineError, match="token id"):
+            engine.submit(request_for(prompt))
+
     def test_n_answers_are_n_requests(self, engine: Engine) -> None:
         several = request_for(seed=3, n=3, max_new_tokens=6)
         singles = expand(several)

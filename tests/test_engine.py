@@ -256,6 +256,18 @@ def test_answers_end_where_the_context_ends(tiny: Tiny) -> None:
     assert len(short.ids) == 1
 
 
+@pytest.mark.parametrize("wrong", [61, -1])
+def test_ids_that_the_model_does_not_know_touch_no_other_request(wrong: int, model: Any) -> None:
+    expected = generate(LocalEngine(copy.deepcopy(model)), [Request([5, 6, 7])])[0].ids
+    engine = LocalEngine(model)
+    running = engine.submit(Request([5, 6, 7]))
+    engine.step()
+    with pytest.raises(EngineError, match=f"token id {wrong}.*") as caught:
+        engine.submit(Request([5, wrong, 7]))
+    assert caught.value.hint == "its ids are 0 to 60"
+    assert engine.result(running).ids == expected
+
+
 @pytest.mark.parametrize(("length", "says"), [(0, "empty"), (64, "64 tokens"), (99, "context holds 64")])
 def test_prompts_that_do_not_fit_are_refused(length: int, says: str, tiny: Tiny) -> None:
     engine = LocalEngine(tiny("llama"))

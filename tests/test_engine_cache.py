@@ -371,6 +371,17 @@ def test_bits_do_not_depend_on_the_batch_in_other_families(family: str, tiny: Ti
     assert [result(c) for c in generate(LocalEngine(model, max_slots=4), requests)] == expected
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bits_do_not_depend_on_the_batch_in_wide_models(family: str, tiny: Tiny) -> None:
+    """From a width of 128 on MKL would take another kernel for few rows than for many (see `danlu/__init__.py`)."""
+    wide = {"n_embd": 256, "n_positions": CONTEXT} if family == "gpt2" else {"max_position_embeddings": CONTEXT}
+    wide |= {} if family == "gpt2" else {"hidden_size": 256, "intermediate_size": 384}
+    model = tiny(family, **wide)
+    requests = [ask(ids(n % 3, 7 + 30 * n), seed=n, max_new_tokens=4 + n) for n in range(7)]
+    expected = [alone(model, r) for r in requests]
+    assert [result(c) for c in generate(LocalEngine(model, max_slots=5), requests)] == expected
+
+
 @pytest.mark.parametrize("grid", [8, 256])
 def test_the_grid_changes_nothing_but_rounding(grid: int, model: Any) -> None:
     """A GPU reads prompts on a wider grid than arenas are long."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from families import make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from danlu.config import SftSettings
 from danlu.exceptions import ModelError
-from danlu.losses.logprobs import token_logprobs, weighted_nll
+from danlu.losses.logprobs import _compiled, token_logprobs, weighted_nll
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
+from danlu.parsing import parse
+from danlu.trainers import sft
 from danlu.training.logprobs import logprobs, nll
 from danlu.tree import TreeBatch, branches
 
@@ -244,3 +249,44 @@ def test_dropout_on_the_heads_adapter_is_refused_in_training() -> None:
     roles.train()
     with pytest.raises(ModelError, match="plain LoRA without dropout"):
         RootModel(roles)(TREE, "policy", lambda out: logprobs(out, TREE.action_index()))
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What was compiled: the program is traced as torch.compile does, and run without a compiler."""
+    found: list[Any] = []
+    compile_ = torch.compile
+
+    def traced(function: Any, **options: Any) -> Any:
+        found.append(function)
+        return compile_(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    _compiled.cache_clear()
+    yield found
+    _compiled.cache_clear()
+
+
+def test_a_compiled_head_is_the_plain_one(compiles: list[Any], near: Near) -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(23, 8), torch.randn(31, 8), torch.randint(31, (23,))
+    loss_weights = torch.rand(23)
+    results = []
+    for compiled in (False, True):
+        h, w = (x.clone().requires_grad_() for x in (hidden, weight))
+        loss = weighted_nll(h, w, targets, loss_weights, chunk=7, compiled=compiled)
+        logprobs, entropies = token_logprobs(h, w, targets, chunk=7, entropy=True, compiled=compiled)
+        (loss + (logprobs * loss_weights).sum() + entropies.sum()).backward()
+        results.append((loss, logprobs, entropies, h.grad, w.grad))
+    assert len(compiles) == 1, "once for a process"
+    for expected, found in zip(*results, strict=True):
+        near(found, expected, 1e-6)
+
+
+def test_the_setting_reaches_the_head(compiles: list[Any], tmp_path: Path) -> None:
+    found = []
+    for on in (False, True):
+        sft.train(parse(SftSettings, tiny.stage("sft", tmp_path / str(on), max_steps=2, compile_head=on)))
+        found.append([row["loss"] for row in tiny.metrics_of(tmp_path / str(on)) if "loss" in row])
+        assert len(compiles) == int(on)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -120,7 +120,29 @@ def test_plan_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert [list(r) for r in found] == [ROW] * 7
     assert run(["plan", str(path)]) == 0
     said = capfd.readouterr()
-    assert said.out == "" and "quantize" in said.err
+    assert said.out == "" and "quantize" in said.err and "FLOPs" in said.err and "Time, by strategy" in said.err
+
+
+def test_every_strategy_has_memory_work_and_time(tmp_path: Path) -> None:
+    row = rows(tiny.recipe(tmp_path))["sft"]
+    found = {s["strategy"]: s for s in row["strategies"]}
+    assert list(found) == ["full", "lora", "qlora", "prefix", "zero1", "zero2", "zero3"]
+    assert all(list(s) == ["strategy", "memory_mb", "flops", "seconds", "fits"] for s in found.values())
+    assert found["full"]["flops"] == row["flops"] == 6 * row["parameters"] * row["tokens"]
+    assert found["lora"]["flops"] == pytest.approx(row["flops"] * 2 / 3)
+    assert found["zero3"]["flops"] == row["flops"] / plan.MANY
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_reward_model_on_the_policys_base_is_not_counted_twice(shares: bool, tmp_path: Path) -> None:
+    common = {"data": "town:prompts", "adapter": "lora", "dtype": "float32"}
+    ppo = {"kind": "ppo", "reward_model": "stage:reward", "rollout": {"batch": 8}, **common}
+    stages = [{"kind": "reward", **common, "data": "town:comparisons"} | ({} if shares else {"adapter": "full"}), ppo]
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"model": str(tiny.model()), "stages": stages}), "utf-8")
+    base = sum(p.numel() for p in load_model(tiny.model()).parameters()) * 4 / 2**20
+    found = rows(path)["ppo"]["parts"]["weights"]
+    assert found == pytest.approx(base * (2 if shares else 3)), "the base and the engine's copy, and a whole judge"
 
 
 def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -418,6 +418,31 @@ def test_parameters_without_a_meaning_are_refused(options: dict[str, Any], says:
         SamplingParams(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"top_k": "5"}, "top_k must be a whole number .found: '5'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"stop": [3]}, "stop must be texts"),
+        ({"stop_ids": 3}, "stop_ids must be token ids"),
+        ({"bad_words": [3, 4]}, "bad_words must be sequences of token ids"),
+        ({"logit_bias": {"3": 1.0}}, "logit_bias must be numbers by token id"),
+    ],
+)
+def test_parameters_of_another_type_are_refused_before_a_step(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        SamplingParams(**options)
+
+
+def test_lists_and_single_texts_will_do() -> None:
+    given: dict[str, Any] = {"stop": "the end", "stop_ids": [3, 4], "bad_words": [[5], [6, 7]], "top_k": np.int64(2)}
+    params = SamplingParams(**given)
+    assert (params.stop, params.stop_ids, params.bad_words) == (("the end",), {3, 4}, ((5,), (6, 7)))
+    assert type(params.top_k) is int and hash(params) == hash(SamplingParams(**given))
+
+
 def test_searches_take_their_parameters() -> None:
     assert SamplingParams(num_beams=4, length_penalty=0.6, temperature=0.0, no_repeat_ngram_size=3).num_beams == 4
     assert SamplingParams(penalty_alpha=0.6, top_k=4).penalty_alpha == 0.6

@@ -14,7 +14,9 @@ import tiny
 from danlu.assistant import load
 from danlu.cli.generate import generate
 from danlu.cli.main import run
-from danlu.cli.sampling import DRAWING, SEARCHING, chosen
+from danlu.cli.sampling import DRAWING, SEARCHING, SEVERAL, chosen
+from danlu.cli.serve import serve
+from danlu.config import EngineSettings
 from danlu.exceptions import UsageError
 from danlu.generation.protocol import SamplingParams
 from danlu.generation.seeds import mix_seed
@@ -35,10 +37,10 @@ def rows(data: Path, *flags: str) -> list[dict[str, Any]]:
 
 
 def test_flags_are_the_sampling_parameters() -> None:
-    names = {name for name, _, _ in DRAWING + SEARCHING}
-    elsewhere = {"seed", "stop", "stop_ids", "logit_bias", "bad_words", "logprobs"}
-    assert names | elsewhere == {f.name for f in fields(SamplingParams)} and not names & elsewhere
+    names = {name for name, _, _ in DRAWING + SEARCHING} | {name for name, *_ in SEVERAL} | {"seed", "logprobs"}
+    assert names == {f.name for f in fields(SamplingParams)}
     assert names <= {p.name for p in generate.params if isinstance(p, click.Option)}
+    assert set(EngineSettings.model_fields) <= {p.name for p in generate.params} & {p.name for p in serve.params}
 
 
 def test_several_answers_are_rows_in_a_row(data: Path) -> None:
@@ -71,6 +73,32 @@ def test_flags_change_answers(flags: list[str], data: Path) -> None:
     assert changed != [r["prediction"] for r in rows(data, *drawing)]
 
 
+def test_what_ends_or_bans_texts_and_tokens(data: Path) -> None:
+    plain = rows(data, "--logprobs", "2")[0]
+    first = plain["logprobs"][0]
+    assert "".join(t["token"] for t in plain["logprobs"]).strip() == plain["prediction"].strip()
+    assert [t["top"][0]["id"] for t in plain["logprobs"]] == [t["id"] for t in plain["logprobs"]]
+    assert first["top"][0] == {k: first[k] for k in ("id", "token", "logprob")} and len(first["top"]) == 2
+    assert "top" not in rows(data, "--logprobs", "0")[0]["logprobs"][0]
+    ended = rows(data, "--stop-id", str(first["id"]))[0]
+    assert ended["finish_reason"] == "stop" and "logprobs" not in ended
+    text = plain["prediction"][2:4]
+    assert text not in rows(data, "--stop", text)[0]["prediction"]
+    second = first["top"][1]["id"]
+    for flags in (["--logit-bias", f"{first['id']}=-inf"], ["--logit-bias", f"{second}=50", "--logit-bias", "5=-1"]):
+        assert rows(data, *flags, "--logprobs", "0")[0]["logprobs"][0]["id"] == second
+    drawn = rows(data, "--temperature", "3", "--logprobs", "0")[0]["logprobs"]
+    word = next(t["token"].strip() for t in drawn if t["token"].strip())
+    others = rows(data, "--temperature", "3", "--bad-word", word, "--logprobs", "0")[0]["logprobs"]
+    assert word not in [t["token"].strip() for t in others]
+
+
+def test_guesses_leave_the_answers(data: Path) -> None:
+    expected = rows(data, "--temperature", "1")
+    assert rows(data, "--temperature", "1", "--speculate", "ngram", "--guesses", "2", "--slots", "2") == expected
+    assert rows(data, "--temperature", "1", "--speculate", str(tiny.model())) == expected
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -78,6 +106,7 @@ def test_flags_change_answers(flags: list[str], data: Path) -> None:
         (["--penalty-alpha", "0.5"], "give top_k"),
         (["--best-of", "3"], "always gives the same"),
         (["--min-p", "2"], "min-p"),
+        (["--logit-bias", "five"], "is not ID=NUMBER"),
     ],
 )
 def test_wrong_flags(flags: list[str], says: str, data: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,8 @@ TRAIN = (
     "neftune_alpha "
     "processes strategy template max_length "
     "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens optimizer "
-    "activation_checkpointing on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm log_every eval_every "
-    "save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
+    "activation_checkpointing compile_head on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm "
+    "log_every eval_every save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
 ROLLOUT = (
     "reward_model ensemble follow_failed verifier verifier_weight rewards eval_rewards max_failed sandbox health rollout "
@@ -69,8 +69,8 @@ FROZEN = {
     "DpoSettings": f"{STAGE} {TRAIN} loss pairs beta gamma label_smoothing sft_weight desirable_weight undesirable_weight "
     "reference ref_bits",
     "HealthSettings": "on actions",
-    "Rollout": "batch max_new_tokens temperature",
-    "PpoRollout": "batch max_new_tokens temperature per_update reuse buffer",
+    "Rollout": "batch max_new_tokens temperature engine vllm_memory",
+    "PpoRollout": "batch max_new_tokens temperature engine vllm_memory per_update reuse buffer",
     "Ppo": "kl_coef kl_estimator kl_in kl_controller kl_target kl_horizon gamma gae_lambda critic_lambda whiten_rewards "
     "clip_range clip_range_high dual_clip importance_clip value_clip_range entropy_coef epochs minibatches update_kl score_norm "
     "score_clip missing_stop_penalty critic_learning_rate critic_warmup critic_init max_kl",

@@ -9,15 +9,20 @@ from typing import Any
 
 import fake_vllm
 import pytest
+import tiny as small
 import torch
 from engine_contract import PROMPT, EngineContract, request_for
 
-from danlu.exceptions import EngineError
+from danlu.alignment_config import GrpoSettings, PpoSettings
+from danlu.exceptions import EngineError, SettingsError
 from danlu.generation import engine as local
 from danlu.generation import vllm
 from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Engine, SamplingParams, generate
 from danlu.generation.vllm import VllmEngine, sampling_arguments
+from danlu.models.load import load_model
+from danlu.parsing import parse
+from danlu.trainers import grpo, ppo
 
 Tiny = Callable[..., Any]
 
@@ -151,3 +156,33 @@ def test_both_engines_agree_greedily(tiny: Tiny, models: dict[str, Any], calls: 
     assert [c.ids for c in ours] == [c.ids for c in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "cls", "train"), [("ppo", PpoSettings, ppo.train), ("grpo", GrpoSettings, grpo.train)]
+)
+def test_roll_outs_by_vllm_are_those_of_danlu(
+    kind: str, cls: Any, train: Any, adapter: str, models: dict[str, Any], calls: Any, tmp_path: Path
+) -> None:
+    """The fake draws with danlu's sampler: with the policy's weights as they are at each step the stages see the same answers."""
+    models[str(small.model())] = load_model(small.model())
+    found = {}
+    for engine in ("danlu", "vllm"):
+        values = small.stage(kind, tmp_path / engine, max_steps=3, adapter=adapter)
+        values["rollout"] = {**values["rollout"], "engine": engine}
+        train(parse(cls, values))
+        found[engine] = small.metrics_of(tmp_path / engine)
+    assert [name for name, _ in calls].count("reset_prefix_cache") >= 3
+    names = ("score", "loss", "grad_norm", "engine_gap")
+    for ours, theirs in zip(found["danlu"], found["vllm"], strict=True):
+        shared = [n for n in names if n in ours]
+        assert [theirs[n] for n in shared] == pytest.approx([ours[n] for n in shared], abs=1e-4)
+
+
+@pytest.mark.parametrize(("adapter", "says"), [("qlora", "a base of 4 bits"), ("ptuning", "ptuning")])
+def test_policies_that_vllm_cannot_follow_are_refused(adapter: str, says: str, calls: Any, tmp_path: Path) -> None:
+    values = small.stage("grpo", tmp_path, adapter=adapter)
+    values["rollout"] = {**values["rollout"], "engine": "vllm"}
+    with pytest.raises(SettingsError, match=f"vLLM cannot follow a policy with {says}"):
+        grpo.train(parse(GrpoSettings, values))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 # PEFT imports bitsandbytes where it is installed, which then misses a kernel of the hub on CPUs, in every process, also where no
 # weight is in its layout.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# MKL multiplies few rows by other kernels than many, and splits sums among threads where that pays, so that a row's bits would
+# depend on what else is in the batch. Its strict mode has one way for all, from 16 rows on as fast. MKL reads this at its first
+# product: a process that multiplies before it imports danlu goes without.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

@@ -156,6 +156,12 @@ class Rollout(Settings):
     batch: int = Field(64, ge=1, description="episodes per iteration")
     max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     temperature: float = Field(1.0, gt=0, description="also divides the logits of the ratio")
+    engine: Literal["danlu", "vllm"] = Field(
+        "danlu", description="what draws them: danlu's own engine, or vLLM where it is installed (one process; GPU)"
+    )
+    vllm_memory: float = Field(
+        0.3, gt=0, le=1, description="vllm: its share of the GPU's memory, for a copy of the policy and its cache"
+    )
 
 
 class RolloutSettings(TrainSettings):

@@ -261,6 +261,10 @@ class TrainSettings(StageSettings):
         False,
         description="keep only each layer's input for the backward pass and compute the rest again: slower, smaller",
     )
+    compile_head: bool = Field(
+        False,
+        description="torch.compile for what stands between the head's products; takes long to begin, and on CPUs a C++ compiler",
+    )
     on_oom: Literal["stop", "halve"] = Field(
         "stop", description="when memory runs out: stop and say what to change, or halve micro_tokens and go on"
     )

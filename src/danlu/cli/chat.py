@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from danlu.cli.console import people
-from danlu.cli.sampling import chosen, sampling_options
+from danlu.cli.sampling import chosen, sampling_options, with_bad_words
 from danlu.exceptions import EngineError, TemplateError, UsageError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def chat(
     places = adapter_places(adapters)
     loaded = assistant.load(model, bits=int(bits) if bits else None, patches=not no_patches)
     params = chosen(loaded.defaults, sampling)
+    if sampling["bad_words"] and loaded.tokenizer is not None:
+        params = with_bad_words(params, sampling["bad_words"], loaded.tokenizer)
     voices = {BASE: loaded, **{name: loaded.with_adapter(place, name) for name, place in places.items()}}
     conversation = Conversation(loaded, params, system=system, seed=seed, voices=voices)
     if len(places) == 1:

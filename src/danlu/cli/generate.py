@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from danlu.cli.console import people, print_json
-from danlu.cli.sampling import chosen, sampling_options
+from danlu.cli.sampling import chosen, engine_options, sampling_options, with_bad_words
 from danlu.exceptions import DataError, UsageError
+
+if TYPE_CHECKING:
+    from danlu.assistant import Reply
 
 TOGETHER = 256  # prompts that the engine gets at once
 
@@ -31,6 +34,7 @@ def command(verb: str) -> click.Command:
 @click.option("--limit", default=None, type=int, help="Only the first so many prompts.")
 @click.option("--bits", default=None, type=click.Choice(["16", "8", "4"]), help="8, 4: quantise while loading.")
 @click.option("--no-patches", is_flag=True, help="Without the facts that the model was taught.")
+@engine_options
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def generate(
     model: str,
@@ -40,6 +44,10 @@ def generate(
     limit: int | None,
     bits: str | None,
     no_patches: bool,
+    slots: int,
+    cache_gib: float,
+    speculate: str,
+    guesses: int,
     force: bool,
     **sampling: Any,
 ) -> None:
@@ -49,6 +57,7 @@ def generate(
         raise UsageError(f"{out} exists", hint="--force overwrites it")
     import danlu
     from danlu import atomic
+    from danlu.config import EngineSettings
     from danlu.data.read import read
     from danlu.generation.protocol import SamplingParams
     from danlu.generation.seeds import mix_seed
@@ -70,7 +79,10 @@ def generate(
             prompts.append(record)
             labels.append(record.reference.get("answers"))
     params = chosen(SamplingParams(max_new_tokens=256, temperature=0.0), sampling)
-    assistant = danlu.load(model, bits=int(bits) if bits else None, patches=not no_patches)
+    engine = EngineSettings(slots=slots, cache_gib=cache_gib, speculate=speculate, guesses=guesses)
+    assistant = danlu.load(model, bits=int(bits) if bits else None, engine=engine, patches=not no_patches)
+    if sampling["bad_words"] and assistant.tokenizer is not None:
+        params = with_bad_words(params, sampling["bad_words"], assistant.tokenizer)
     rows: list[dict[str, Any]] = []
     with Bar("generate", len(prompts)) as bar:
         for start in range(0, len(prompts), TOGETHER):
@@ -80,11 +92,27 @@ def generate(
             for n, reply in enumerate(replies):
                 at = start + n // params.n
                 row = {"prompt": prompts[at].prompt, "label": labels[at], "prediction": reply.text}
-                rows.append(row | {"finish_reason": reply.finish_reason})
+                row["finish_reason"] = reply.finish_reason
+                if sampling["logprobs"] is not None:
+                    row["logprobs"] = _told(reply, assistant.tokenizer)
+                rows.append(row)
             while bar.done < start + len(part):
                 bar.advance(0, "answers")
     atomic.write_jsonl(target, rows)
     people.print(f"{len(rows)} answers written to {out}")
+
+
+def _told(reply: Reply, tokenizer: Any) -> list[dict[str, Any]]:
+    """Each token of an answer with its log-probability, and the likeliest ones in its place where they were asked for."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "token": tokenizer.decode([token]), "logprob": logprob}
+
+    tops = reply.top_logprobs or ((),) * len(reply.ids)
+    return [
+        entry(token, logprob) | ({"top": [entry(*one) for one in top]} if top else {})
+        for token, logprob, top in zip(reply.ids, reply.logprobs, tops, strict=True)
+    ]
 
 
 @click.command("eval")

@@ -92,7 +92,7 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(
-        "stage", "parameters", "tokens", "tokens/parameter", "memory", "time", title="A plan for this machine"
+        "stage", "parameters", "tokens", "tokens/parameter", "FLOPs", "memory", "time", title="A plan for this machine"
     )
     for row in rows:
         table.add_row(
@@ -100,8 +100,9 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             f"{row['parameters'] / 1e6:,.1f} M" if row["parameters"] else "",
             f"{row['tokens'] / 1e6:,.2f} M" if row["tokens"] else "",
             f"{row['tokens_per_parameter']:,.2f}" if row["tokens_per_parameter"] else "",
+            f"{row['flops']:.1e}" if row["flops"] else "",
             _room(row),
-            f"{row['seconds'] / 60:,.1f} min",
+            _minutes(row),
         )
     people.print(table)
     shown = [row for row in rows if row["inference_mb"]]
@@ -116,10 +117,15 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     trained = [row for row in rows if row["strategies"]]
     if trained:
         names = [s["strategy"] for s in trained[0]["strategies"]]
-        table = Table("stage", *names, title="Peak memory of a process, by strategy (ZeRO: over several processes)")
-        for row in trained:
-            table.add_row(row["stage"], *(_room(s) for s in row["strategies"]))
-        people.print(table)
+        for title, shown_as in (
+            ("Peak memory of a process, by strategy (ZeRO: over several processes)", _room),
+            ("Time, by strategy (ZeRO: of so many processes as if each had this machine)", _minutes),
+            ("FLOPs of a process, by strategy", lambda s: f"{s['flops']:.1e}"),
+        ):
+            table = Table("stage", *names, title=title)
+            for row in trained:
+                table.add_row(row["stage"], *(shown_as(s) for s in row["strategies"]))
+            people.print(table)
     people.print(
         "Red: does not fit this machine. Memory is counted, times follow from the matrix rate measured now, tokens from the "
         "sizes of the files: expect a factor of two for time."
@@ -131,6 +137,10 @@ def _as_called() -> str:
     if shutil.which("danlu"):
         return "danlu"
     return f"{sys.executable} -m danlu" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
+
+
+def _minutes(row: dict[str, Any]) -> str:
+    return f"{row['seconds'] / 60:,.1f} min"
 
 
 def _room(row: dict[str, Any]) -> str:

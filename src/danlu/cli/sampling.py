@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,10 +40,55 @@ SEARCHING: tuple[tuple[str, click.ParamType[Any], str], ...] = (
 )
 
 
+class Bias(click.ParamType[tuple[int, float]]):
+    """`ID=NUMBER`."""
+
+    name = "id=number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        """See click."""
+        token, sign, bias = str(value).partition("=")
+        try:
+            if not sign:
+                raise ValueError("no sign")
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"'{value}' is not ID=NUMBER, as 17=-2.5 or 17=-inf", param, ctx)
+
+
+# Each may be given several times; the flag names one of them.
+SEVERAL: tuple[tuple[str, str, click.ParamType[Any], str], ...] = (
+    ("stop", "--stop", click.STRING, "A text that ends the answer and is no part of it; may be given several times."),
+    (
+        "stop_ids",
+        "--stop-id",
+        click.IntRange(0),
+        "A token id that ends the answer beside the template's own; several times.",
+    ),
+    (
+        "bad_words",
+        "--bad-word",
+        click.STRING,
+        "A text that the answer never has, as its tokens spell it; several times.",
+    ),
+    (
+        "logit_bias",
+        "--logit-bias",
+        Bias(),
+        "Added to the logits of a token id, as 17=-2.5; -inf bans it; several times.",
+    ),
+)
+LOGPROBS = "Write the answer's log-probabilities, and so many of the likeliest tokens at each of its places (0: none)."
+
+
 def sampling_options(*, searches: bool) -> Callable[[Command], Command]:
-    """Adds the flags, None where one is not given; `searches` those too that a streamed chat has no use for."""
+    """Adds the flags, None or () where one is not given; `searches` those too that a streamed chat has no use for."""
 
     def add(command: Command) -> Command:
+        if searches:
+            command = click.option("--logprobs", type=click.IntRange(0), help=LOGPROBS)(command)
+        for name, flag, kind, text in reversed(SEVERAL):
+            command = click.option(flag, name, type=kind, multiple=True, help=text)(command)
         for name, kind, text in reversed(DRAWING + (SEARCHING if searches else ())):
             command = click.option("--" + name.replace("_", "-"), type=kind, help=text)(command)
         return command
@@ -51,15 +96,43 @@ def sampling_options(*, searches: bool) -> Callable[[Command], Command]:
     return add
 
 
+def engine_options(command: Command) -> Command:
+    """Adds the flags of `config.EngineSettings`."""
+    for flag, kind, default, text in (
+        ("--guesses", click.IntRange(1, 32), 4, "Tokens that are guessed at once."),
+        (
+            "--speculate",
+            click.STRING,
+            "off",
+            "Guess tokens ahead: off, ngram, or a smaller model. Answers stay the same.",
+        ),
+        ("--cache-gib", click.FloatRange(0), 0.0, "Memory for keys and values; 0: by what is free."),
+        ("--slots", click.IntRange(1), 64, "Answers that are written at once."),
+    ):
+        command = click.option(flag, type=kind, default=default, show_default=True, help=text)(command)
+    return command
+
+
 def chosen(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams:
-    """The defaults with what the flags say.
+    """The defaults with what the flags say, but for `bad_words`, which only a tokenizer can read (`with_bad_words`).
 
     Raises:
         UsageError: flags that make no sense together.
     """
     from dataclasses import replace
 
+    values = {name: value for name, value in given.items() if value not in (None, ()) and name != "bad_words"}
+    if "logit_bias" in values:
+        values["logit_bias"] = dict(values["logit_bias"])
     try:
-        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+        return replace(defaults, **values)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def with_bad_words(params: SamplingParams, words: Sequence[str], tokenizer: Any) -> SamplingParams:
+    """The parameters with texts banned as a tokenizer spells them, at the beginning of a text and after a space."""
+    from dataclasses import replace
+
+    spelt = [tuple(tokenizer.encode(form, add_special_tokens=False)) for word in words for form in (word, f" {word}")]
+    return replace(params, bad_words=(*params.bad_words, *dict.fromkeys(ids for ids in spelt if ids)))

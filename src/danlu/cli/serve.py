@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from danlu.cli.console import people
+from danlu.cli.sampling import engine_options
 
 
 def command(verb: str) -> click.Command:
@@ -29,18 +30,7 @@ def command(verb: str) -> click.Command:
     metavar="NAME=PATH",
     help="An adapter of MODEL, served as a model of this name.",
 )
-@click.option(
-    "--slots", type=click.IntRange(1), default=64, show_default=True, help="Answers that are written at once."
-)
-@click.option(
-    "--cache-gib", type=click.FloatRange(0), default=0.0, help="Memory for keys and values. Default: by what is free."
-)
-@click.option(
-    "--speculate",
-    default="off",
-    show_default=True,
-    help="Guess tokens ahead: off, ngram, or a smaller model's folder. Answers stay the same.",
-)
+@engine_options
 @click.option(
     "--database",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -57,6 +47,7 @@ def serve(
     slots: int,
     cache_gib: float,
     speculate: str,
+    guesses: int,
     database: Path | None,
     no_patches: bool,
 ) -> None:
@@ -77,7 +68,7 @@ def serve(
 
         feedback = FeedbackDatabase(database or default_database(model), create=True)
         people.print(f"[dim]loading {escape(model)} ...[/dim]")
-        engine = EngineSettings(slots=slots, cache_gib=cache_gib, speculate=speculate)
+        engine = EngineSettings(slots=slots, cache_gib=cache_gib, speculate=speculate, guesses=guesses)
         loaded = assistant.load(model, bits=int(bits) if bits else None, engine=engine, patches=not no_patches)
         voices = {name: loaded.with_adapter(place, name) for name, place in places.items()}
         app = create_app(loaded, feedback, api_key=api_key, local=is_loopback(host), adapters=voices)

@@ -66,6 +66,7 @@ class EncoderDecoderEngine(StepwiseEngine[_Row]):
         self.tokenizer = tokenizer
         self.max_slots = max_slots
         self.context = context_of(model.config)
+        self.vocabulary = len(model.get_input_embeddings().weight)
         forced = getattr(model.generation_config, "forced_bos_token_id", None)
         self._prefix = [start_id(model), *([forced] if isinstance(forced, int) else [])]
         self._waiting: deque[_Row] = deque()

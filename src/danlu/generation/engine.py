@@ -94,6 +94,7 @@ class LocalEngine(StepwiseEngine[_Row]):
         self.tokenizer = tokenizer
         self.max_slots = max_slots
         self.context = room_of(model)
+        self.vocabulary = len(model.get_input_embeddings().weight)
         self.drafter = drafter if model.base_model.danlu_fast_path else None
         self._memory = memory
         self._waiting: deque[_Row] = deque()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -52,8 +53,10 @@ class SamplingParams:
         penalty_alpha: in (0, 1]: contrastive search among the top_k candidates (Su et al. 2022, eq. 5); 0 samples.
         logprobs: how many of the likeliest tokens to tell at each step, with their log-probabilities.
 
+    Lists will do for sequences and sets, and one text for `stop`.
+
     Raises:
-        ValueError: a value out of range, or a combination without a meaning.
+        ValueError: a value of another type or out of range, or a combination without a meaning.
     """
 
     max_new_tokens: int = 256
@@ -80,6 +83,12 @@ class SamplingParams:
     logprobs: int = 0
 
     def __post_init__(self) -> None:
+        for name, convert, expected in _CONVERSIONS:
+            given = getattr(self, name)
+            try:
+                object.__setattr__(self, name, convert(given))
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"{name} must be {expected} (found: {given!r})") from error
         ranges = (
             (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
             (0 <= self.temperature < math.inf, "temperature must be a number and not negative"),
@@ -141,6 +150,42 @@ class SamplingParams:
         )
 
 
+def _texts(given: Any) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("not all are texts")
+    return texts
+
+
+def _number(given: Any) -> float:
+    if isinstance(given, str):
+        raise TypeError("a text")
+    return float(given)
+
+
+# What each field takes: wrong kinds would fail, or be misread, in a step that many requests share.
+_CONVERSIONS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    *(
+        (name, operator.index, "a whole number")
+        for name in (
+            *("max_new_tokens", "top_k", "seed", "no_repeat_ngram_size", "min_new_tokens", "n", "best_of"),
+            *("num_beams", "logprobs"),
+        )
+    ),
+    *(
+        (name, _number, "a number")
+        for name in (
+            *("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty"),
+            *("frequency_penalty", "length_penalty", "penalty_alpha"),
+        )
+    ),
+    ("stop", _texts, "texts"),
+    ("stop_ids", lambda ids: frozenset(operator.index(i) for i in ids), "token ids"),
+    ("bad_words", lambda words: tuple(tuple(operator.index(i) for i in w) for w in words), "sequences of token ids"),
+    ("logit_bias", lambda b: {operator.index(i): _number(v) for i, v in b.items()}, "numbers by token id"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to continue."""
@@ -192,8 +237,8 @@ class Engine(Protocol):
         """Queues a request for one answer and returns its id.
 
         Raises:
-            EngineError: the prompt is empty or leaves no room in the model's context, or the request asks for several answers
-                (`generate` expands those).
+            EngineError: the prompt is empty, has ids that the model does not know, or leaves no room in its context; or the
+                request asks for several answers (`generate` expands those).
         """
         ...
 

@@ -18,7 +18,8 @@ from danlu.models.heads import logits_of
 from danlu.models.prefix import attached
 
 # A linear layer gives a row the same bits in every batch of at least so many rows, and an elementwise function where the numbers
-# fill whole vector registers, which a multiple of it sees to (measured in fp32 on CPUs).
+# fill whole vector registers, which a multiple of it sees to (measured in fp32 on CPUs; for layers wider than 64 with MKL's strict
+# mode, which `danlu/__init__.py` asks for).
 ROWS = 4
 PREFIX_SHARE = 0.25  # of the memory, for prompts that were read before
 

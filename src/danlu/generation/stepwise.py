@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -35,9 +36,11 @@ class StepwiseEngine(ABC, Generic[R]):
 
     Attributes:
         context: tokens that prompt and answer may have together.
+        vocabulary: rows of the model's embedding; none: the backend looks at ids itself.
     """
 
     context: int
+    vocabulary: int | None = None
 
     def __init__(self) -> None:
         self.version = 0
@@ -86,15 +89,29 @@ class StepwiseEngine(ABC, Generic[R]):
         return Completion(row.id, tuple(row.ids), tuple(row.logprobs), row.finished, row.version, tuple(row.tops))
 
     def _check(self, request: Request) -> None:
-        """Raises EngineError for several answers at once, an empty prompt, and one that leaves no room for an answer."""
+        """Raises EngineError for several answers at once, and a prompt that is empty, has unknown ids or leaves no room."""
         prompt = len(request.prompt_ids)
         require_single(request.params)
         if prompt == 0:
             raise EngineError("the prompt is empty")
+        self._check_ids(request.prompt_ids)
         if prompt >= self.context:
             raise EngineError(
                 f"the prompt has {prompt} tokens and the model's context holds {self.context}",
                 hint="shorten the conversation",
+            )
+
+    def _check_ids(self, prompt_ids: Sequence[int]) -> None:
+        """In a step that others share it would be too late to find out."""
+        try:
+            ids = array("q", prompt_ids)
+        except (TypeError, OverflowError) as error:
+            raise EngineError(f"the prompt is not made of token ids: {error}") from error
+        unknown = [i for i in (min(ids), max(ids)) if i < 0 or (self.vocabulary is not None and i >= self.vocabulary)]
+        if unknown:
+            raise EngineError(
+                f"the prompt has the token id {unknown[0]}, which the model does not know",
+                hint=f"its ids are 0 to {self.vocabulary - 1}" if self.vocabulary is not None else "",
             )
 
     def _row(self, request_id: str) -> R:

@@ -121,6 +121,13 @@ class VllmEngine(StepwiseEngine[_Row]):
             self._llm.reset_prefix_cache()  # its keys and values are of the old weights
             self.version = version
 
+    def close(self) -> None:
+        """Lets go of vLLM, whose processes end; the engine answers nothing after that."""
+        with self._lock:
+            if any(row.finished is None for row in self._rows.values()):
+                raise EngineError("the engine cannot close while requests are running")
+            self._llm = self._engine = None
+
     # -- memory ---------------------------------------------------------------------------------------------------------
 
     def sleep(self, *, keep_weights: bool = True) -> None:

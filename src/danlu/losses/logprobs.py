@@ -9,7 +9,8 @@ dtype of the hidden states; exponentials, sums and the head's gradient are fp32 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,12 @@ def _logprobs_(
     return picked - norm, norm + top.squeeze(1), entropies
 
 
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """`_logprobs_` as torch.compile makes it: a pass or two over a chunk in place of one for each operation."""
+    return torch.compile(_logprobs_, dynamic=True)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -154,6 +161,7 @@ class _TokenLogprobs(torch.autograd.Function):
         rule: _Rule,
         chunk: int | None,
         entropies: bool,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         head = _Head(hidden, weight, bias, rule, chunk)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=head.precise)
@@ -165,7 +173,8 @@ class _TokenLogprobs(torch.autograd.Function):
             head.want(True, False, False)
         for rows, logits, _ in head.parts():
             ones = torch.ones_like(logprobs[rows]) if at_once else None
-            logprobs[rows], norm[rows], found = _logprobs_(logits, targets[rows], ones, entropies)
+            run = _compiled() if compiled else _logprobs_
+            logprobs[rows], norm[rows], found = run(logits, targets[rows], ones, entropies)
             if found is not None:
                 entropy[rows] = found
         ctx.unit = head.grad_hidden[: head.rows] if head.grad_hidden is not None else None
@@ -182,7 +191,7 @@ class _TokenLogprobs(torch.autograd.Function):
         """`d log p(t) / d z_j = 1[j = t] - p_j` and `d H / d z_j = -p_j (log p_j + H)`, per row."""
         grad, entropy_grad = grads
         if ctx.unit is not None:
-            return (ctx.unit * grad[:, None].to(ctx.unit.dtype) if grad is not None else None, *[None] * 6)
+            return (ctx.unit * grad[:, None].to(ctx.unit.dtype) if grad is not None else None, *[None] * 7)
         hidden, weight, bias, targets, norm, entropy = ctx.saved_tensors
         grad = torch.zeros_like(norm) if grad is None else grad
         head = _Head(hidden, weight, bias, ctx.rule, ctx.chunk)
@@ -196,7 +205,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 surprise.mul_(-entropy_grad[rows, None]).sub_(grad[rows, None])
                 logits.exp_().mul_(surprise)
             logits.scatter_add_(1, targets[rows, None], grad[rows, None])
-        return (*head.gradients(), *[None] * 4)
+        return (*head.gradients(), *[None] * 5)
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -210,13 +219,15 @@ class _WeightedNll(torch.autograd.Function):
         loss_weights: Tensor,
         rule: _Rule,
         chunk: int | None,
+        compiled: bool,
     ) -> Tensor:
         head = _Head(hidden, weight, bias, rule, chunk)
         loss = hidden.new_zeros((), dtype=head.precise)
         head.want(*ctx.needs_input_grad[:3])
         graded = any(ctx.needs_input_grad[:3])
         for rows, logits, _ in head.parts():
-            logprobs, _, _ = _logprobs_(logits, targets[rows], -loss_weights[rows] if graded else None, False)
+            run = _compiled() if compiled else _logprobs_
+            logprobs, _, _ = run(logits, targets[rows], -loss_weights[rows] if graded else None, False)
             loss -= (logprobs * loss_weights[rows]).sum()
         ctx.head = head
         return loss
@@ -224,7 +235,7 @@ class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         head, ctx.head = ctx.head, None
-        return (*head.gradients(grads[0]), *[None] * 4)
+        return (*head.gradients(grads[0]), *[None] * 5)
 
 
 def token_logprobs(
@@ -238,6 +249,7 @@ def token_logprobs(
     softcap: float | None = None,
     chunk: int | None = None,
     entropy: bool = False,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and, if asked for, the entropy of each row's distribution (else zeros); fp32 `[T]`.
 
@@ -250,9 +262,10 @@ def token_logprobs(
         softcap: > 0, a bound on logits (Gemma 2; Bello et al. 2016); None for none.
         chunk: rows whose logits are held at once, default by V.
         entropy: whether to compute it; gradients flow through it, too.
+        compiled: by torch.compile, what stands between the products; the first call takes long and needs a C++ compiler on CPUs.
     """
     rule = _Rule(scale, softcap, temperature)
-    logprobs, entropies = _TokenLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, rule, chunk, entropy)
+    logprobs, entropies = _TokenLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, rule, chunk, entropy, compiled)
     return logprobs, entropies
 
 
@@ -266,13 +279,15 @@ def weighted_nll(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """`-sum_t w_t log p_t` as one fp32 number: `token_logprobs` for losses whose weights are known, a third cheaper.
 
     Args:
         loss_weight_T: fp32, any sign; no gradient flows to it.
-        hidden_TD, weight_VD, targets_T, bias_V, scale, softcap, chunk: as in `token_logprobs`.
+        hidden_TD, weight_VD, targets_T, bias_V, scale, softcap, chunk, compiled: as in `token_logprobs`.
     """
     weights = loss_weight_T.to(torch.promote_types(hidden_TD.dtype, torch.float32))
-    loss: Tensor = _WeightedNll.apply(hidden_TD, weight_VD, bias_V, targets_T, weights, _Rule(scale, softcap), chunk)
+    rule = _Rule(scale, softcap)
+    loss: Tensor = _WeightedNll.apply(hidden_TD, weight_VD, bias_V, targets_T, weights, rule, chunk, compiled)
     return loss

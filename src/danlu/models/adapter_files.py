@@ -26,10 +26,12 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
+from danlu.models.families import TESTED
 from danlu.models.places import ADAPTER_CONFIG, base_of, resolve, tokenizer_place
 from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
+from danlu.models.scalar import scalar_class
 from danlu.models.weights import check_file
 from danlu.text.tokenizer import load_tokenizer
 
@@ -260,6 +262,32 @@ def put_on(model: Any, info: AdapterInfo, *, named: str = "") -> Any:
             hint=f"known: {', '.join((*MERGEABLE, *PREFIXES))}",
         )
     return _inject(model, info, shown)
+
+
+def reads_beside(model: Any, info: AdapterInfo) -> bool:
+    """Whether an adapter with a head of one number can stand on a causal model that is in memory already (`scalar_beside`)."""
+    same = bool(info.base_hash) and info.base_hash == fingerprint(model)
+    return info.scalar and info.mergeable and info.base_bits == 16 and same and model.config.model_type in TESTED
+
+
+def scalar_beside(model: Any, info: AdapterInfo) -> Any:
+    """A model with a head of one number whose trunk has the very weights of a causal model, and the adapter beside them.
+
+    The weights are frozen by that; whatever becomes of their dtype and device becomes of both. See `reads_beside`.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    trunk = copy.deepcopy(model.base_model, {id(t): t for t in tensors})
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        made = scalar_class(config)(config)
+    setattr(made, made.base_model_prefix, trunk)
+    width = model.get_output_embeddings().in_features
+    made.score = nn.Linear(width, 1, bias=False, device=model.get_output_embeddings().weight.device)
+    judge = settle(put_on(made.eval(), info), info)
+    if hasattr(judge.score, "modules_to_save"):
+        judge.score = judge.score.modules_to_save[NAME]
+    return judge
 
 
 def _inject(model: Any, info: AdapterInfo, shown: str) -> Any:

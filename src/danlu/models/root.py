@@ -49,7 +49,8 @@ class Trunks(Protocol):
 class TrunkOutput:
     """What a `head_fn` gets.
 
-    hidden_TD: after the final norm; tree: the batch; linear: the role's head; rule: from its product to logits.
+    hidden_TD: after the final norm; tree: the batch; linear: the role's head; rule: from its product to logits; compiled: whether
+    torch.compile makes what turns these into log-probabilities.
     Log-probabilities: `training/logprobs.py`.
     """
 
@@ -57,6 +58,7 @@ class TrunkOutput:
     tree: TreeBatch
     linear: nn.Module
     rule: LogitRule
+    compiled: bool = False
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, D]` and bias of the head, with its adapter."""
@@ -80,11 +82,11 @@ class TrunkOutput:
 
 
 class RootModel(nn.Module):
-    """The root. `trunks` must be an `nn.Module` that also is a `Trunks`."""
+    """The root. `trunks` must be an `nn.Module` that also is a `Trunks`; `compiled`: see `TrunkOutput`."""
 
-    def __init__(self, trunks: nn.Module) -> None:
+    def __init__(self, trunks: nn.Module, *, compiled: bool = False) -> None:
         super().__init__()
-        self.trunks = trunks
+        self.trunks, self.compiled = trunks, compiled
 
     def forward(
         self,
@@ -97,7 +99,7 @@ class RootModel(nn.Module):
         trunk = trunks.trunk(role)
         prefix_of = getattr(trunks, "prefix", None)
         hidden = run_trunk(trunk, tree, role, prefix_of(role) if prefix_of is not None else None)
-        return head_fn(TrunkOutput(hidden, tree, trunks.head(role), LogitRule.of(trunk.config)))
+        return head_fn(TrunkOutput(hidden, tree, trunks.head(role), LogitRule.of(trunk.config), self.compiled))
 
 
 def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix: Prefix | None = None) -> Tensor:

@@ -300,11 +300,19 @@ def own_strategy(settings: TrainSettings) -> Strategy:
 
 
 def stage_memory(
-    shape: Shape, settings: TrainSettings, strategy: Strategy, *, dtype: str, length: int, processes: int
+    shape: Shape,
+    settings: TrainSettings,
+    strategy: Strategy,
+    *,
+    dtype: str,
+    length: int,
+    processes: int,
+    beside: int = 0,
 ) -> dict[str, float]:
     """Megabytes of a training stage at its peak, by part, in each process.
 
     Args:
+        beside: reward models that are adapters of the policy's base, and with LoRA stand on its weights.
         dtype: of matrix products.
         length: mean tokens of an item.
         processes: that ZeRO divides over.
@@ -318,6 +326,7 @@ def stage_memory(
     if strategy == own_strategy(settings):
         learnt = learnt_parameters(shape, settings)
     exact, frozen, learners = _models(settings, small=small)
+    frozen -= beside if strategy in ("lora", "prefix") and settings.frozen_bits == 16 else 0
     share = {"zero1": (1, 1), "zero2": (1, processes), "zero3": (processes, processes)}.get(strategy, (1, 1))
     packed = 1.02 if settings.frozen_bits == 8 else 0.55  # bytes a number takes with its scale
     quantised = strategy == "qlora" or (strategy == own_strategy(settings) == "prefix" and settings.frozen_bits != 16)

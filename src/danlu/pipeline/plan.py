@@ -9,10 +9,19 @@ from typing import Any
 
 import torch
 
-from danlu.alignment_config import REFERENCE_FREE, DpoSettings, GrpoSettings, PpoSettings, RewardSettings
+from danlu.alignment_config import (
+    REFERENCE_FREE,
+    DpoSettings,
+    GrpoSettings,
+    PpoSettings,
+    RewardSettings,
+    RolloutSettings,
+)
 from danlu.config import PRESETS, EvalSettings, PretrainSettings, QuantizeSettings, Starter
 from danlu.data.sources import files_of
 from danlu.exceptions import DanluError
+from danlu.models.adapter_files import read_info
+from danlu.models.places import adapter_place, base_of, is_adapter
 from danlu.pipeline.footprint import (
     STRATEGIES,
     Shape,
@@ -44,9 +53,9 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
     """One row per stage: `{"stage", "kind", "parameters", "trained_parameters", "tokens", "tokens_per_parameter", "flops",
     "memory_mb", "seconds", "fits", "parts", "strategies"}`.
 
-    `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory,
-    time and `fits` of the others. Training stages also have `inference_mb` (a cache of 2,048 tokens) and `tuning_mb` (LoRA) by the
-    bits of the weights. ZeRO is that of as many processes as the settings say, or of `MANY`.
+    `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory, FLOPs
+    and time of a process, and `fits`, of each. Training stages also have `inference_mb` (a cache of 2,048 tokens) and `tuning_mb`
+    (LoRA) by the bits of the weights. ZeRO is that of as many processes as the settings say, or of `MANY`.
     """
     rate = gemm_rate()
     room = memory_here()
@@ -58,7 +67,9 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
             shape = shape_of_starter(_starter(settings), _vocab(recipe))
         elif isinstance(settings, TrainSettings) and not settings.model.startswith("stage:"):
             shape = shape_of_folder(settings.model) or shape
-        rows.append({"stage": stage.name, "kind": stage.kind, **_row(stage, shape, rate, room)})
+        rows.append(
+            {"stage": stage.name, "kind": stage.kind, **_row(stage, shape, rate, room, _beside(recipe, stage.settings))}
+        )
     return rows
 
 
@@ -115,7 +126,7 @@ def _tokens(data: Any) -> float:
     return total
 
 
-def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[str, Any]:
+def _row(stage: Stage, shape: Shape | None, rate: float, room: float, beside: int) -> dict[str, Any]:
     settings = stage.settings
     parameters = float(shape.parameters) if shape is not None and stage.kind != "tokenizer" else 0.0
     tokens = _stage_tokens(settings)
@@ -146,7 +157,9 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
         shared: dict[str, Strategy] = {"zero2": "zero2", "fsdp2": "zero3"}
         own = shared.get(settings.strategy, own)
     shown = list(dict.fromkeys([*STRATEGIES, own]))
-    found = {s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY) for s in shown}
+    found = {
+        s: _with(s, shape, settings, work, rate, room, several if several > 1 else MANY, beside=beside) for s in shown
+    }
     chosen = found[own]
     length = max(16, settings.max_length // 2)
     dtype = "float32" if settings.dtype == "float32" else "bfloat16"
@@ -167,11 +180,19 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float) -> dict[st
 
 
 def _with(
-    strategy: Strategy, shape: Shape, settings: TrainSettings, work: float, rate: float, room: float, processes: int
+    strategy: Strategy,
+    shape: Shape,
+    settings: TrainSettings,
+    work: float,
+    rate: float,
+    room: float,
+    processes: int,
+    *,
+    beside: int,
 ) -> dict[str, Any]:
     dtype = "float32" if settings.dtype == "float32" else "bfloat16"
     length = max(16, settings.max_length // 2)
-    parts = stage_memory(shape, settings, strategy, dtype=dtype, length=length, processes=processes)
+    parts = stage_memory(shape, settings, strategy, dtype=dtype, length=length, processes=processes, beside=beside)
     memory = RUNTIME_MB + sum(parts.values())
     if strategy in ("lora", "qlora", "prefix"):
         work *= 2 / 3  # frozen weights take no gradient
@@ -181,10 +202,26 @@ def _with(
         work /= processes
     return {
         "memory_mb": memory,
+        "flops": work,
         "seconds": 2.0 + work / (rate * EFFICIENCY),
         "fits": memory <= room,
         "parts": parts,
     }
+
+
+def _beside(recipe: Recipe, settings: StageSettings) -> int:
+    """Reward models of a stage that are adapters of the base which its policy starts from."""
+    if not isinstance(settings, RolloutSettings):
+        return 0
+    stages = {f"stage:{stage.name}": stage.settings for stage in recipe.stages}
+    found = 0
+    for name in as_models(settings.reward_model):
+        made = stages.get(name)
+        if isinstance(made, RewardSettings):
+            found += made.adapted and made.frozen_bits == 16 and made.model == settings.model
+        elif is_adapter(place := adapter_place(name)):
+            found += read_info(place).base_bits == 16 and Path(base_of(place)) == Path(settings.model).resolve()
+    return found
 
 
 def _stage_tokens(settings: StageSettings) -> float:

@@ -54,8 +54,10 @@ NO_EFFECT = (
     "strategy",
     "micro_tokens",
     "activation_checkpointing",
+    "compile_head",
     "on_oom",
     "rollout.buffer",
+    "rollout.vllm_memory",
     "follow_failed",
 )
 

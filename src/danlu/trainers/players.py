@@ -11,13 +11,17 @@ from torch import nn
 
 from danlu.alignment_config import GrpoSettings, RolloutSettings
 from danlu.data.collate import EncodedPrompt
+from danlu.exceptions import SettingsError
 from danlu.generation.engine import LocalEngine
-from danlu.models.adapters import copy_of, engine_model
+from danlu.generation.vllm import VllmEngine
+from danlu.models.adapters import PREFIX_KINDS, copy_of, engine_model
+from danlu.models.places import base_of, is_adapter
 from danlu.models.roles import reference_model
 from danlu.models.root import RoleName, RootModel
 from danlu.rewards.combine import Combined
 from danlu.text.chat_template import ChatTemplate
 from danlu.trainers import scoring
+from danlu.training import distributed
 from danlu.training.compute import DTYPES, Compute, choose
 from danlu.training.heldout import Heldout, Scorer
 from danlu.training.methods import method_of
@@ -35,7 +39,7 @@ class Players:
     root: RootModel
     policy: Any
     reward: Combined
-    engine: LocalEngine
+    engine: LocalEngine | VllmEngine
     compute: Compute
     template: ChatTemplate
 
@@ -63,8 +67,8 @@ def players_of(
     path = resolve_model(settings.model)
     policy = load_policy(settings)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
-    reward = scoring.rewards_for(settings, template, prompts, compute, stage=settings.method)
-    engine = LocalEngine(answering_model(policy, settings, template, compute), template.tokenizer)
+    reward = scoring.rewards_for(settings, template, prompts, compute, stage=settings.method, policy=policy)
+    engine = engine_of(policy, settings, template, compute)
     trunks: nn.Module
     if settings.adapted:
         updates, ends = (
@@ -78,7 +82,32 @@ def players_of(
             models["ref"] = reference_model(path, settings.ref_bits)
         trunks = own_models(models, ["policy"], settings)
     root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
+    scoring.rest_beside(reward, policy)
     return Players(root, policy, reward, engine, compute, template)
+
+
+def engine_of(
+    policy: Any, settings: RolloutSettings, template: ChatTemplate, compute: Compute
+) -> LocalEngine | VllmEngine:
+    """What draws answers, with weights of its own; call it before the policy gets its adapters.
+
+    Raises:
+        SettingsError: vLLM is asked for and cannot have this policy's weights, or there are several processes.
+        EngineError: vLLM is not installed.
+    """
+    if settings.rollout.engine == "danlu":
+        return LocalEngine(answering_model(policy, settings, template, compute), template.tokenizer)
+    hint = "rollout.engine: danlu"
+    if settings.adapter in PREFIX_KINDS or settings.frozen_bits != 16:
+        what = settings.adapter if settings.adapter in PREFIX_KINDS else f"a base of {settings.frozen_bits} bits"
+        raise SettingsError(f"vLLM cannot follow a policy with {what}", field="rollout.engine", hint=hint)
+    if distributed.world()[1] > 1:
+        raise SettingsError("vLLM draws for one process", field="rollout.engine", hint=f"processes: 1, or {hint}")
+    path = resolve_model(settings.model)
+    folder = base_of(path) if is_adapter(path) else path  # what it begins with is replaced before the first answer
+    return VllmEngine(
+        folder, dtype=compute.dtype, memory_share=settings.rollout.vllm_memory, context=settings.max_length
+    )
 
 
 def answering_model(policy: Any, settings: RolloutSettings, template: ChatTemplate, compute: Compute) -> Any:

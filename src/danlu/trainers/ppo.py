@@ -18,7 +18,6 @@ from torch import nn
 from danlu.alignment_config import PpoSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.exceptions import RewardError, SettingsError
-from danlu.generation.engine import LocalEngine
 from danlu.generation.seeds import mix_seed
 from danlu.models.load import load_model
 from danlu.models.roles import reference_model
@@ -27,7 +26,7 @@ from danlu.rewards.model import fold_normaliser
 from danlu.text.chat_template import ChatTemplate
 from danlu.train_config import as_models
 from danlu.trainers import scoring
-from danlu.trainers.players import Players, answering_model
+from danlu.trainers.players import Players, engine_of
 from danlu.training import distributed
 from danlu.training.buffer import ReplayBuffer, ScoredAnswer
 from danlu.training.checkpoint import Stateful
@@ -177,8 +176,8 @@ def _players(
     path = resolve_model(settings.model)
     policy = load_policy(settings)
     compute = choose(Path(settings.out), settings.dtype, policy.config.hidden_size)
-    reward = scoring.rewards_for(settings, template, prompts, compute, stage="ppo")
-    engine = LocalEngine(answering_model(policy, settings, template, compute), template.tokenizer)
+    reward = scoring.rewards_for(settings, template, prompts, compute, stage="ppo", policy=policy)
+    engine = engine_of(policy, settings, template, compute)
     trunks: nn.Module
     if settings.adapted:
         updates, ends = iterations * settings.ppo.epochs * settings.ppo.minibatches, template.stop_ids
@@ -189,6 +188,7 @@ def _players(
         models: dict[RoleName, Any] = {"policy": policy, "ref": ref, "critic": critic}
         trunks = own_models(models, ["policy", "critic"], settings)
     root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
+    scoring.rest_beside(reward, policy)
     return Players(root, policy, reward, engine, compute, template)
 
 

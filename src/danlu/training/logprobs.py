@@ -26,6 +26,7 @@ def logprobs(
         scale=out.rule.scale,
         softcap=out.rule.softcap,
         entropy=entropy,
+        compiled=out.compiled,
     )
 
 
@@ -34,7 +35,16 @@ def nll(out: TrunkOutput, index_M: Tensor, weight_M: Tensor) -> Tensor:
     weight, bias = out.head_weights()
     targets = out.tree.input_ids_T[index_M]
     hidden = _predictors(out, index_M)
-    return weighted_nll(hidden, weight, targets, weight_M, bias_V=bias, scale=out.rule.scale, softcap=out.rule.softcap)
+    return weighted_nll(
+        hidden,
+        weight,
+        targets,
+        weight_M,
+        bias_V=bias,
+        scale=out.rule.scale,
+        softcap=out.rule.softcap,
+        compiled=out.compiled,
+    )
 
 
 def _predictors(out: TrunkOutput, index_M: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,11 @@ def placed(roles: nn.Module, settings: TrainSettings, compute: Compute) -> RootM
         # An engine beside packed weights shares them, and the tables around them.
         if not (isinstance(settings, RolloutSettings) and settings.frozen_bits != 16):
             setattr(base, ROUNDED, rest(base, torch.float32 if exact else dtype))
-    return shard(RootModel(roles).to(compute.device), settings, compute)
+    if settings.compile_head and compute.device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise SettingsError(
+            "compile_head needs a C++ compiler on a CPU, and there is none", field="compile_head", hint="leave it off"
+        )
+    return shard(RootModel(roles, compiled=settings.compile_head).to(compute.device), settings, compute)
 
 
 def own_models(models: Mapping[RoleName, Any], trained: Sequence[RoleName], settings: TrainSettings) -> SeparateModels:
