@@ -18,7 +18,7 @@ from danlu import assistant
 from danlu.config import KINDS, SftSettings
 from danlu.exceptions import ModelError
 from danlu.models.adapter_files import load_adapted, read_info
-from danlu.models.adapters import adapter_roles, fingerprint
+from danlu.models.adapters import adapter_roles, fingerprint, quantize_base
 from danlu.models.load import load_model, save_model
 from danlu.models.packed import PackedLinear
 from danlu.models.places import resolve
@@ -28,6 +28,7 @@ from danlu.models.root import RootModel
 from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.trainers import sft
+from danlu.training.setup import load_policy
 from danlu.tree import TreeBatch, branches
 
 IDS = torch.tensor([[5, 9, 30, 7, 8, 44, 12]])
@@ -82,6 +83,48 @@ def test_a_quantised_base_keeps_its_adapter_beside_it(tmp_path: Path, near: Any)
     assert any(isinstance(m, QuantizedLora) for m in loaded.model.modules())
     ask = [{"role": "user", "content": "0: which colour has the door?"}]
     assert loaded.generate([ask])[0].ids  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("layout", ["rounded", "nf4"])
+def test_a_base_in_few_bits_is_rounded_as_it_is_read(
+    family: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layout == "nf4":
+        pytest.importorskip("bitsandbytes", reason="NF4 NOT TESTED: pip install bitsandbytes")
+    folder = save_model(make(family), None, tmp_path / "model")
+    whole = quantize_base(load_model(folder), 4, layout)
+
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("the 16-bit model was held whole")
+
+    for place in (
+        "danlu.training.setup.load_model",
+        "danlu.models.quantize.load_model",
+        "danlu.models.load.load_model",
+    ):
+        monkeypatch.setattr(place, never)
+    settings = SftSettings(model=str(folder), adapter="qlora", base_format=layout)  # type: ignore[arg-type]
+    found = load_policy(settings)
+    expected, tensors = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (whole, found))
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(expected[name], tensors[name]) for name in expected)
+    assert fingerprint(found) == fingerprint(whole) != "" and found.name_or_path == whole.name_or_path == str(folder)
+    turned = [[getattr(m, "danlu_transposed", None) for m in model.modules()] for model in (whole, found)]
+    assert turned[0] == turned[1] and (True in turned[0]) == (family == "gpt2")
+
+
+def test_a_trained_qlora_opens_without_its_whole_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: Any
+) -> None:
+    out = trained(tmp_path, "qlora")
+    dense = logits(load_model(out / "model"))
+
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("the 16-bit model was held whole")
+
+    monkeypatch.setattr("danlu.models.load._from_transformers", never)
+    near(logits(load_adapted(out / "model", dense=False)), dense)
 
 
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626]

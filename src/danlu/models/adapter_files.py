@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
-from danlu.models.places import ADAPTER_CONFIG, base_of, resolve, tokenizer_place
+from danlu.models.places import ADAPTER_CONFIG, base_of, is_adapter, resolve, tokenizer_place
+from danlu.models.quantize import is_quantized, load_in_bits
 from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
@@ -208,7 +209,11 @@ def load_adapted(
             file=info.folder,
             hint="put the base where it was, or danlu chat BASE --adapter NAME=FOLDER",
         ) from error
-    model = load_model(info.base, scalar=scalar, dtype=dtype)
+    place, local = resolve(info.base)
+    if info.base_bits != 16 and not scalar and not (local and (is_adapter(place) or is_quantized(place))):
+        model = load_in_bits(info.base, info.base_bits, dtype=dtype, layout=info.base_format)
+    else:
+        model = load_model(info.base, scalar=scalar, dtype=dtype)
     return finish(put_on(model, info), info, dense=dense)
 
 

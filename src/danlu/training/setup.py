@@ -19,6 +19,8 @@ from danlu.generation.seeds import mix_seed
 from danlu.models.adapters import PREFIX_KINDS, adapter_roles, freeze_parts, teaches_a_new_end
 from danlu.models.embeddings import holds_bfloat16
 from danlu.models.load import load_model
+from danlu.models.places import is_adapter, resolve
+from danlu.models.quantize import is_quantized, load_in_bits
 from danlu.models.resting import rest
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RoleName, RootModel
@@ -93,12 +95,25 @@ def policy_roles(
 
 
 def load_policy(settings: TrainSettings, *, scalar: bool = False) -> Any:
-    """The settings' model in fp32; under an adapter in bf16 where it is stored so, for frozen weights need not be more exact."""
+    """The settings' model in fp32; under an adapter in bf16 where it is stored so, for frozen weights need not be more exact.
+
+    A base that an adapter wants in few bits is rounded tensor by tensor as it is read: it may not fit in 16.
+    """
     path = resolve_model(settings.model)
+    if settings.adapted and settings.frozen_bits != 16 and not scalar and _is_whole(path):
+        model = load_in_bits(path, settings.frozen_bits, layout=settings.base_format)
+        setattr(model, SOURCE, path)
+        return model
     exact = not settings.adapted or settings.frozen_bits != 16 or not holds_bfloat16(path)
     model = load_model(path, scalar=scalar, dtype=torch.float32 if exact else torch.bfloat16)
     setattr(model, SOURCE, path)
     return model
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a model is neither an adapter on another nor packed already."""
+    name, local = resolve(path)
+    return not local or not (is_adapter(name) or is_quantized(name))
 
 
 def placed(roles: nn.Module, settings: TrainSettings, compute: Compute) -> RootModel:
