@@ -65,8 +65,32 @@ def test_a_full_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypa
     assert "the disk is too small" in refused(capfd, "facts", "export", base, "--out", tmp_path / "out")
     assert "are free" in refused(capfd, "export", base, "--format", "hf", "--out", tmp_path / "out", "--no-check")
     assert "free" in refused(capfd, "quantize", tiny.model(), "--bits", "8", "--out", tmp_path / "q")
-    assert not (tmp_path / "q" / "model").exists()
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "q") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_quantizing_that_is_refused_leaves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, chinese = (tmp_path / f"{name}.txt" for name in ("short", "chinese"))
+    short.write_text("hello\n", "utf-8")
+    chinese.write_text("林井镇的老东门建于一四一二年。\n" * 300, "utf-8")
+    base, out = tiny.model(), ("--out", tmp_path / "q")
+    documents = tiny.data()["documents"]
+    assert run(["quantize", str(base), "--bits", "8", "--out", str(tmp_path / "small")]) == 0
+    capfd.readouterr()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    # Before minutes of work: nobody should wait for a perplexity to read that the text is too short.
+    monkeypatch.setattr("danlu.evals.perplexity.perplexity", lambda *_: pytest.fail("perplexity came first"))
+    for told, *asked in (
+        ("quantised already", tmp_path / "small" / "model", "--bits", "4"),
+        ("quantised already", tmp_path / "small" / "model", "--bits", "8"),
+        ("too short", base, "--calibration", short, "--eval-data", documents),
+        ("is Chinese", base, "--calibration", chinese, "--eval-data", documents),
+        ("no size of a file", base, "--bits", "8", "--max-shard-size", "large"),
+        ("no such model folder", tmp_path / "nowhere", "--bits", "4"),
+    ):
+        assert told in refused(capfd, "quantize", *asked, *out)
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_an_encoder_decoder_has_no_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
