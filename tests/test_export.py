@@ -159,8 +159,12 @@ def test_families_for_transformers_only(family: str, tmp_path: Path, capsys: pyt
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_quantised_folders(tmp_path: Path) -> None:
-    folder = save_quantized(quantize_model(load_model(small.model())), small.tokenizer(), tmp_path / "int8")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_quantised_folders(family: str, tmp_path: Path) -> None:
+    tokenizer = small.tokenizer()
+    model = load_model(small.model()) if family == "llama" else make(family, vocab_size=len(tokenizer))
+    folder = save_quantized(quantize_model(model), tokenizer, tmp_path / "int8")
+    assert str(small.home()) not in (folder / "config.json").read_text("utf-8"), "nobody's folders are told"
     for shape in ("hf", "gguf"):
         with pytest.raises(ModelError, match="8-bit weights in a packed layout"):
             export(order(tmp_path / "out", shape, model=str(folder)))
@@ -169,6 +173,7 @@ def test_quantised_folders(tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = (m(input_ids=ids).logits for m in (load_model(tmp_path / "out"), load_quantized(folder)))
     assert torch.allclose(found, expected, atol=1e-5)
+    export(order(tmp_path / "gguf", "gguf", model=str(folder), dequantize=True))
     assert "danlu_quantization" not in (tmp_path / "out" / "config.json").read_text("utf-8")
 
 

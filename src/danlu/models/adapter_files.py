@@ -22,13 +22,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
 from danlu.models.places import ADAPTER_CONFIG, base_of, is_adapter, resolve, tokenizer_place
 from danlu.models.quantize import is_quantized, load_in_bits
-from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
+from danlu.models.quantized_layers import dense_layer, dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
 from danlu.models.weights import check_file
@@ -352,19 +351,8 @@ def merge_into(model: Any) -> Any:
 
 
 def _dense(packed: Any, weight: Tensor, like: Any) -> nn.Module:
-    """A linear layer with this weight `[out, in]` and a packed layer's bias, in the dtype of the embeddings."""
-    made: Any
-    if getattr(packed, "danlu_transposed", False):
-        made = Conv1D(packed.out_features, packed.in_features)
-        made.weight.copy_(weight.t())
-        made.bias.zero_()
-    else:
-        made = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-        made.weight.copy_(weight)
-    if packed.bias is not None:
-        made.bias.copy_(packed.bias)
-    dense: nn.Module = made.to(_inner(like).weight.device, _inner(like).weight.dtype)
-    return dense
+    """`dense_layer` in the dtype of the embeddings."""
+    return dense_layer(packed, weight).to(_inner(like).weight.device, _inner(like).weight.dtype)
 
 
 def _inner(module: Any) -> Any:

@@ -15,6 +15,7 @@ from danlu.exceptions import ModelError, SettingsError
 from danlu.models.load import load_model
 from danlu.models.places import is_adapter
 from danlu.models.quantize import bits_of, is_quantized, load_quantized
+from danlu.models.quantized_layers import dense_layer, dense_weight
 
 ExportType = Literal["bf16", "f16", "f32"]
 DTYPES: Final[dict[ExportType, torch.dtype]] = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -74,16 +75,8 @@ def dequantized(model: Any) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) or not hasattr(module, "in_features") or list(module.children()):
             continue
-        linear = nn.Linear(module.in_features, module.out_features, bias=getattr(module, "bias", None) is not None)
-        with torch.no_grad():
-            zero = module(torch.zeros(1, module.in_features))[0]
-            # Whatever the layout: the answer to the n-th unit vector is the n-th column of the weights.
-            for start in range(0, module.in_features, 1024):
-                units = torch.eye(module.in_features)[start : start + 1024]
-                linear.weight[:, start : start + 1024] = (module(units) - zero).T
-            if linear.bias is not None:
-                linear.bias.copy_(zero)
-        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
+        replaced = dense_layer(module, dense_weight(module))
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], replaced)
     if hasattr(model.config, "danlu_quantization"):
         del model.config.danlu_quantization
     if getattr(model.config, "quantization_bit", None):  # ChatGLM's

@@ -46,6 +46,8 @@ __all__ = [
 ]
 Written = Literal["danlu", "gptq"]
 GROUP_SIZE = 64
+# Of config.json: what was true of the model before, and where it was.
+NOT_WRITTEN = (KEY, "quantization_config", "quantization_bit", "_name_or_path")
 # What old checkpoints hold beside weights, and models make themselves.
 MADE = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
@@ -162,9 +164,7 @@ def save_quantized(
     """
     layers = packed_layers(model)
     state = _state(model, layers, layout)
-    config = {
-        k: v for k, v in model.config.to_dict().items() if k not in (KEY, "quantization_config", "quantization_bit")
-    }
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_WRITTEN}
     if layout == "gptq":
         config["quantization_config"] = packed_layouts.gptq_config(layers, facts or {})
     else:
