@@ -53,15 +53,16 @@ def logits(model: Any) -> Tensor:
     "ignore:Model has `tie_word_embeddings:UserWarning",
     "ignore:The following rank_pattern keys:RuntimeWarning",
 )
-@pytest.mark.parametrize("kind", [*WEIGHT_KINDS, "pissa", "embeddings"])
+@pytest.mark.parametrize("kind", [*WEIGHT_KINDS, "pissa", "embeddings", "pissa-embeddings"])
 def test_what_a_stage_saves_is_one_model_to_peft_danlu_and_transformers(kind: str, tmp_path: Path, near: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    changes: dict[str, Any] = {"lora": {"r": 4, "init": "pissa"}} if kind == "pissa" else {}
-    changes |= {"lora": {"embeddings": "on"}} if kind == "embeddings" else {}
+    pissa, embeddings = (word in kind for word in ("pissa", "embeddings"))
+    lora = ({"r": 4, "init": "pissa"} if pissa else {}) | ({"embeddings": "on"} if embeddings else {})
+    changes: dict[str, Any] = {"lora": lora} if lora else {}
     changes |= {"adalora": {"initial_r": 4, "target_r": 2}} if kind == "adalora" else {}
-    out = trained(tmp_path, "lora" if kind in ("pissa", "embeddings") else kind, **changes)
+    out = trained(tmp_path, "lora" if pissa or embeddings else kind, **changes)
     base = AutoModelForCausalLM.from_pretrained(tiny.model())
     plain = logits(base)
     by_peft = logits(PeftModel.from_pretrained(base, out / "adapter"))
