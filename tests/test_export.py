@@ -315,3 +315,36 @@ def test_card_names_licences_and_base(tmp_path: Path) -> None:
     found = yaml.safe_load(text.split("---")[1])
     assert found["base_model"] == "gpt/two" and found["language"] == ["en", "zh"]
     assert found["license"] == "unknown" and found["tags"] == ["danlu", "sft"]
+
+
+def test_card_of_stages_outside_of_a_run(tmp_path: Path) -> None:
+    for kind, start in (("sft", "hf:gpt/two"), ("dpo", str(tmp_path / "sft" / "model"))):
+        stage = tmp_path / kind
+        stage.mkdir()
+        given = {
+            "field": "data",
+            "path": f"/home/me/{kind}.jsonl",
+            "sha256": "ab" * 32,
+            "records": 77,
+            "licence": "mit",
+        }
+        gate = {"code": "G-STOP", "passed": True, "sentence": "they stop"}
+        manifest = {"kind": kind, "name": kind, "status": "done", "inputs": [given], "metrics": {"eval_loss": 1.5}}
+        (stage / "manifest.json").write_text(json.dumps(manifest | {"gates": [gate]}))
+        (stage / "settings.yaml").write_text(yaml.safe_dump({"model": start, "learning_rate": 0.125}))
+    origin = card.origin_of(tmp_path / "dpo" / "model")
+    assert [s.name for s in origin.stages] == ["sft", "dpo"] and origin.base == "hf:gpt/two"
+    text = card.write(origin, shipped())
+    for part in (
+        "stage `dpo`",
+        "| 77 | mit |",
+        "learning_rate 0.125",
+        "eval_loss 1.5",
+        "they stop",
+        "started from `hf:gpt/two`",
+    ):
+        assert part in text, part
+    assert "not known" not in text.lower() and "not recorded" not in text and str(tmp_path) not in text
+    (tmp_path / "sft" / "settings.yaml").write_text(yaml.safe_dump({"model": "/home/me/private/base"}))
+    text = card.write(card.origin_of(tmp_path / "dpo" / "adapter"), shipped())
+    assert "started from `private/base`" in text and "/home" not in text and "base_model" not in text
