@@ -86,6 +86,8 @@ def quantize_command() -> click.Command:
             print(json.dumps(shown | figures | {"gates": manifest.get("gates", [])}, ensure_ascii=False, indent=2))
         else:
             _show(figures)
+        if experts := manifest["facts"].get("bytes_of_experts"):
+            say(f"the experts of this mixture stay in 16 bits: {experts / 1e6:,.1f} MB")
         say(f"written to {settings.out}/model")
         say(f"try it: danlu chat {settings.out}/model")
 

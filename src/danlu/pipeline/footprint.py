@@ -89,8 +89,9 @@ class Shape:
 
     @property
     def tables(self) -> int:
-        """Parameters of the embedding and the head, which quantising leaves as they are."""
-        return self.head * (1 if getattr(self.config, "tie_word_embeddings", False) else 2)
+        """Parameters that quantising leaves as they are: the embedding's, the head's, and those of the experts of a mixture."""
+        experts: int = sum(p.numel() for p in self.model.parameters() if p.dim() > 2)
+        return self.head * (1 if getattr(self.config, "tie_word_embeddings", False) else 2) + experts
 
     @property
     def key_values(self) -> int:

@@ -349,6 +349,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
         trees = perplexity.encode(settings.eval_data, tokenizer, settings.max_length, max_tokens=PERPLEXITY_TOKENS)
     outcome = Outcome()
     model = _rounded(settings, source, tokenizer, trees, outcome)
+    outcome.facts["bytes_of_experts"] = 2 * sum(p.numel() for p in model.parameters() if p.dim() > 2)
     facts = {"method": settings.method}
     options: dict[str, Any] = {"max_shard": max_shard, "layout": settings.layout, "facts": facts}
     folder = save_quantized(model, tokenizer, Path(settings.out) / "model", rest=torch.bfloat16, **options)
