@@ -20,9 +20,10 @@ from danlu.exceptions import ModelError
 from danlu.models.adapter_files import load_adapted, read_info
 from danlu.models.adapters import adapter_roles, fingerprint, quantize_base
 from danlu.models.load import load_model, save_model
+from danlu.models.merging import merge_adapters
 from danlu.models.packed import PackedLinear
 from danlu.models.places import resolve
-from danlu.models.quantize import load_in_bits
+from danlu.models.quantize import load_in_bits, quantize_model, save_quantized
 from danlu.models.quantized_lora import QuantizedLora
 from danlu.models.root import RootModel
 from danlu.parsing import parse
@@ -126,6 +127,23 @@ def test_a_trained_qlora_opens_without_its_whole_base(
 
     monkeypatch.setattr("danlu.models.load._from_transformers", never)
     near(logits(load_adapted(out / "model", dense=False)), dense)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_base_that_is_packed_on_disk(stage: str, bits: int, tmp_path: Path, near: Any) -> None:
+    base = save_quantized(quantize_model(load_model(tiny.model()), bits), tiny.tokenizer(), tmp_path / "packed")
+    values = tiny.stage(stage, tmp_path / "out", model=str(base), adapter="qlora", base_bits=bits, max_steps=2)
+    assert STAGES[stage].run(parse(KINDS[stage], values)).metrics
+    place = tmp_path / "out" / "model"
+    packed, dense = load_adapted(place, dense=False), load_model(place)
+    assert any(isinstance(m, QuantizedLora) for m in packed.modules())
+    near(logits(packed), logits(dense), 1e-4)
+    if stage == "sft":
+        report = merge_adapters([place], tmp_path / "merged", dtype=torch.float32)
+        assert report["logit_difference"] < 1e-4
+        near(logits(load_model(tmp_path / "merged")), logits(packed), 1e-4)
+        assert merge_adapters([place], tmp_path / "stored")["dtype"] == "bfloat16"
 
 
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626]

@@ -26,8 +26,15 @@ from torch import Tensor, nn
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
 from danlu.models.places import ADAPTER_CONFIG, base_of, is_adapter, resolve, tokenizer_place
-from danlu.models.quantize import is_quantized, load_in_bits
-from danlu.models.quantized_layers import dense_layer, dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
+from danlu.models.quantize import is_quantized, load_in_bits, load_quantized
+from danlu.models.quantized_layers import (
+    dense_layer,
+    dense_weight,
+    forget_packing,
+    is_quantized_layer,
+    quantized_kinds,
+    shown_to_peft,
+)
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
 from danlu.models.weights import check_file
@@ -193,8 +200,6 @@ def load_adapted(
     Raises:
         ModelError: the base is missing, or another than that which the adapter was trained on.
     """
-    from danlu.models.load import load_model
-
     info = read_info(folder)
     if not info.base:
         raise ModelError(
@@ -208,12 +213,21 @@ def load_adapted(
             file=info.folder,
             hint="put the base where it was, or danlu chat BASE --adapter NAME=FOLDER",
         ) from error
-    place, local = resolve(info.base)
-    if info.base_bits != 16 and not scalar and not (local and (is_adapter(place) or is_quantized(place))):
-        model = load_in_bits(info.base, info.base_bits, dtype=dtype, layout=info.base_format)
-    else:
-        model = load_model(info.base, scalar=scalar, dtype=dtype)
+    model = load_base(info, scalar=scalar, dtype=dtype)
     return finish(put_on(model, info), info, dense=dense)
+
+
+def load_base(info: AdapterInfo, *, scalar: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """The model that an adapter stands on, without it: in the bits that it had, which are rounded as they are read."""
+    from danlu.models.load import load_model
+
+    place, local = resolve(info.base)
+    whole = not local or not is_adapter(place)
+    if whole and local and not scalar and is_quantized(place):
+        return load_quantized(place, dtype=dtype)
+    if whole and info.base_bits != 16 and not scalar:
+        return load_in_bits(info.base, info.base_bits, dtype=dtype, layout=info.base_format)
+    return load_model(info.base, scalar=scalar, dtype=dtype)
 
 
 def finish(model: Any, info: AdapterInfo, *, dense: bool) -> Any:
@@ -339,6 +353,7 @@ def merge_into(model: Any) -> Any:
     for name, module in list(model.named_modules()):  # what the adapter did not stand on
         if is_quantized_layer(module):
             _replace(model, name, _dense(module, dense_weight(module), first))
+    forget_packing(model.config)
     if tied:
         same = torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
         model.config.tie_word_embeddings = same

@@ -15,7 +15,7 @@ from danlu.exceptions import ModelError, SettingsError
 from danlu.models.load import load_model
 from danlu.models.places import is_adapter
 from danlu.models.quantize import bits_of, is_quantized, load_quantized
-from danlu.models.quantized_layers import dense_layer, dense_weight
+from danlu.models.quantized_layers import dense_layer, dense_weight, forget_packing
 
 ExportType = Literal["bf16", "f16", "f32"]
 DTYPES: Final[dict[ExportType, torch.dtype]] = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -77,10 +77,7 @@ def dequantized(model: Any) -> Any:
             continue
         replaced = dense_layer(module, dense_weight(module))
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], replaced)
-    if hasattr(model.config, "danlu_quantization"):
-        del model.config.danlu_quantization
-    if getattr(model.config, "quantization_bit", None):  # ChatGLM's
-        model.config.quantization_bit = 0
+    forget_packing(model.config)
     return model
 
 

@@ -293,7 +293,17 @@ def load_in_bits(
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
+    return folder
+
+
+def fetched_if_packed(name: str, local: bool) -> tuple[str, bool]:
+    """A hub model whose weights are packed becomes the folder that it is downloaded to; others stay what they are."""
+    if local or layout_of(raw_config(name, local)) is None:
+        return name, local
+    return str(_downloaded(name)), True
 
 
 def _skeleton(folder: Path) -> Any | None:

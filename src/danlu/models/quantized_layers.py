@@ -74,3 +74,11 @@ def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
         made.bias.copy_(bias)
     dense: nn.Module = made
     return dense
+
+
+def forget_packing(config: Any) -> None:
+    """Takes from a model's configuration what says that its weights are packed, in place."""
+    if hasattr(config, "danlu_quantization"):
+        del config.danlu_quantization
+    if getattr(config, "quantization_bit", None):  # ChatGLM's
+        config.quantization_bit = 0
