@@ -19,7 +19,7 @@ from danlu.knowledge_config import TeachSettings
 from danlu.models.load import load_model
 from danlu.models.quantize import quantize_model, save_quantized
 from danlu.parsing import parse
-from danlu.trainers import sft
+from danlu.trainers import classify, sft
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -121,6 +121,8 @@ def test_what_would_lose_a_prefix(kind: str, tmp_path: Path, capfd: pytest.Captu
         told = refused(capfd, *tiny.arguments(stage, asked))
         assert f"4 virtual tokens before every text ({kind})" in told and f"adapter: {kind}" in told
         assert not (tmp_path / "two" / "model").exists()
+    with pytest.raises(ModelError, match="a classifier would lose"):
+        classify.classifier(str(start), ["a", "b"], tiny.tokenizer(), per_token=False)
     asked = tiny.stage("sft", tmp_path / "three", model=str(start), max_steps=1, adapter=kind, prefix={"tokens": 4})
     assert run([*tiny.arguments("sft", asked), "--force"]) == 0
 
