@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
+from danlu.models.fingerprint import UNPATCHED
 from danlu.models.places import ADAPTER_CONFIG, base_of, is_adapter, resolve, tokenizer_place
 from danlu.models.quantize import is_quantized, load_in_bits, load_quantized
 from danlu.models.quantized_layers import (
@@ -259,7 +260,7 @@ def put_on(model: Any, info: AdapterInfo, *, named: str = "") -> Any:
     """
     shown = named or info.base
     packed = any(is_quantized_layer(m) for m in model.modules())
-    own_hash = fingerprint(model)
+    own_hash = getattr(model, UNPATCHED, "") or fingerprint(model)
     if info.base_hash and own_hash and own_hash != info.base_hash:
         raise ModelError(
             f"this adapter was trained on {info.base} as it was then, and {shown} has other weights",

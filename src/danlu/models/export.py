@@ -21,8 +21,35 @@ ExportType = Literal["bf16", "f16", "f32"]
 DTYPES: Final[dict[ExportType, torch.dtype]] = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # Families whose models vLLM serves from an ordinary folder (its page "Supported Models"), by transformers' model_type.
 VLLM_FAMILIES: Final = frozenset(
-    {"bloom", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "gptj", "granite", "llama"}
-    | {"mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "stablelm"}
+    {
+        "bloom",
+        "cohere2",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "gptj",
+        "granite",
+    }
+    | {
+        "llama",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo2",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    }
+    | {"stablelm"}
 )
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B", re.IGNORECASE)
 _HEADER_BYTES: Final = 1 << 20  # configuration, card and the like

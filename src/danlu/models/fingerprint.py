@@ -12,6 +12,8 @@ from torch import Tensor
 SAMPLED: Final = 64  # numbers of each tensor
 HASH: Final = "danlu_fingerprint"  # what a quantised model remembers of the weights that it was made of
 
+UNPATCHED: Final = "danlu_unpatched"  # what a taught model remembers of its trunk before the facts came in
+
 
 def sample(tensor: Tensor) -> bytes:
     """The shape of a tensor and some of its numbers as bf16, so that the dtype it was loaded in does not matter."""
