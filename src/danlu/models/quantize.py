@@ -46,6 +46,7 @@ __all__ = [
 ]
 Written = Literal["danlu", "gptq"]
 GROUP_SIZE = 64
+REGISTER = "register_parameter"  # of torch's modules
 # Of config.json: what was true of the model before, and where it was.
 NOT_WRITTEN = (KEY, "quantization_config", "quantization_bit", "_name_or_path")
 # What old checkpoints hold beside weights, and models make themselves.
@@ -455,15 +456,30 @@ class _Filling:
 
 
 def _materialise_buffers(model: Any, config: Any) -> None:
-    """Non-persistent buffers (rotary frequencies) are functions of the configuration: make them again off the meta device."""
-    for module in model.modules():
+    """Buffers that are not stored (rotary frequencies, ...) are functions of the configuration: make them off the meta device."""
+    whole: Any = None
+    for place, module in model.named_modules():
         if any(b.is_meta for b in module.buffers(recurse=False)):
             try:
                 fresh = type(module)(config=config)
-            except TypeError as error:
-                raise ModelError(
-                    f"{type(module).__name__} holds buffers that are not in the file and cannot be made from the configuration",
-                    hint="load the unquantised model",
-                ) from error
+            except TypeError:  # it wants more than the configuration, which the model that it stands in knows
+                whole = whole if whole is not None else _with_buffers_alone(model)
+                fresh = whole.get_submodule(place)
             for name, value in fresh.named_buffers(recurse=False):
                 setattr(module, name, value)
+
+
+def _with_buffers_alone(model: Any) -> Any:
+    """The model of another one's configuration with buffers of its own, and parameters that take no memory."""
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:  # what was allocated is never touched, and goes at once
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    setattr(nn.Module, REGISTER, empty)
+    try:
+        return type(model)(model.config)
+    finally:
+        setattr(nn.Module, REGISTER, register)
