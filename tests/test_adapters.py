@@ -18,16 +18,18 @@ from danlu import assistant
 from danlu.config import KINDS, SftSettings
 from danlu.exceptions import ModelError
 from danlu.models.adapter_files import load_adapted, read_info
-from danlu.models.adapters import adapter_roles, fingerprint
+from danlu.models.adapters import adapter_roles, fingerprint, quantize_base
 from danlu.models.load import load_model, save_model
+from danlu.models.merging import merge_adapters
 from danlu.models.packed import PackedLinear
 from danlu.models.places import resolve
-from danlu.models.quantize import load_in_bits
+from danlu.models.quantize import load_in_bits, quantize_model, save_quantized
 from danlu.models.quantized_lora import QuantizedLora
 from danlu.models.root import RootModel
 from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
 from danlu.trainers import sft
+from danlu.training.setup import load_policy
 from danlu.tree import TreeBatch, branches
 
 IDS = torch.tensor([[5, 9, 30, 7, 8, 44, 12]])
@@ -52,15 +54,16 @@ def logits(model: Any) -> Tensor:
     "ignore:Model has `tie_word_embeddings:UserWarning",
     "ignore:The following rank_pattern keys:RuntimeWarning",
 )
-@pytest.mark.parametrize("kind", [*WEIGHT_KINDS, "pissa", "embeddings"])
+@pytest.mark.parametrize("kind", [*WEIGHT_KINDS, "pissa", "embeddings", "pissa-embeddings"])
 def test_what_a_stage_saves_is_one_model_to_peft_danlu_and_transformers(kind: str, tmp_path: Path, near: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    changes: dict[str, Any] = {"lora": {"r": 4, "init": "pissa"}} if kind == "pissa" else {}
-    changes |= {"lora": {"embeddings": "on"}} if kind == "embeddings" else {}
+    pissa, embeddings = (word in kind for word in ("pissa", "embeddings"))
+    lora = ({"r": 4, "init": "pissa"} if pissa else {}) | ({"embeddings": "on"} if embeddings else {})
+    changes: dict[str, Any] = {"lora": lora} if lora else {}
     changes |= {"adalora": {"initial_r": 4, "target_r": 2}} if kind == "adalora" else {}
-    out = trained(tmp_path, "lora" if kind in ("pissa", "embeddings") else kind, **changes)
+    out = trained(tmp_path, "lora" if pissa or embeddings else kind, **changes)
     base = AutoModelForCausalLM.from_pretrained(tiny.model())
     plain = logits(base)
     by_peft = logits(PeftModel.from_pretrained(base, out / "adapter"))
@@ -82,6 +85,65 @@ def test_a_quantised_base_keeps_its_adapter_beside_it(tmp_path: Path, near: Any)
     assert any(isinstance(m, QuantizedLora) for m in loaded.model.modules())
     ask = [{"role": "user", "content": "0: which colour has the door?"}]
     assert loaded.generate([ask])[0].ids  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("layout", ["rounded", "nf4"])
+def test_a_base_in_few_bits_is_rounded_as_it_is_read(
+    family: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layout == "nf4":
+        pytest.importorskip("bitsandbytes", reason="NF4 NOT TESTED: pip install bitsandbytes")
+    folder = save_model(make(family), None, tmp_path / "model")
+    whole = quantize_base(load_model(folder), 4, layout)
+
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("the 16-bit model was held whole")
+
+    for place in (
+        "danlu.training.setup.load_model",
+        "danlu.models.quantize.load_model",
+        "danlu.models.load.load_model",
+    ):
+        monkeypatch.setattr(place, never)
+    settings = SftSettings(model=str(folder), adapter="qlora", base_format=layout)  # type: ignore[arg-type]
+    found = load_policy(settings)
+    expected, tensors = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (whole, found))
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(expected[name], tensors[name]) for name in expected)
+    assert fingerprint(found) == fingerprint(whole) != "" and found.name_or_path == whole.name_or_path == str(folder)
+    turned = [[getattr(m, "danlu_transposed", None) for m in model.modules()] for model in (whole, found)]
+    assert turned[0] == turned[1] and (True in turned[0]) == (family == "gpt2")
+
+
+def test_a_trained_qlora_opens_without_its_whole_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: Any
+) -> None:
+    out = trained(tmp_path, "qlora")
+    dense = logits(load_model(out / "model"))
+
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("the 16-bit model was held whole")
+
+    monkeypatch.setattr("danlu.models.load._from_transformers", never)
+    near(logits(load_adapted(out / "model", dense=False)), dense)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_base_that_is_packed_on_disk(stage: str, bits: int, tmp_path: Path, near: Any) -> None:
+    base = save_quantized(quantize_model(load_model(tiny.model()), bits), tiny.tokenizer(), tmp_path / "packed")
+    values = tiny.stage(stage, tmp_path / "out", model=str(base), adapter="qlora", base_bits=bits, max_steps=2)
+    assert STAGES[stage].run(parse(KINDS[stage], values)).metrics
+    place = tmp_path / "out" / "model"
+    packed, dense = load_adapted(place, dense=False), load_model(place)
+    assert any(isinstance(m, QuantizedLora) for m in packed.modules())
+    near(logits(packed), logits(dense), 1e-4)
+    if stage == "sft":
+        report = merge_adapters([place], tmp_path / "merged", dtype=torch.float32)
+        assert report["logit_difference"] < 1e-4
+        near(logits(load_model(tmp_path / "merged")), logits(packed), 1e-4)
+        assert merge_adapters([place], tmp_path / "stored")["dtype"] == "bfloat16"
 
 
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626]

@@ -159,8 +159,12 @@ def test_families_for_transformers_only(family: str, tmp_path: Path, capsys: pyt
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_quantised_folders(tmp_path: Path) -> None:
-    folder = save_quantized(quantize_model(load_model(small.model())), small.tokenizer(), tmp_path / "int8")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_quantised_folders(family: str, tmp_path: Path) -> None:
+    tokenizer = small.tokenizer()
+    model = load_model(small.model()) if family == "llama" else make(family, vocab_size=len(tokenizer))
+    folder = save_quantized(quantize_model(model), tokenizer, tmp_path / "int8")
+    assert str(small.home()) not in (folder / "config.json").read_text("utf-8"), "nobody's folders are told"
     for shape in ("hf", "gguf"):
         with pytest.raises(ModelError, match="8-bit weights in a packed layout"):
             export(order(tmp_path / "out", shape, model=str(folder)))
@@ -169,6 +173,7 @@ def test_quantised_folders(tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = (m(input_ids=ids).logits for m in (load_model(tmp_path / "out"), load_quantized(folder)))
     assert torch.allclose(found, expected, atol=1e-5)
+    export(order(tmp_path / "gguf", "gguf", model=str(folder), dequantize=True))
     assert "danlu_quantization" not in (tmp_path / "out" / "config.json").read_text("utf-8")
 
 
@@ -310,3 +315,36 @@ def test_card_names_licences_and_base(tmp_path: Path) -> None:
     found = yaml.safe_load(text.split("---")[1])
     assert found["base_model"] == "gpt/two" and found["language"] == ["en", "zh"]
     assert found["license"] == "unknown" and found["tags"] == ["danlu", "sft"]
+
+
+def test_card_of_stages_outside_of_a_run(tmp_path: Path) -> None:
+    for kind, start in (("sft", "hf:gpt/two"), ("dpo", str(tmp_path / "sft" / "model"))):
+        stage = tmp_path / kind
+        stage.mkdir()
+        given = {
+            "field": "data",
+            "path": f"/home/me/{kind}.jsonl",
+            "sha256": "ab" * 32,
+            "records": 77,
+            "licence": "mit",
+        }
+        gate = {"code": "G-STOP", "passed": True, "sentence": "they stop"}
+        manifest = {"kind": kind, "name": kind, "status": "done", "inputs": [given], "metrics": {"eval_loss": 1.5}}
+        (stage / "manifest.json").write_text(json.dumps(manifest | {"gates": [gate]}))
+        (stage / "settings.yaml").write_text(yaml.safe_dump({"model": start, "learning_rate": 0.125}))
+    origin = card.origin_of(tmp_path / "dpo" / "model")
+    assert [s.name for s in origin.stages] == ["sft", "dpo"] and origin.base == "hf:gpt/two"
+    text = card.write(origin, shipped())
+    for part in (
+        "stage `dpo`",
+        "| 77 | mit |",
+        "learning_rate 0.125",
+        "eval_loss 1.5",
+        "they stop",
+        "started from `hf:gpt/two`",
+    ):
+        assert part in text, part
+    assert "not known" not in text.lower() and "not recorded" not in text and str(tmp_path) not in text
+    (tmp_path / "sft" / "settings.yaml").write_text(yaml.safe_dump({"model": "/home/me/private/base"}))
+    text = card.write(card.origin_of(tmp_path / "dpo" / "adapter"), shipped())
+    assert "started from `private/base`" in text and "/home" not in text and "base_model" not in text

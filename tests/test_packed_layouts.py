@@ -208,3 +208,20 @@ def test_zeros_cannot_be_written_for_others(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="GPTQ's layout"):
         save_quantized(model, None, tmp_path / "gptq", layout="gptq")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packed_model_of_the_hub_is_opened_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny as small
+
+    from danlu import assistant
+    from danlu.models import quantize
+    from danlu.models.load import load_model
+
+    model = quantize.quantize_model(load_model(small.model()), 4, group_size=32, symmetric=True)
+    folder = quantize.save_quantized(model, small.tokenizer(), tmp_path / "gptq", layout="gptq")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    monkeypatch.setattr(quantize, "raw_config", lambda name, local: config)
+    monkeypatch.setattr(quantize, "_downloaded", lambda name: folder)
+    for bits in (None, 4):
+        loaded = assistant.load("hf:owner/name", bits=bits)
+        assert any(isinstance(m, quantize.Int4Linear) for m in loaded.model.modules()) and loaded.tokenizer is not None

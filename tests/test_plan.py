@@ -277,13 +277,13 @@ def test_memory_is_within_a_tenth_of_the_measured_peak(size: str, settings: dict
     assert found == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "ia3", "freeze"])
-def test_the_plan_counts_what_a_kind_of_adapter_trains(kind: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"lora": {"target": ["q_proj", "down_proj"]}, "prefix": {"projection": True}}])
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "ia3", "freeze", "ptuning", "prompt"])
+def test_the_plan_counts_what_a_kind_of_adapter_trains(kind: str, options: dict[str, Any]) -> None:
     """Against the model itself, made with that adapter."""
     from danlu.models.adapters import adapter_roles, freeze_parts
-    from danlu.pipeline.footprint import learnt_parameters
 
-    settings = SftSettings(adapter=kind, freeze={"layers": 1})  # type: ignore[arg-type]
+    settings = SftSettings(adapter=kind, freeze={"layers": 1}, **options)  # type: ignore[arg-type]
     model = starter(1000, **WIDE.model_dump(), seed=0, ids={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
     if kind == "freeze":
         freeze_parts(model, settings.freeze)
@@ -292,6 +292,21 @@ def test_the_plan_counts_what_a_kind_of_adapter_trains(kind: str) -> None:
         roles = adapter_roles(model, ["policy"], settings, updates=10)
         trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
     assert learnt_parameters(shape_of_starter(WIDE, 1000), settings) == trained
+
+
+def test_tuning_memory_by_adapter_and_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tiny.recipe(tmp_path)
+    found = rows(path)["sft"]["tuning_mb"]
+    on_few_bits = ("lora", "ptuning", "prompt")
+    assert found.keys() == {"full", "freeze", "dora", "adalora", "ia3", *on_few_bits}
+    assert all(list(b) == (["16", "8", "4"] if kind in on_few_bits else ["16"]) for kind, b in found.items())
+    own = rows(path, "sft.adapter=ptuning", "sft.base_bits=4")["sft"]
+    assert own["memory_mb"] == pytest.approx(own["tuning_mb"]["ptuning"]["4"])
+    assert run(["plan", str(path)]) == 0
+    assert "adalora" in capfd.readouterr().err
+    wide = ["pretrain.starter.hidden_size=1024", "sft.dtype=bfloat16"]
+    found = rows(path, *wide)["sft"]["tuning_mb"]
+    assert found["lora"]["16"] > found["lora"]["8"] > found["lora"]["4"] and found["full"]["16"] > found["lora"]["16"]
 
 
 GIB = 1024.0

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny as small
 import torch
+from families import make
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from danlu.cli.main import run
 from danlu.exceptions import ModelError
 from danlu.models.load import save_model
 from danlu.models.quantize import (
@@ -24,6 +27,7 @@ from danlu.models.quantize import (
     quantize_rows,
     save_quantized,
 )
+from danlu.pipeline.footprint import shape_of_folder
 
 Tiny = Callable[..., Any]
 Near = Callable[..., None]
@@ -146,3 +150,16 @@ def test_config_of_another_shape_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}), "utf-8")
     with pytest.raises(ModelError, match="do not fit"):
         load_quantized(folder)
+
+
+def test_experts_that_stay_whole_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = small.tokenizer()
+    model = make("qwen3_moe", vocab_size=len(tokenizer))
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    folder = save_model(model, tokenizer, tmp_path / "moe")
+    assert run(["quantize", str(folder), "--bits", "4", "--out", str(tmp_path / "out")]) == 0
+    assert "the experts of this mixture stay in 16 bits: 0.0 MB" in capfd.readouterr().err
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text("utf-8"))
+    assert manifest["facts"]["bytes_of_experts"] == 2 * experts > 0
+    shape = shape_of_folder(str(folder))
+    assert shape is not None and shape.tables == experts + 2 * shape.head

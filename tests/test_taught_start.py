@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from test_merging import read
 
+from danlu import assistant
 from danlu.cli.main import run
 from danlu.config import SftSettings
+from danlu.exceptions import ModelError
 from danlu.knowledge.facts import Fact
 from danlu.knowledge.store import Store
 from danlu.models.load import load_model
@@ -87,3 +90,19 @@ def test_merging_an_adapter_brings_the_facts_of_its_base(tmp_path: Path, capfd: 
     found = dict(load_model(tmp_path / "with").named_parameters())
     for name, weight in expected.named_parameters():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_a_taught_model_stands_on_it(tmp_path: Path, near: Any) -> None:
+    """Beside the facts, as `danlu merge` puts both into the weights; the answers are those of the sum."""
+    base = tiny.model_folder(tmp_path / "model")
+    sft.train(parse(SftSettings, tiny.stage("sft", tmp_path / "out", model=str(base), max_steps=2, adapter="lora")))
+    learnt = tmp_path / "out" / "adapter"
+    teach(base)
+    merge_adapters([learnt], tmp_path / "both", taught=lambda name: patches_folder(name, local=True))
+    voice = read(assistant.load(base).with_adapter(learnt, "kind").model)
+    near(voice, read(load_model(tmp_path / "both")), 1e-4)
+    assert float((voice - read(load_model(learnt))).abs().max()) > 1e-3, "the fact is in it"
+    other = tiny.model_folder(tmp_path / "other", seed=4)
+    teach(other)
+    with pytest.raises(ModelError, match="other weights"):
+        assistant.load(other).with_adapter(learnt, "kind")

@@ -19,7 +19,7 @@ from danlu.generation.speculative import drafter_of
 from danlu.models.adapter_files import load_adapted, put_on, read_info, settle, tokenizer_for
 from danlu.models.load import check_tokenizer, load_model
 from danlu.models.places import adapter_place, is_adapter, resolve, tokenizer_place
-from danlu.models.quantize import bits_of, is_quantized, load_in_bits, load_quantized, quantize_model
+from danlu.models.quantize import bits_of, fetched_if_packed, is_quantized, load_in_bits, load_quantized, quantize_model
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
@@ -291,7 +291,7 @@ def load(
     chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if bits not in (None, 4, 8, 16):
         raise ModelError(f"bits={bits} is not available", hint="use 8 or 4, or 16 for unquantised weights")
-    name, local = resolve(folder)
+    name, local = fetched_if_packed(*resolve(folder))
     adapted = local and is_adapter(name)
     packed = bits in (4, 8) or (not adapted and is_quantized(name))
     chosen = chosen or (torch.bfloat16 if place.type == "cuda" or (packed and _fast_bfloat16()) else torch.float32)
@@ -309,7 +309,7 @@ def load(
         if bits in (4, 8) and under == 16:
             model = quantize_model(model, bits)
     elif bits in (4, 8) and not taught:
-        model = load_in_bits(folder, bits, dtype=chosen)
+        model = load_in_bits(name if local else folder, bits, dtype=chosen)
     elif is_quantized(name):
         if bits == 16:
             hint = "load the model it was made from"

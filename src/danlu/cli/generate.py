@@ -188,10 +188,12 @@ def evaluate(
         from danlu.data.labelled_text import read_cloze
         from danlu.evals.cloze import cloze
         from danlu.models.load import load_model
+        from danlu.models.quantize import load_in_bits
         from danlu.training.runs import resolve_model
         from danlu.training.templates import tokenizer_of
 
-        filler = load_model(resolve_model(model))
+        place = resolve_model(model)
+        filler = load_in_bits(place, int(bits)) if bits in ("8", "4") else load_model(place)
         result |= cloze(filler, tokenizer_of(model, stage="eval"), read_cloze(data)[:limit], seed).summary
     else:
         from danlu.evals.generation import evaluate as score

@@ -105,15 +105,7 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             _minutes(row),
         )
     people.print(table)
-    shown = [row for row in rows if row["inference_mb"]]
-    if shown:
-        bits = list(shown[0]["inference_mb"])
-        heads = [f"{what}, {b} bits" for what in ("answering", "LoRA") for b in bits]
-        table = Table("stage", *heads, title="Memory by the bits of the weights")
-        for row in shown:
-            found = [row[key][b] for key in ("inference_mb", "tuning_mb") for b in bits]
-            table.add_row(row["stage"], *(f"{mb:,.0f} MB" for mb in found))
-        people.print(table)
+    _by_bits([row for row in rows if row["inference_mb"]])
     trained = [row for row in rows if row["strategies"]]
     if trained:
         names = [s["strategy"] for s in trained[0]["strategies"]]
@@ -130,6 +122,23 @@ def plan(recipe_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
         "Red: does not fit this machine. Memory is counted, times follow from the matrix rate measured now, tokens from the "
         "sizes of the files: expect a factor of two for time."
     )
+
+
+def _by_bits(rows: list[dict[str, Any]]) -> None:
+    """Memory of answering and of training with each kind of adapter, by the bits of the weights."""
+    from rich.table import Table
+
+    kinds = {kind: list(found) for row in rows for kind, found in row["tuning_mb"].items()}
+    if not rows:
+        return
+    table = Table("", "bits", *(row["stage"] for row in rows), title="Peak memory, by adapter and bits of the weights")
+    for bits in rows[0]["inference_mb"]:
+        table.add_row("answering", bits, *(f"{row['inference_mb'][bits]:,.0f} MB" for row in rows))
+    for kind, several in kinds.items():
+        for bits in several:
+            found = (row["tuning_mb"].get(kind, {}).get(bits) for row in rows)
+            table.add_row(kind, bits, *("" if mb is None else f"{mb:,.0f} MB" for mb in found))
+    people.print(table)
 
 
 def _as_called() -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import click
 
 from danlu.cli.console import people, say
 from danlu.cli.options import given_values, options_of
-from danlu.exceptions import SettingsError, UsageError
+from danlu.exceptions import DanluError, GateError, Interrupted, SettingsError, UsageError
 
 DEFAULT_OUT = "out"
 
@@ -75,18 +78,35 @@ def quantize_command() -> click.Command:
             settings = parse(QuantizeSettings, values)
         except SettingsError as error:
             raise UsageError(str(error)) from None
-        manifest = run_stage("quantize", "quantize", settings, force=force, say=say)
+        with _nothing_left(Path(settings.out)):
+            manifest = run_stage("quantize", "quantize", settings, force=force, say=say)
         figures = manifest["metrics"]
         if as_json:
             shown = {"model": f"{settings.out}/model", "bits": settings.bits, "method": settings.method}
             print(json.dumps(shown | figures | {"gates": manifest.get("gates", [])}, ensure_ascii=False, indent=2))
         else:
             _show(figures)
+        if experts := manifest["facts"].get("bytes_of_experts"):
+            say(f"the experts of this mixture stay in 16 bits: {experts / 1e6:,.1f} MB")
         say(f"written to {settings.out}/model")
         say(f"try it: danlu chat {settings.out}/model")
 
     head = (QuantizeSettings.__doc__ or "").strip()
     return click.Command("quantize", params=options, callback=run, help=f"Make MODEL small. {head}")
+
+
+@contextmanager
+def _nothing_left(out: Path) -> Iterator[None]:
+    """What is refused leaves no folder; one that was there before, a gate's verdict and an interrupted run stay."""
+    fresh = not out.exists()
+    try:
+        yield
+    except (GateError, Interrupted):
+        raise
+    except DanluError:
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _plain_name(model: str) -> str:

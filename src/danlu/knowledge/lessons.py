@@ -17,10 +17,11 @@ from danlu.knowledge.replay import Pool, read_pool, shipped_pool
 from danlu.knowledge.store import Patch, Store, mark_merged
 from danlu.knowledge.teach import Action, Lesson, Pupil, teach_one
 from danlu.knowledge_config import TeachSettings
+from danlu.models.adapter_files import read_info
 from danlu.models.load import load_model, save_model
 from danlu.models.patches import apply_patches, fingerprint
-from danlu.models.places import resolve
-from danlu.models.quantize import is_quantized
+from danlu.models.places import base_of, is_adapter, resolve
+from danlu.models.quantize import bits_of, is_quantized
 from danlu.models.stored_tensors import require_space
 from danlu.train_config import Sources
 from danlu.training.runs import is_run, patches_folder, resolve_model, stages_of
@@ -83,14 +84,22 @@ def enter(settings: TeachSettings) -> Classroom:
     """Loads a model with its patches.
 
     Raises:
-        ModelError: no such model, or one that holds 8-bit weights only.
+        ModelError: no such model, an adapter on another, or one that holds packed weights only.
         KnowledgeError: its patches belong to another base.
     """
     store = store_of(settings.model)
-    name, _ = resolve(resolve_model(settings.model))
+    name, local = resolve(resolve_model(settings.model))
+    if local and is_adapter(name):
+        raise ModelError(
+            "this is an adapter folder, and patches are for a model of its own",
+            file=name,
+            hint=f"danlu merge {name} --into MODEL, and teach MODEL"
+            if read_info(name).mergeable
+            else f"teach the model under it: {base_of(name)}",
+        )
     if is_quantized(name):
         raise ModelError(
-            "this folder holds 8-bit weights only, which cannot be patched",
+            f"this folder holds {bits_of(name)}-bit weights only, which cannot be patched",
             file=name,
             hint="teach the model it was made from, export it (danlu facts export) and quantise that",
         )
@@ -269,7 +278,13 @@ def stage(settings: TeachSettings, *, say: Say = lambda _: None) -> dict[str, An
     """
     begun = time.monotonic()
     out = Path(settings.out)
-    name, _ = resolve(resolve_model(settings.model))
+    name, local = resolve(resolve_model(settings.model))
+    if local and is_adapter(name) and not read_info(name).mergeable:
+        raise ModelError(
+            f"this model reads virtual tokens before every text ({read_info(name).kind}), which merging the facts would lose",
+            file=name,
+            hint="let the stage before train with adapter: lora",
+        )
     model = load_model(name)
     store = Store(out / "taught.patches", settings.model)
     store.set_base(model)

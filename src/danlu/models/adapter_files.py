@@ -22,13 +22,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
 from danlu.models.families import TESTED
-from danlu.models.places import ADAPTER_CONFIG, base_of, resolve, tokenizer_place
-from danlu.models.quantized_layers import dense_weight, is_quantized_layer, quantized_kinds, shown_to_peft
+from danlu.models.fingerprint import UNPATCHED
+from danlu.models.places import ADAPTER_CONFIG, base_of, is_adapter, resolve, tokenizer_place
+from danlu.models.quantize import is_quantized, load_in_bits, load_quantized
+from danlu.models.quantized_layers import (
+    dense_layer,
+    dense_weight,
+    forget_packing,
+    is_quantized_layer,
+    quantized_kinds,
+    shown_to_peft,
+)
 from danlu.models.roles import SCALAR_ROLES, START, AdapterRoles
 from danlu.models.root import RoleName
 from danlu.models.scalar import scalar_class
@@ -195,8 +203,6 @@ def load_adapted(
     Raises:
         ModelError: the base is missing, or another than that which the adapter was trained on.
     """
-    from danlu.models.load import load_model
-
     info = read_info(folder)
     if not info.base:
         raise ModelError(
@@ -210,8 +216,21 @@ def load_adapted(
             file=info.folder,
             hint="put the base where it was, or danlu chat BASE --adapter NAME=FOLDER",
         ) from error
-    model = load_model(info.base, scalar=scalar, dtype=dtype)
+    model = load_base(info, scalar=scalar, dtype=dtype)
     return finish(put_on(model, info), info, dense=dense)
+
+
+def load_base(info: AdapterInfo, *, scalar: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """The model that an adapter stands on, without it: in the bits that it had, which are rounded as they are read."""
+    from danlu.models.load import load_model
+
+    place, local = resolve(info.base)
+    whole = not local or not is_adapter(place)
+    if whole and local and not scalar and is_quantized(place):
+        return load_quantized(place, dtype=dtype)
+    if whole and info.base_bits != 16 and not scalar:
+        return load_in_bits(info.base, info.base_bits, dtype=dtype, layout=info.base_format)
+    return load_model(info.base, scalar=scalar, dtype=dtype)
 
 
 def finish(model: Any, info: AdapterInfo, *, dense: bool) -> Any:
@@ -243,7 +262,7 @@ def put_on(model: Any, info: AdapterInfo, *, named: str = "") -> Any:
     """
     shown = named or info.base
     packed = any(is_quantized_layer(m) for m in model.modules())
-    own_hash = fingerprint(model)
+    own_hash = getattr(model, UNPATCHED, "") or fingerprint(model)
     if info.base_hash and own_hash and own_hash != info.base_hash:
         raise ModelError(
             f"this adapter was trained on {info.base} as it was then, and {shown} has other weights",
@@ -363,6 +382,7 @@ def merge_into(model: Any) -> Any:
     for name, module in list(model.named_modules()):  # what the adapter did not stand on
         if is_quantized_layer(module):
             _replace(model, name, _dense(module, dense_weight(module), first))
+    forget_packing(model.config)
     if tied:
         same = torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
         model.config.tie_word_embeddings = same
@@ -375,19 +395,8 @@ def merge_into(model: Any) -> Any:
 
 
 def _dense(packed: Any, weight: Tensor, like: Any) -> nn.Module:
-    """A linear layer with this weight `[out, in]` and a packed layer's bias, in the dtype of the embeddings."""
-    made: Any
-    if getattr(packed, "danlu_transposed", False):
-        made = Conv1D(packed.out_features, packed.in_features)
-        made.weight.copy_(weight.t())
-        made.bias.zero_()
-    else:
-        made = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-        made.weight.copy_(weight)
-    if packed.bias is not None:
-        made.bias.copy_(packed.bias)
-    dense: nn.Module = made.to(_inner(like).weight.device, _inner(like).weight.dtype)
-    return dense
+    """`dense_layer` in the dtype of the embeddings."""
+    return dense_layer(packed, weight).to(_inner(like).weight.device, _inner(like).weight.dtype)
 
 
 def _inner(module: Any) -> Any:

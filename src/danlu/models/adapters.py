@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
-from danlu.models.fingerprint import HASH, digest_of, sample
+from danlu.models.fingerprint import HASH, fingerprint_of
 from danlu.models.heads import SCALAR_HEADS
 from danlu.models.nf4 import library, quantize_nf4
 from danlu.models.quantize import quantize_model
@@ -124,7 +124,6 @@ def quantize_base(model: Any, bits: int, layout: str = "rounded") -> Any:
     if layout == "nf4":
         library()  # before anything is changed
     setattr(model, HASH, fingerprint(model))
-    turned = [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
     heads = {n: getattr(model, n) for n in SCALAR_HEADS if isinstance(getattr(model, n, None), nn.Linear)}
     for name in heads:  # one number is what the whole model comes to: it stays exact
         setattr(model, name, nn.Identity())
@@ -134,9 +133,6 @@ def quantize_base(model: Any, bits: int, layout: str = "rounded") -> Any:
         quantize_model(model, bits)
     for name, head in heads.items():
         setattr(model, name, head)
-    for name in turned:
-        if is_quantized_layer(layer := model.get_submodule(name)):
-            layer.danlu_transposed = True  # it becomes what it was when it is made dense again
     return model
 
 
@@ -324,4 +320,4 @@ def fingerprint(model: Any) -> str:
     """
     if any(is_quantized_layer(m) for m in model.modules()):
         return str(getattr(model, HASH, ""))
-    return digest_of({n: sample(p) for n, p in model.base_model.named_parameters()})  # heads differ from role to role
+    return fingerprint_of(model)

@@ -15,13 +15,41 @@ from danlu.exceptions import ModelError, SettingsError
 from danlu.models.load import load_model
 from danlu.models.places import is_adapter
 from danlu.models.quantize import bits_of, is_quantized, load_quantized
+from danlu.models.quantized_layers import dense_layer, dense_weight, forget_packing
 
 ExportType = Literal["bf16", "f16", "f32"]
 DTYPES: Final[dict[ExportType, torch.dtype]] = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # Families whose models vLLM serves from an ordinary folder (its page "Supported Models"), by transformers' model_type.
 VLLM_FAMILIES: Final = frozenset(
-    {"bloom", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "gptj", "granite", "llama"}
-    | {"mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "stablelm"}
+    {
+        "bloom",
+        "cohere2",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "gptj",
+        "granite",
+    }
+    | {
+        "llama",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo2",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    }
+    | {"stablelm"}
 )
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B", re.IGNORECASE)
 _HEADER_BYTES: Final = 1 << 20  # configuration, card and the like
@@ -74,20 +102,9 @@ def dequantized(model: Any) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) or not hasattr(module, "in_features") or list(module.children()):
             continue
-        linear = nn.Linear(module.in_features, module.out_features, bias=getattr(module, "bias", None) is not None)
-        with torch.no_grad():
-            zero = module(torch.zeros(1, module.in_features))[0]
-            # Whatever the layout: the answer to the n-th unit vector is the n-th column of the weights.
-            for start in range(0, module.in_features, 1024):
-                units = torch.eye(module.in_features)[start : start + 1024]
-                linear.weight[:, start : start + 1024] = (module(units) - zero).T
-            if linear.bias is not None:
-                linear.bias.copy_(zero)
-        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
-    if hasattr(model.config, "danlu_quantization"):
-        del model.config.danlu_quantization
-    if getattr(model.config, "quantization_bit", None):  # ChatGLM's
-        model.config.quantization_bit = 0
+        replaced = dense_layer(module, dense_weight(module))
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], replaced)
+    forget_packing(model.config)
     return model
 
 

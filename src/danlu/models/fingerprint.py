@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 SAMPLED: Final = 64  # numbers of each tensor
 HASH: Final = "danlu_fingerprint"  # what a quantised model remembers of the weights that it was made of
+
+UNPATCHED: Final = "danlu_unpatched"  # what a taught model remembers of its trunk before the facts came in
 
 
 def sample(tensor: Tensor) -> bytes:
@@ -31,3 +33,8 @@ def digest_of(samples: Mapping[str, bytes]) -> str:
         if found:
             digest.update(f"{name}:".encode() + found)
     return digest.hexdigest()[:32]
+
+
+def fingerprint_of(model: Any) -> str:
+    """The hash of a whole model's trunk; heads are left out, for they differ from role to role."""
+    return digest_of({n: sample(p) for n, p in model.base_model.named_parameters()})

@@ -16,6 +16,7 @@ from torch import nn
 from danlu.exceptions import ModelError
 from danlu.models import cpm2
 from danlu.models.heads import SCALAR_HEADS
+from danlu.models.packed_layouts import layout_of
 from danlu.models.places import is_adapter, resolve
 from danlu.models.registry import families, family_of
 from danlu.models.scalar import scalar_class
@@ -55,6 +56,12 @@ def load_model(model: str | Path, *, scalar: bool = False, dtype: torch.dtype = 
         loaded.name_or_path = loaded.config.name_or_path = str(folder)
     else:
         _check_family(raw, name)
+        if (layout := layout_of(raw)) is not None:
+            raise ModelError(
+                f"this folder holds {layout.bits}-bit weights only ({layout.name}), and ordinary ones are needed",
+                file=name,
+                hint="give the model it was made from; or danlu export --format hf --dequantize makes ordinary weights of these",
+            )
         if local:
             check_weights(Path(name))
         loaded = _from_transformers(name, local, scalar=scalar, dtype=dtype)

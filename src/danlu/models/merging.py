@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from danlu.exceptions import ModelError
-from danlu.models.adapter_files import AdapterInfo, merge_into, put_on, read_info, settle
+from danlu.models.adapter_files import AdapterInfo, load_base, merge_into, put_on, read_info, settle
 from danlu.models.adapters import quantize_base
 from danlu.models.load import load_model, save_model
 from danlu.models.patches import active_names, add_factors, read_factors, read_index, refuse_other_base
 from danlu.models.places import adapter_place, is_adapter, tokenizer_place
+from danlu.models.quantize import is_quantized
 from danlu.text.tokenizer import load_tokenizer
 
 Method = Literal["linear", "ties", "dare"]
@@ -127,7 +128,7 @@ def _refuse_strangers(infos: Sequence[AdapterInfo]) -> None:
 
 
 def _base(info: AdapterInfo) -> Any:
-    return load_model(info.base, scalar=info.scalar)
+    return load_base(info, scalar=info.scalar)
 
 
 def _packed(model: Any, info: AdapterInfo) -> Any:
@@ -245,4 +246,6 @@ def _stored_dtype(base: str) -> torch.dtype:
 
     while is_adapter(base):
         base = read_info(base).base
+    if Path(base).is_dir() and is_quantized(base):
+        return torch.bfloat16  # what stands beside packed weights
     return stored_dtype(base)

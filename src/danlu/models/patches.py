@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import KnowledgeError
-from danlu.models.fingerprint import digest_of, sample
+from danlu.models.fingerprint import UNPATCHED, digest_of, fingerprint_of, sample
 
 SUFFIX = ".patches"
 INDEX = "index.json"
@@ -90,6 +90,7 @@ def apply_patches(model: Any, folder: Path, name: str) -> list[str]:
     if index is None or not active:
         return []
     refuse_other_base(index, model, name, folder)
+    setattr(model, UNPATCHED, fingerprint_of(model))  # adapters of this model are still adapters of it
     for patch in active:
         add_factors(model, read_factors(folder / patch))
     return active

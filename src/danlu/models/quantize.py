@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from danlu.exceptions import ModelError
-from danlu.models import packed_layouts
-from danlu.models.fingerprint import HASH, digest_of, sample
+from danlu.models import nf4, packed_layouts
+from danlu.models.fingerprint import HASH, digest_of, fingerprint_of, sample
 from danlu.models.load import is_encoder_decoder, load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
 from danlu.models.packed_layouts import KEY, Layout, layout_of
@@ -45,6 +46,9 @@ __all__ = [
 ]
 Written = Literal["danlu", "gptq"]
 GROUP_SIZE = 64
+REGISTER = "register_parameter"  # of torch's modules
+# Of config.json: what was true of the model before, and where it was.
+NOT_WRITTEN = (KEY, "quantization_config", "quantization_bit", "_name_or_path")
 # What old checkpoints hold beside weights, and models make themselves.
 MADE = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
@@ -77,8 +81,9 @@ def weight_of(linear: nn.Module, weight: Tensor | None = None) -> Tensor:
     return given.T.contiguous() if isinstance(linear, Conv1D) else given
 
 
-def replace(model: Any, name: str, layer: nn.Module) -> None:
-    """Puts a layer where another one was."""
+def replace(model: Any, name: str, layer: Any) -> None:
+    """Puts a packed layer where another one was; one of GPT-2's becomes what it was when it is made dense again."""
+    layer.danlu_transposed = isinstance(model.get_submodule(name), Conv1D)
     setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
 
 
@@ -160,9 +165,7 @@ def save_quantized(
     """
     layers = packed_layers(model)
     state = _state(model, layers, layout)
-    config = {
-        k: v for k, v in model.config.to_dict().items() if k not in (KEY, "quantization_config", "quantization_bit")
-    }
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_WRITTEN}
     if layout == "gptq":
         config["quantization_config"] = packed_layouts.gptq_config(layers, facts or {})
     else:
@@ -249,13 +252,18 @@ def load_in_bits(
     dtype: torch.dtype = torch.float32,
     group_size: int = GROUP_SIZE,
     symmetric: bool = False,
+    layout: str = "rounded",
 ) -> Any:
     """Loads a model in 8 or 4 bits: packed weights as they are, others rounded to nearest tensor by tensor as they are read.
 
     Only families whose weight files transformers renames or fuses on loading are loaded whole first.
 
+    Args:
+        layout: "rounded", or "nf4" (of 4 bits, by bitsandbytes).
+
     Raises:
-        ModelError: see `load_model`; or the folder holds weights of other bits; or the model is an encoder-decoder.
+        ModelError: see `load_model`; or the folder holds weights of other bits; or the model is an encoder-decoder; or
+            bitsandbytes is needed and cannot be used.
     """
     if bits not in (8, 4):
         raise ModelError(f"weights of {bits} bits are not available", hint="use 8 or 4")
@@ -270,16 +278,33 @@ def load_in_bits(
         return load_quantized(name, dtype=dtype)
     folder = Path(name) if local else _downloaded(name)
     refuse_encoder_decoder(_config_of(folder), str(model))
+    if layout == "nf4":
+        nf4.library()  # before anything is read
     skeleton = _skeleton(folder)
-    if skeleton is not None and _Filling(skeleton, folder, dtype).rounded(bits, group_size, symmetric):
+    packer = partial(pack, bits=bits, group_size=group_size, symmetric=symmetric)
+    if skeleton is not None and _Filling(skeleton, folder, dtype).rounded(nf4.pack_nf4 if layout == "nf4" else packer):
         return skeleton
-    return quantize_model(load_model(model, dtype=dtype), bits, group_size=group_size, symmetric=symmetric)
+    whole = load_model(model, dtype=dtype)
+    setattr(whole, HASH, fingerprint_of(whole))
+    if layout == "nf4":
+        return nf4.quantize_nf4(whole)
+    return quantize_model(whole, bits, group_size=group_size, symmetric=symmetric)
 
 
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
+    return folder
+
+
+def fetched_if_packed(name: str, local: bool) -> tuple[str, bool]:
+    """A hub model whose weights are packed becomes the folder that it is downloaded to; others stay what they are."""
+    if local or layout_of(raw_config(name, local)) is None:
+        return name, local
+    return str(_downloaded(name)), True
 
 
 def _skeleton(folder: Path) -> Any | None:
@@ -291,6 +316,8 @@ def _skeleton(folder: Path) -> Any | None:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # danlu unpacks
+        if config.model_type == "gpt2":
+            config.attn_pdrop = 0.0  # as `load_model` has it
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     except (OSError, ValueError, KeyError, AttributeError):
@@ -351,8 +378,8 @@ class _Filling:
             raise self._misfit(module)
         replace(self.model, module, layer)
 
-    def rounded(self, bits: int, group_size: int, symmetric: bool) -> bool:
-        """Linear layers rounded to nearest, and the rest; False where the folder's names are not the model's."""
+    def rounded(self, packed: Callable[[Tensor, Tensor | None], PackedLinear]) -> bool:
+        """Linear layers as `packed` makes them of a weight, and the rest; False where the folder's names are not the model's."""
         layers = linear_layers(self.model)
         tensors = list(stored_tensors(self.folder))
         known = {self._key(t.name) for t in tensors} - {None}
@@ -378,10 +405,7 @@ class _Filling:
             if leaf == "bias":
                 biases[owner] = stored.read().to(self.dtype)
                 continue
-            layer = pack(
-                weight_of(layers[owner], stored.read()), None, bits, group_size=group_size, symmetric=symmetric
-            )
-            replace(self.model, owner, layer)
+            replace(self.model, owner, packed(weight_of(layers[owner], stored.read()), None))
         for owner, bias in biases.items():
             self.model.get_submodule(owner).bias = bias
         missing = [n for n, m in layers.items() if getattr(m, "bias", None) is not None and n not in biases]
@@ -432,15 +456,30 @@ class _Filling:
 
 
 def _materialise_buffers(model: Any, config: Any) -> None:
-    """Non-persistent buffers (rotary frequencies) are functions of the configuration: make them again off the meta device."""
-    for module in model.modules():
+    """Buffers that are not stored (rotary frequencies, ...) are functions of the configuration: make them off the meta device."""
+    whole: Any = None
+    for place, module in model.named_modules():
         if any(b.is_meta for b in module.buffers(recurse=False)):
             try:
                 fresh = type(module)(config=config)
-            except TypeError as error:
-                raise ModelError(
-                    f"{type(module).__name__} holds buffers that are not in the file and cannot be made from the configuration",
-                    hint="load the unquantised model",
-                ) from error
+            except TypeError:  # it wants more than the configuration, which the model that it stands in knows
+                whole = whole if whole is not None else _with_buffers_alone(model)
+                fresh = whole.get_submodule(place)
             for name, value in fresh.named_buffers(recurse=False):
                 setattr(module, name, value)
+
+
+def _with_buffers_alone(model: Any) -> Any:
+    """The model of another one's configuration with buffers of its own, and parameters that take no memory."""
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:  # what was allocated is never touched, and goes at once
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    setattr(nn.Module, REGISTER, empty)
+    try:
+        return type(model)(model.config)
+    finally:
+        setattr(nn.Module, REGISTER, register)

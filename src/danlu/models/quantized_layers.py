@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 def is_quantized_layer(module: nn.Module) -> bool:
@@ -52,3 +54,31 @@ def dense_weight(layer: nn.Module) -> Tensor:
     rows = [layer(part) for part in torch.eye(width, device=like.device).split(1024)]
     found: Tensor = torch.cat(rows).float()
     return (found if bias is None else found - bias.float()).t().contiguous()
+
+
+@torch.no_grad()
+def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """An ordinary fp32 layer with this weight `[out, in]` and a quantised layer's bias; of GPT-2's kind where it was one."""
+    wide: int = layer.in_features  # type: ignore[assignment]
+    out: int = layer.out_features  # type: ignore[assignment]
+    bias: Tensor | None = getattr(layer, "bias", None)
+    made: Any
+    if getattr(layer, "danlu_transposed", False):
+        made = Conv1D(out, wide)
+        made.weight.copy_(weight.t())
+        made.bias.zero_()
+    else:
+        made = nn.Linear(wide, out, bias=bias is not None)
+        made.weight.copy_(weight)
+    if bias is not None:
+        made.bias.copy_(bias)
+    dense: nn.Module = made
+    return dense
+
+
+def forget_packing(config: Any) -> None:
+    """Takes from a model's configuration what says that its weights are packed, in place."""
+    if hasattr(config, "danlu_quantization"):
+        del config.danlu_quantization
+    if getattr(config, "quantization_bit", None):  # ChatGLM's
+        config.quantization_bit = 0

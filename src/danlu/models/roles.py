@@ -133,8 +133,10 @@ class AdapterRoles(nn.Module):
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
             self.peft = get_peft_model(base, config, adapter_name=adapters[0])
             # AdaLoRA knows one trained adapter only: the others come as frozen ones, and what learns is decided below.
-            for name in [*adapters[1:], *([START] if pissa else [])]:
+            for name in adapters[1:]:
                 self.peft.add_adapter(name, _frozen_copy(config))
+            if pissa:  # selected beside a role, whose embeddings and head there can be only one of
+                self.peft.add_adapter(START, _frozen_copy(config, modules_to_save=None))
         lean_lora.install(self.peft)
         self.pissa = pissa
         if pissa:
@@ -334,9 +336,10 @@ def _tied_name(base: Any) -> str | None:
     return next(f"{name}.weight" for name, module in base.named_modules() if module is last)
 
 
-def _frozen_copy(config: Any) -> Any:
+def _frozen_copy(config: Any, **changes: Any) -> Any:
     found = copy.deepcopy(config)
-    found.inference_mode = True
+    for name, value in {"inference_mode": True, **changes}.items():
+        setattr(found, name, value)
     return found
 
 

@@ -16,7 +16,8 @@ import yaml
 
 from danlu.data.files import is_hub
 from danlu.data.language import language_of
-from danlu.pipeline.listing import StageView, lineage, read_recipe, stage_views
+from danlu.models.places import HUB_ID
+from danlu.pipeline.listing import StageView, lineage, read_recipe, stage_view, stage_views
 from danlu.training.runs import is_run
 
 MARK: Final = "<!-- written by danlu export -->"
@@ -34,7 +35,7 @@ class Origin:
     """Where a model comes from.
 
     Attributes:
-        run: the run folder; None: it was not made by a run, or the run is not here any more.
+        run: the run folder; None: it was made by a stage alone, or where it comes from is not here any more.
         stage: the stage that made it.
         stages: those that it was made through, in order; `judged` what measured it.
         base: the model that the first of them started from: a hub id or a folder; "": fresh weights, or not known.
@@ -75,11 +76,11 @@ class Shipped:
 
 
 def origin_of(folder: Path) -> Origin:
-    """Where the model in a folder comes from: `runs/NAME/NN-STAGE/model` knows its run."""
+    """Where a model comes from: `runs/NAME/NN-STAGE/model` knows its run, `OUT/model` of a stage alone the stage's manifest."""
     inside = folder.resolve().parent
     run = inside.parent
     if not is_run(run):
-        return Origin()
+        return _made_alone(inside)
     name = inside.name.partition("-")[2]
     views = {v.name: v for v in stage_views(run)}
     if name not in views:
@@ -102,6 +103,17 @@ def origin_of(folder: Path) -> Origin:
         and any(li.source in wanted for li in links if li.stage == v.name)
     ]
     return Origin(run, name, [v for v in views.values() if v.name in wanted], judged, base)
+
+
+def _made_alone(inside: Path) -> Origin:
+    """Of a stage outside of any run, and of those that made the models which it and they started from."""
+    stages: list[StageView] = []
+    base = ""
+    while (view := stage_view(inside)) is not None and view.folder not in [s.folder for s in stages]:
+        stages.insert(0, view)
+        base = str(view.settings.get("model") or "")
+        inside = Path(base).resolve().parent
+    return Origin(None, stages[-1].name, stages, [], base) if stages else Origin()
 
 
 def write(origin: Origin, shipped: Shipped) -> str:
@@ -133,7 +145,7 @@ def _front(origin: Origin, shipped: Shipped) -> str:
         content["language"] = languages
     content["library_name"] = "gguf" if shipped.kind in ("f16-gguf", "q8_0", "q4_0") else "transformers"
     content["pipeline_tag"] = shipped.tag
-    if base := origin.base.removeprefix("hf:"):
+    if base := _hub_id(origin.base):
         content["base_model"] = base
     hub = sorted({i["path"].partition(":")[2] for _, i in _inputs(origin) if is_hub(i["path"])})
     if hub:
@@ -149,18 +161,22 @@ def _summary(origin: Origin, shipped: Shipped) -> str:
     lines = [
         f"A {shipped.family} model of {_count(shipped.parameters)} parameters that reads {shipped.context:,} tokens."
     ]
-    if origin.run is not None:
-        described = str(read_recipe(origin.run).get("description") or "").strip()
-        lines.append(
-            f"Made by danlu's run `{origin.run.name}`, stage `{origin.stage}`"
-            + (f": {described}." if described else ".")
-        )
-        start = f"It started from `{origin.base}`." if origin.base else "Its weights were made from nothing."
-        lines.append(start)
+    if origin.stages:
+        described = str(read_recipe(origin.run).get("description") or "").strip() if origin.run else ""
+        of = f"run `{origin.run.name}`, stage `{origin.stage}`" if origin.run else f"stage `{origin.stage}`"
+        lines.append(f"Made by danlu's {of}" + (f": {described}." if described else "."))
+        base = origin.base if _hub_id(origin.base) else _short(origin.base)
+        lines.append(f"It started from `{base}`." if base else "Its weights were made from nothing.")
     else:
         lines.append("It was not made by a run that danlu knows, so its data, recipe and metrics are not known here.")
     table = ["| File | Bytes |", "|---|---:|", *(f"| `{name}` | {size:,} |" for name, size in shipped.files)]
     return " ".join(lines) + f" Weights: {shipped.kind.removesuffix('-gguf')}.\n\n" + "\n".join(table)
+
+
+def _hub_id(base: str) -> str:
+    """The hub's name of a model; "" for a folder."""
+    name = base.removeprefix("hf:")
+    return name if base.startswith("hf:") or (HUB_ID.match(name) and not Path(base).is_dir()) else ""
 
 
 def _count(number: int) -> str:
@@ -247,7 +263,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _recipe(origin: Origin) -> str:
-    if origin.run is None:
+    if not origin.stages:
         return "Not known."
     rows = ["| Stage | Kind | Seconds | Seed | Settings |", "|---|---|---:|---:|---|"]
     for stage in origin.stages:
@@ -283,7 +299,7 @@ def _told(settings: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _metrics(origin: Origin) -> str:
-    if origin.run is None:
+    if not origin.stages:
         return "Not known."
     rows = []
     for stage in [*origin.stages, *origin.judged]:
@@ -336,7 +352,7 @@ def _limits(origin: Origin, shipped: Shipped) -> str:
         )
     if not shipped.licence:
         lines.append("Nobody has chosen a licence for these weights yet (`danlu export --licence ID`).")
-    if origin.run is None:
+    if not origin.stages:
         lines.append("Where it comes from is not recorded: ask whoever gave it to you.")
     if shipped.tag == "text-generation" and not shipped.template:
         lines.append("It has no chat template, so it continues texts rather than answers.")

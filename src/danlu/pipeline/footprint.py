@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, RolloutSettings
 from danlu.config import Starter
+from danlu.exceptions import ModelError
 from danlu.losses.logprobs import CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA
-from danlu.models.adapters import ia3_targets
+from danlu.models.adapters import ia3_targets, targets_of
 from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
 from danlu.models.starters import starter_config
-from danlu.train_config import TrainSettings, as_models
+from danlu.train_config import QUANTISED_BASES, AdapterKind, TrainSettings, as_models
 from danlu.training.compute import Compute
 from danlu.training.step import language_loss
 from danlu.tree import TreeBatch, conversation, forest
@@ -34,6 +36,8 @@ from danlu.tree import TreeBatch, conversation, forest
 MB = 2.0**20
 Strategy = Literal["full", "freeze", "lora", "qlora", "prefix", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = ("full", "lora", "qlora", "prefix", "zero1", "zero2", "zero3")
+# Kinds of adapters that take different memory: rslora takes what lora does, qlora what lora does on few bits.
+PLANNED: tuple[AdapterKind, ...] = ("full", "freeze", "lora", "dora", "adalora", "ia3", "ptuning", "prompt")
 # Peak over what is kept: the backward pass's own arrays, and what an allocator cannot hand out again (measured, docs/log.md).
 OVERHEAD = {"float32": 1.1, "bfloat16": 1.3}
 OVERHEAD_CUDA = 1.1
@@ -57,6 +61,14 @@ class Shape:
     parameters: int
     head: int
 
+    @functools.cached_property
+    def model(self) -> Any:
+        """The causal language model itself, without weights."""
+        import transformers
+
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(self.config)
+
     @property
     def layers(self) -> int:
         return int(self.config.num_hidden_layers)
@@ -77,8 +89,9 @@ class Shape:
 
     @property
     def tables(self) -> int:
-        """Parameters of the embedding and the head, which quantising leaves as they are."""
-        return self.head * (1 if getattr(self.config, "tie_word_embeddings", False) else 2)
+        """Parameters that quantising leaves as they are: the embedding's, the head's, and those of the experts of a mixture."""
+        experts: int = sum(p.numel() for p in self.model.parameters() if p.dim() > 2)
+        return self.head * (1 if getattr(self.config, "tie_word_embeddings", False) else 2) + experts
 
     @property
     def key_values(self) -> int:
@@ -232,22 +245,49 @@ def inference_memory(shape: Shape, bits: int, *, positions: int = 2048) -> dict[
     return {"weights": weights / MB, "cache": 2.0 * positions * shape.key_values / MB, "buffers": BUFFERS_MB}
 
 
-def tuning_memory(shape: Shape, settings: TrainSettings, bits: int, *, dtype: str, length: int) -> dict[str, float]:
-    """Megabytes of training LoRA adapters on a base of 16 (as it is), 8 or 4 bits; see `stage_memory`."""
-    parts = stage_memory(shape, settings, "lora" if bits == 16 else "qlora", dtype=dtype, length=length, processes=1)
-    if bits == 8:
-        parts["weights"] += (shape.parameters - shape.tables) * (1.0 - 0.55) / MB
-    return parts
+def tuning_memory(
+    shape: Shape, settings: TrainSettings, bits: int, *, dtype: str, length: int, adapter: AdapterKind = "lora"
+) -> dict[str, float]:
+    """Megabytes of training with a kind of adapter on a base of 16 (as it is), 8 or 4 bits; see `stage_memory`."""
+    own = settings.model_copy(update={"adapter": adapter, "base_bits": bits, "base_format": "rounded"})
+    return stage_memory(shape, own, own_strategy(own), dtype=dtype, length=length, processes=1)
 
 
-def adapter_parameters(shape: Shape, rank: int) -> int:
-    """Of LoRA on every linear layer of the trunk: rank times what goes in and what comes out."""
-    import transformers
+def tuning_by_adapter(
+    shape: Shape, settings: TrainSettings, *, dtype: str, length: int
+) -> dict[str, dict[int, dict[str, float]]]:
+    """`tuning_memory` of every kind of adapter by the bits that its base can have.
 
-    with torch.device("meta"):
-        trunk = transformers.AutoModelForCausalLM.from_config(shape.config).base_model
-    sides = [sum(m.weight.shape) for m in trunk.modules() if isinstance(m, nn.Linear | Conv1D)]
-    return rank * sum(sides)
+    rslora takes what lora does, and qlora what lora does on 8 or 4 bits. Kinds that do not fit the family are left out.
+    """
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for kind in PLANNED:
+        bits = (16, 8, 4) if kind in QUANTISED_BASES else (16,)
+        try:
+            found[kind] = {b: tuning_memory(shape, settings, b, dtype=dtype, length=length, adapter=kind) for b in bits}
+        except ModelError:  # which layers (IA)^3 scales is not known, or there are none of the target's name
+            continue
+    return found
+
+
+def _sides(shape: Shape, target: str | Sequence[str] = "auto") -> dict[str, tuple[int, int]]:
+    """What goes into each of the target's linear layers (auto: all of the trunk), and what comes out, by name."""
+    names = targets_of(shape.model, target)
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in shape.model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and any(name == t or name.endswith(f".{t}") for t in names):
+            first, second = module.weight.shape
+            found[name] = (first, second) if isinstance(module, Conv1D) else (second, first)
+    return found
+
+
+def adapter_parameters(shape: Shape, rank: int, target: str | Sequence[str] = "auto") -> int:
+    """Of LoRA on the target's linear layers (auto: all of the trunk): rank times what goes in and what comes out.
+
+    Raises:
+        ModelError: the model has no such layers.
+    """
+    return rank * sum(sum(sides) for sides in _sides(shape, target).values())
 
 
 def learnt_parameters(shape: Shape, settings: TrainSettings) -> int:
@@ -256,38 +296,33 @@ def learnt_parameters(shape: Shape, settings: TrainSettings) -> int:
     DoRA has a length for every output beside LoRA's; AdaLoRA begins with `initial_r` and has a singular value for each rank; (IA)^3
     has a factor for each key, value and inner feature; a prefix has keys and values for each of its tokens, or their embeddings.
     """
-    import transformers
-
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(shape.config)
-    trunk = model.base_model
-    linear = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    options, target = settings.prefix, settings.lora.target
     match settings.adapter:
         case "full":
             return shape.parameters
         case "freeze":
-            layers = max((m for m in trunk.modules() if isinstance(m, nn.ModuleList)), key=len)
-            found = sum(p.numel() for layer in list(layers)[-settings.freeze.layers :] for p in layer.parameters())
+            lists = [list(m) for m in shape.model.base_model.modules() if isinstance(m, nn.ModuleList)]
+            layers = max(lists, key=len)[-settings.freeze.layers :]
+            found = sum(p.numel() for layer in layers for p in layer.parameters())
             return found + (shape.head if settings.freeze.head else 0)
         case "dora":
-            outs = sum(m.weight.shape[1 if isinstance(m, Conv1D) else 0] for m in linear.values())
-            return adapter_parameters(shape, settings.lora.r) + outs
+            outs = sum(out for _, out in _sides(shape, target).values())
+            return adapter_parameters(shape, settings.lora.r, target) + outs
         case "adalora":
             rank = settings.adalora.initial_r
-            return adapter_parameters(shape, rank) + rank * len(linear)
+            return adapter_parameters(shape, rank, target) + rank * len(_sides(shape, target))
         case "ia3":
-            keys, inner = ia3_targets(model, settings.lora.target)
-            scaled = 0
-            for name, module in linear.items():
-                sides = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]  # in, out
-                scaled += sides[0] if name.endswith(tuple(inner)) else sides[1] if name.endswith(tuple(keys)) else 0
-            return int(scaled)
-        case "ptuning":
-            return settings.prefix.tokens * shape.key_values
-        case "prompt":
-            return settings.prefix.tokens * shape.width
+            keys, inner = ia3_targets(shape.model, target)
+            fed = sum(into for into, _ in _sides(shape, inner).values()) if inner else 0
+            return fed + (sum(out for _, out in _sides(shape, keys).values()) if keys else 0)
+        case "ptuning" | "prompt":
+            numbers = shape.key_values if settings.adapter == "ptuning" else shape.width
+            if not options.projection:
+                return options.tokens * numbers
+            middle = options.hidden or shape.width
+            return (options.tokens + middle) * shape.width + middle + (middle + 1) * numbers
         case _:
-            return adapter_parameters(shape, settings.lora.r)
+            return adapter_parameters(shape, settings.lora.r, target)
 
 
 def own_strategy(settings: TrainSettings) -> Strategy:
@@ -319,8 +354,8 @@ def stage_memory(
     """
     small, cuda = strategy in ("lora", "qlora", "prefix"), torch.cuda.is_available()
     learnt = {
-        "lora": lambda: adapter_parameters(shape, settings.lora.r),
-        "qlora": lambda: adapter_parameters(shape, settings.lora.r),
+        "lora": lambda: adapter_parameters(shape, settings.lora.r, settings.lora.target),
+        "qlora": lambda: adapter_parameters(shape, settings.lora.r, settings.lora.target),
         "prefix": lambda: PREFIX * shape.key_values,
     }.get(strategy, lambda: shape.parameters)()
     if strategy == own_strategy(settings):

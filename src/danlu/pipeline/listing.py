@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from danlu.exceptions import RunError
-from danlu.training.runs import RECIPE, StageFolder, is_run, runs_root, stages_of
+from danlu.training.runs import MANIFEST, RECIPE, StageFolder, is_run, runs_root, stages_of
 
 # Settings that name the model a stage starts from or reads.
 LINKS = ("tokenizer", "model", "models", "reward_model")
@@ -123,6 +124,16 @@ def _view(name: str, kind: str, folder: StageFolder | None, planned: Mapping[str
     # A folder is made before its manifest, so one without a manifest is from a run that was killed in between.
     status = str(folder.manifest.get("status") or "interrupted")
     return StageView(name, folder.kind or kind, status, folder.folder, folder.manifest, settings)
+
+
+def stage_view(folder: Path) -> StageView | None:
+    """A stage that was made outside of a run, by the folder that it was written into; None where there is no manifest of one."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not isinstance(manifest, dict) or "kind" not in manifest:
+        return None
+    found = StageFolder(0, str(manifest.get("name") or manifest["kind"]), folder, manifest)
+    return _view(found.name, found.kind, found, {})
 
 
 def run_status(stages: Iterable[StageView]) -> str:

@@ -32,7 +32,7 @@ from danlu.pipeline.footprint import (
     shape_of_folder,
     shape_of_starter,
     stage_memory,
-    tuning_memory,
+    tuning_by_adapter,
 )
 from danlu.pipeline.recipe import Recipe, Stage
 from danlu.pipeline.run import TOWN
@@ -54,8 +54,9 @@ def estimate(recipe: Recipe) -> list[dict[str, Any]]:
     "memory_mb", "seconds", "fits", "parts", "strategies"}`.
 
     `memory_mb` is the peak of a process with the stage's own settings, `parts` what it is made of; `strategies` has memory, FLOPs
-    and time of a process, and `fits`, of each. Training stages also have `inference_mb` (a cache of 2,048 tokens) and `tuning_mb`
-    (LoRA) by the bits of the weights. ZeRO is that of as many processes as the settings say, or of `MANY`.
+    and time of a process, and `fits`, of each. Training stages also have `inference_mb` (a cache of 2,048 tokens) by the bits of
+    the weights, and `tuning_mb` by the kind of adapter and the bits of its base. ZeRO is that of as many processes as the
+    settings say, or of `MANY`.
     """
     rate = gemm_rate()
     room = memory_here()
@@ -166,8 +167,8 @@ def _row(stage: Stage, shape: Shape | None, rate: float, room: float, beside: in
     return row | {
         "inference_mb": {str(b): RUNTIME_MB + sum(inference_memory(shape, b).values()) for b in BITS},
         "tuning_mb": {
-            str(b): RUNTIME_MB + sum(tuning_memory(shape, settings, b, dtype=dtype, length=length).values())
-            for b in BITS
+            kind: {str(bits): RUNTIME_MB + sum(parts.values()) for bits, parts in by_bits.items()}
+            for kind, by_bits in tuning_by_adapter(shape, settings, dtype=dtype, length=length).items()
         },
         "memory_mb": chosen["memory_mb"],
         "seconds": chosen["seconds"],

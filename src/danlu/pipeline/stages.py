@@ -349,6 +349,7 @@ def run_quantize(settings: QuantizeSettings) -> Outcome:
         trees = perplexity.encode(settings.eval_data, tokenizer, settings.max_length, max_tokens=PERPLEXITY_TOKENS)
     outcome = Outcome()
     model = _rounded(settings, source, tokenizer, trees, outcome)
+    outcome.facts["bytes_of_experts"] = 2 * sum(p.numel() for p in model.parameters() if p.dim() > 2)
     facts = {"method": settings.method}
     options: dict[str, Any] = {"max_shard": max_shard, "layout": settings.layout, "facts": facts}
     folder = save_quantized(model, tokenizer, Path(settings.out) / "model", rest=torch.bfloat16, **options)
@@ -383,14 +384,15 @@ def _rounded(settings: QuantizeSettings, source: str, tokenizer: Any, trees: Any
     model = load_model(source)
     parameters = sum(p.numel() for p in model.parameters())
     outcome.metrics["bytes_16bit"] = 2.0 * parameters
-    require_space(Path(settings.out), parameters * settings.bits // 8)  # before minutes of work
+    require_space(Path(settings.out), parameters * settings.bits // 8)  # before minutes of work, and so is what follows
+    calibrated = settings.method == "gptq"
+    rows = quantizing.calibration_rows(settings, tokenizer, model.config, source) if calibrated else None
     if trees is not None:
         outcome.metrics["perplexity_before"] = perplexity.perplexity(model, trees)
-    if settings.method == "rtn":
+    if rows is None:
         return quantize_model(model, settings.bits, **options)
     del model  # its attention has been told to expect token trees
     model = load_model(source)
-    rows = quantizing.calibration_rows(settings, tokenizer, model.config, source)
     outcome.facts["calibration_tokens"] = rows.numel()
     with Bar("quantize: layers", len(transformer_layers(model))) as bar:
         return quantize_gptq(model, rows, on_layer=lambda done, _: _to(bar, done, "layers"), **options)

@@ -18,6 +18,7 @@ from danlu.data.labelled_text import LabelledText, TaggedTokens, read_labelled, 
 from danlu.data.split import split_heldout
 from danlu.exceptions import DataError, ModelError, SettingsError
 from danlu.models.load import load_model
+from danlu.models.prefix import attached
 from danlu.models.rows import ClassOutput, ClassRoot, RowBatch
 from danlu.training import distributed
 from danlu.training.compute import Compute, choose
@@ -172,11 +173,17 @@ def classifier(path: str, labels: Sequence[str], tokenizer: Any, *, per_token: b
     """A model's trunk under a fresh head that starts at zero.
 
     Raises:
-        ModelError: the family has no such head in transformers or here.
+        ModelError: the family has no such head in transformers or here, or the model reads a prefix, which would be lost.
     """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     base = load_model(path)
+    if (prefix := attached(base)) is not None:
+        raise ModelError(
+            f"this model reads {prefix.tokens} virtual tokens before every text, which a classifier would lose",
+            file=path,
+            hint="start from the model under them",
+        )
     config = base.config
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))

@@ -9,21 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from danlu.alignment_config import RolloutSettings
+from danlu.alignment_config import RewardSettings, RolloutSettings
 from danlu.data.packing import Lengths, Plan, plan_steps
 from danlu.data.read import Dataset
 from danlu.data.sources import read_sources
 from danlu.data.split import split_heldout
 from danlu.data.truncate import Limits
-from danlu.exceptions import SettingsError
+from danlu.exceptions import ModelError, SettingsError
 from danlu.generation.seeds import mix_seed
 from danlu.models.adapters import PREFIX_KINDS, adapter_roles, freeze_parts, teaches_a_new_end
 from danlu.models.embeddings import holds_bfloat16
-from danlu.models.load import load_model
+from danlu.models.load import load_model, raw_config
+from danlu.models.places import is_adapter, resolve
+from danlu.models.prefix import attached
+from danlu.models.quantize import bits_of, is_quantized, load_in_bits, load_quantized
+from danlu.models.registry import family_of
 from danlu.models.resting import rest
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RoleName, RootModel
-from danlu.train_config import Sources, TrainSettings
+from danlu.train_config import QUANTISED_BASES, Sources, TrainSettings
 from danlu.training import distributed
 from danlu.training.compute import DTYPES, Compute
 from danlu.training.runs import resolve_model
@@ -94,12 +98,58 @@ def policy_roles(
 
 
 def load_policy(settings: TrainSettings, *, scalar: bool = False) -> Any:
-    """The settings' model in fp32; under an adapter in bf16 where it is stored so, for frozen weights need not be more exact."""
+    """The settings' model in fp32; under an adapter in bf16 where it is stored so, for frozen weights need not be more exact.
+
+    A base that an adapter wants in few bits is rounded tensor by tensor as it is read: it may not fit in 16.
+    """
     path = resolve_model(settings.model)
-    exact = not settings.adapted or settings.frozen_bits != 16 or not holds_bfloat16(path)
-    model = load_model(path, scalar=scalar, dtype=torch.float32 if exact else torch.bfloat16)
+    name, local = resolve(path)
+    own = local and not is_adapter(name)
+    if own and is_quantized(name) and family_of(raw_config(name, True)) is None:  # ChatGLM's packs are its own affair
+        _check_packed(name, settings)
+        model = load_quantized(name)
+    elif settings.adapted and settings.frozen_bits != 16 and not scalar and (own or not local):
+        model = load_in_bits(path, settings.frozen_bits, layout=settings.base_format)
+    else:
+        exact = not settings.adapted or settings.frozen_bits != 16 or not holds_bfloat16(path)
+        model = load_model(path, scalar=scalar, dtype=torch.float32 if exact else torch.bfloat16)
+    refuse_prefix(model, settings)
     setattr(model, SOURCE, path)
     return model
+
+
+def refuse_prefix(model: Any, settings: TrainSettings) -> None:
+    """A model that reads virtual tokens before every text trains on with these only: weights cannot say what they say.
+
+    Raises:
+        ModelError: the settings' kind of adapter would leave the prefix behind.
+    """
+    prefix = attached(model)
+    if prefix is not None and settings.adapter not in PREFIX_KINDS:
+        raise ModelError(
+            f"this model reads {prefix.tokens} virtual tokens before every text ({prefix.kind}), which adapter: "
+            f"{settings.adapter} would lose",
+            file=settings.model,
+            hint=f"adapter: {prefix.kind} with prefix.tokens: {prefix.tokens} goes on; or start from the model under them",
+        )
+
+
+def _check_packed(folder: str, settings: TrainSettings) -> None:
+    """Raises ModelError unless an adapter of a kind that stands on packed weights is asked for, with the bits they have."""
+    bits = bits_of(folder)
+    if settings.adapter not in QUANTISED_BASES or isinstance(settings, RewardSettings):
+        what = "a reward model" if isinstance(settings, RewardSettings) else f"adapter: {settings.adapter}"
+        raise ModelError(
+            f"this folder holds {bits}-bit weights only, on which {what} cannot be trained",
+            file=folder,
+            hint=f"start from the model it was made from, or adapter: qlora with base_bits: {bits} (not for reward models)",
+        )
+    if settings.frozen_bits != bits:
+        raise ModelError(
+            f"this folder holds {bits}-bit weights, and a base of {settings.frozen_bits} bits is asked for",
+            file=folder,
+            hint=f"base_bits: {bits}",
+        )
 
 
 def placed(roles: nn.Module, settings: TrainSettings, compute: Compute) -> RootModel:
