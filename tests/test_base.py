@@ -10,10 +10,13 @@ import pytest
 import seq2seq_models as small
 import torch
 from families import make
+from originals import original
 
 from danlu.cli.main import run
-from danlu.models.load import save_model
-from danlu.pipeline.base import bases, known, own_chinese, page, stated
+from danlu.models.load import load_model, save_model
+from danlu.pipeline.base import CHINESE, bases, known, own_chinese, page, stated
+from danlu.text.coverage import plain_rates
+from danlu.text.tokenizer import load_tokenizer
 
 TEXT = "the cat sat 你好"
 
@@ -97,3 +100,24 @@ def test_the_command(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert run(["base"]) == 2
     written = page([], [{**known()[0], "name": "<script>"}])
     assert "&lt;script&gt;" in written and "<script" not in written
+
+
+@pytest.mark.parametrize("name", ["chatglm_v1", "chatglm2_int4", "moss"])
+def test_danlus_own_families_have_every_column(name: str, tmp_path: Path) -> None:
+    """Their tokenizers are no fast ones, int4 weights are no parameters, and MOSS is a CodeGen to whoever counts memory."""
+    (row,) = bases([str(original(name))], ["今天天气很好，我们去公园散步吧。 Hello, how are you?"])
+    assert row.tokens_per_character["zh"] > 0 and row.tokens_per_character["en"] > 0 and row.own_chinese
+    assert set(row.inference_gb) == set(row.lora_gb) == {16, 8, 4} and row.perplexity_per_character
+    model = load_model(original(name.removesuffix("_int4")))
+    assert row.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_tokens_of_a_tokenizer_that_is_no_fast_one() -> None:
+    """ChatGLM2's on two stretches: its own tokens, without the space that it puts before a text."""
+    tokenizer = load_tokenizer(original("chatglm2"))
+    zh, en = "今天天气很好", "Hello how"
+    cut = {text: [t for t in tokenizer.tokenize(text) if t != "\u2581"] for text in (zh, en)}
+    rates = plain_rates(tokenizer, [f"{zh}{en}"])
+    assert rates == {"zh": len(cut[zh]) / len(zh), "en": len(cut[en]) / len(en)}
+    known = {t.lstrip("\u2581") for t in tokenizer.get_vocab()}
+    assert own_chinese(tokenizer) == sum(c in known for c in CHINESE)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import make_tiny
 from originals import assert_close, original, recorded
+from safetensors.torch import load_file
 
 import danlu
 from danlu.cli.main import run
@@ -54,6 +55,21 @@ def test_mapped_families_open_in_plain_transformers(
         asked = [{"role": "user", "content": "Hi"}]
         text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         assert text == "<|Human|>: Hi<eoh>\n<|MOSS|>:"
+
+
+@pytest.mark.parametrize("name", ["chatglm_v1_int4", "chatglm2_int8"])
+def test_chatglms_packed_weights_stay_packed(name: str, tmp_path: Path) -> None:
+    """As published, but as safetensors; nothing in the folder speaks of code that is not there."""
+    source = original(name)
+    told = convert(source, tmp_path / "out")
+    state, before = load_file(told.folder / "model.safetensors"), load_file(source / "model.safetensors")
+    scaled = [n for n in before if n.endswith("weight_scale")]
+    assert scaled and all(torch.equal(state[n], before[n]) for n in scaled)
+    assert all(torch.equal(state[n.removesuffix("_scale")], before[n.removesuffix("_scale")]) for n in scaled)
+    assert not [f.name for f in told.folder.glob("*.json") if "auto_map" in f.read_text("utf-8")]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert_close(load_model(told.folder).eval()(ids).logits, load_model(source).eval()(ids).logits)
 
 
 def test_dtypes(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seq2seq_models as small
 import tiny
 import torch
+from originals import original
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from danlu.config import KINDS, PRESETS, PretrainSettings
@@ -21,8 +23,9 @@ from danlu.models.rows import OneModel, RowsRoot
 from danlu.models.starters import opt
 from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
+from danlu.text.tokenizer import load_tokenizer
 from danlu.trainers import denoise
-from danlu.training.denoise import Text, Texts, rows_loss, rows_of
+from danlu.training.denoise import Text, Texts, rows_loss, rows_of, sentinels_of
 from danlu.training.setup import plan_of
 
 
@@ -183,3 +186,20 @@ def test_rows_are_a_function_of_seed_step_and_number(tmp_path: Path) -> None:
     assert torch.equal(one.inputs["input_ids"][0], again.inputs["input_ids"][1, :length])
     assert not torch.equal(one.targets_R, other.targets_R) or not torch.equal(one.loss_weight_R, other.loss_weight_R)
     assert len(plan_of(texts.lengths, settings)) > 0 and random.Random(0).random() < 1
+
+
+def test_cpm2_learns_by_its_own_sentinels(tmp_path: Path) -> None:
+    """`<s_0>`, ... of its list stand for spans; the folder is read as published, under the original names."""
+    folder = tmp_path / "cpm2"
+    shutil.copytree(original("cpm2"), folder, ignore=shutil.ignore_patterns("cases.*"))
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    pieces = ["<unk>", "<s>", "</s>", "\u2583", "<sep>", "<pad>", "<mask>", "<eod>", "\u2582"]
+    pieces += [*map(chr, range(33, 127)), *(f"<s_{n}>" for n in range(190))]
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", "utf-8")
+    found = train(tmp_path / "out", "t5", model=str(folder), tokenizer="", max_steps=4)
+    assert found.metrics["eval_loss"] < found.metrics["first_eval_loss"]
+    assert sentinels_of(load_tokenizer(folder)) == list(range(103, 293))
+    assert load_model(tmp_path / "out" / "model").config.danlu_family == "cpm2"
+    with pytest.raises(ModelError, match="neither <extra_id_0>"):
+        train(tmp_path / "x", "t5", model=str(small.folder(tmp_path / "bare", "t5")), tokenizer="")

@@ -78,23 +78,29 @@ def blanks(paragraphs: tuple[list[str], list[str]]) -> list[tuple[str, str, str]
 def test_glm_learns_and_fills_blanks(
     paragraphs: tuple[list[str], list[str]], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    found = train("glm", paragraphs, tokenizer_folder, tmp_path / "out").metrics
+    # Short spans alone, as the published base and large models of English had: what is asked for are short blanks.
+    mix = {"blank": 1.0, "sentence": 0.0, "blocked": 0.0, "short": 0.0}
+    found = train(
+        "glm", paragraphs, tokenizer_folder, tmp_path / "out", blanks=mix, learning_rate=3e-3, max_steps=2000
+    ).metrics
     print(found["first_eval_loss"], found["eval_loss"])
     assert found["eval_loss"] < found["first_eval_loss"] - 1.5
     model = load_model(tmp_path / "out" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
-    # Every fourth blank is enough. How long a blank is, a model of this size does not learn: its first words count.
-    ids, right, asked = model.config.blank_ids(), 0, blanks(paragraphs)[::4]
+    ids, asked = model.config.blank_ids(), blanks(paragraphs)[::4]  # every fourth blank is enough
+    begins = whole = 0
     for before, word, after in asked:
         text = tokenizer(f"{before}[MASK]{after}", add_special_tokens=False)["input_ids"]
         given = torch.tensor([[tokenizer.bos_token_id, *text]])
-        inputs = generation_inputs(given, torch.ones_like(given), ids, room=6)
-        out = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=ids.pad)
-        right += tokenizer.decode(out[0, given.shape[1] + 1 :].tolist()).startswith(word)
+        inputs = generation_inputs(given, torch.ones_like(given), ids, room=8)
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=ids.pad)
+        written = out[0, given.shape[1] + 1 :].tolist()
+        begins += tokenizer.decode(written).startswith(word)
+        whole += ids.eop in written and tokenizer.decode(written[: written.index(ids.eop)]) == word
     constant = max(Counter(word for _, word, _ in asked).values())  # the best single answer to all of them
-    print("blanks", len(asked), "right", right, "constant", constant)
+    print("blanks", len(asked), "begin right", begins, "right to the end", whole, "constant", constant)
     assert len(asked) >= 50
-    assert right > 1.5 * constant
+    assert begins > 1.5 * constant and whole > constant
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ import torch
 from danlu.exceptions import ModelError
 from danlu.models import stories
 from danlu.models.load import check_tokenizer, load_model, raw_config
+from danlu.models.packed_layouts import layout_of
 from danlu.models.places import resolve
-from danlu.models.quantize import is_quantized
 from danlu.models.registry import family_of
 from danlu.models.weights import read_weights, weight_files
 from danlu.text.chat_template import ChatTemplate
@@ -39,6 +39,8 @@ class Converted:
 
 def convert(source: str | Path, target: Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> Converted:
     """Loads a model and writes it anew; nothing stays of it if that fails half-way.
+
+    ChatGLM's published int8 and int4 weights stay packed as they were published; those of GLM-130B and MOSS become whole.
 
     Args:
         source: a folder, a hub id, or a `.bin` of llama2.c (or the folder that it lies in).
@@ -81,9 +83,10 @@ def _opened(source: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any, st
     if alone and path.suffix in ("", ".bin") and stories.is_stories(path):
         return stories.load(path, dtype or torch.float32), stories.tokenizer(path), "llama2.c"
     name, local = resolve(source)
-    if is_quantized(name):
-        raise ModelError("this folder holds quantised weights", file=name, hint="convert the model it was made from")
     raw = raw_config(name, local)
+    layout = layout_of(raw)
+    if layout is not None and layout.name != "chatglm":  # whose own classes write their published layout again
+        raise ModelError("this folder holds quantised weights", file=name, hint="convert the model it was made from")
     family = family_of(raw)
     model = load_model(source, dtype=dtype or _dtype_of(raw, Path(name) if local else None))
     return model, load_tokenizer(name, local=local), family.name if family is not None else str(raw["model_type"])

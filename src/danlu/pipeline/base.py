@@ -14,10 +14,11 @@ import yaml
 from danlu.evals.perplexity import per_character
 from danlu.models.families import context_of
 from danlu.models.load import check_vocabulary, is_encoder_decoder, load_model, raw_config
+from danlu.models.quantize import is_quantized, load_quantized
 from danlu.models.registry import family_of
 from danlu.models.weights import read_weights, weight_files
 from danlu.pipeline.footprint import Shape, adapter_parameters, kept, shape_of_folder
-from danlu.text.coverage import Coverage, coverage
+from danlu.text.coverage import coverage, plain_own, plain_rates
 from danlu.text.tokenizer import load_tokenizer
 from danlu.text.word_pieces import WordPieces
 
@@ -73,10 +74,10 @@ def _base(model: str, texts: Sequence[str]) -> Base:
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         check_vocabulary(raw, tokenizer, folder)
-    fast = getattr(tokenizer, "backend_tokenizer", None) is not None
-    covered = coverage([tokenizer], texts)[0] if texts and fast else None
-    shape = shape_of_folder(model) if own is None and not is_encoder_decoder(raw) else None
-    count = _parameters(folder)
+    shape = shape_of_folder(model) if not is_encoder_decoder(raw) else None
+    # Packed weights are no parameters, and the files of danlu's own families hold more than parameters.
+    counted = shape is not None and bool(weight_files(folder)) and (own is not None or is_quantized(folder))
+    count = shape.parameters if counted and shape is not None else _parameters(folder)
     licence, languages = stated(folder)
     return Base(
         model=model,
@@ -86,8 +87,8 @@ def _base(model: str, texts: Sequence[str]) -> Base:
         licence=licence,
         languages=languages,
         vocabulary=len(tokenizer) if tokenizer is not None else None,
-        tokens_per_character=_rates(covered),
-        own_chinese=own_chinese(tokenizer) if fast else None,
+        tokens_per_character=_rates(tokenizer, texts) if tokenizer is not None and texts else {},
+        own_chinese=own_chinese(tokenizer) if tokenizer is not None else None,
         inference_gb=_inference(shape, count),
         lora_gb=_lora(shape),
         perplexity_per_character=_perplexity(folder, tokenizer, texts) if count and texts and tokenizer else None,
@@ -128,14 +129,22 @@ def stated(folder: Path) -> tuple[str | None, list[str]]:
     ]
 
 
-def _rates(covered: Coverage | None) -> dict[str, float]:
-    if covered is None:
-        return {}
-    return {n: c.tokens_per_character for n, c in covered.languages.items() if n in ("zh", "en")}
+def _is_fast(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "backend_tokenizer", None) is not None
+
+
+def _rates(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
+    if _is_fast(tokenizer):
+        found = {n: c.tokens_per_character for n, c in coverage([tokenizer], texts)[0].languages.items()}
+    else:
+        found = plain_rates(tokenizer, texts)
+    return {name: rate for name, rate in found.items() if name in ("zh", "en")}
 
 
 def own_chinese(tokenizer: Any) -> int:
     """How many of the 20,902 common Chinese characters are one token; LLaMA's tokenizer has about 700."""
+    if not _is_fast(tokenizer):
+        return plain_own(tokenizer, CHINESE)
     words = WordPieces(tokenizer)
     return sum(words.is_one_token(ids) for ids in words.ids(CHINESE))
 
@@ -156,20 +165,21 @@ def _weights(shape: Shape, tables: int, bits: int) -> float:
 
 
 def _lora(shape: Shape | None) -> dict[int, float]:
-    """Frozen weights, adapters with gradients and AdamW's averages in fp32, and what one row of 512 tokens keeps."""
+    """Frozen weights, adapters with gradients and AdamW's averages in fp32, and what one row of LENGTH tokens keeps."""
     if shape is None:
         return {}
     tied = bool(getattr(shape.config, "tie_word_embeddings", False))
     tables = shape.head * (1 if tied else 2)
     adapters = 16.0 * adapter_parameters(shape, RANK)
-    count = kept(shape, length=LENGTH, dtype="bfloat16", rank=RANK)
-    row = LENGTH * (count.layer * shape.layers + count.rest)
+    length = min(LENGTH, getattr(shape.config, "max_position_embeddings", LENGTH))
+    count = kept(shape, length=length, dtype="bfloat16", rank=RANK)
+    row = length * (count.layer * shape.layers + count.rest)
     return {b: round((_weights(shape, tables, b) + adapters + row) / GB, 3) for b in BITS}
 
 
 def _perplexity(folder: Path, tokenizer: Any, texts: Sequence[str]) -> float | None:
     """Per character, on the first texts; None for encoder-decoders."""
-    model = load_model(folder)
+    model = load_quantized(folder) if is_quantized(folder) else load_model(folder)
     if model.config.is_encoder_decoder:
         return None
     taken: list[str] = []

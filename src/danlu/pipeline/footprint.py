@@ -23,6 +23,7 @@ from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, Rewar
 from danlu.config import Starter
 from danlu.exceptions import ModelError
 from danlu.losses.logprobs import CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA
+from danlu.models import cpm, moss
 from danlu.models.adapters import ia3_targets, targets_of
 from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
@@ -111,12 +112,17 @@ def shape_of_starter(settings: Starter, vocab: int) -> Shape:
 
 
 def shape_of_folder(model: str) -> Shape | None:
-    """Of a model folder, by its config.json; None for a hub id, and for a family that transformers does not know."""
+    """Of a model folder, by its config.json; None for a hub id, and for a family that is no causal model."""
     import transformers
 
     if not model or not (Path(model) / "config.json").is_file():
         return None
-    family_of(json.loads((Path(model) / "config.json").read_text("utf-8")))  # registers danlu's own
+    raw = json.loads((Path(model) / "config.json").read_text("utf-8"))
+    family_of(raw)  # registers danlu's own
+    if moss.says(raw):
+        return _shape(moss.codegen_config(raw))
+    if cpm.says(raw):
+        return _shape(cpm.gpt2_config(raw))
     try:
         return _shape(transformers.AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False))
     except (ValueError, KeyError, AttributeError):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from danlu.text.sample import MEGABYTE, pieces
 from danlu.text.scripts import HAN, runs
-from danlu.text.word_pieces import WordPieces
+from danlu.text.word_pieces import SPACE, WordPieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,35 @@ def coverage(tokenizers: Sequence[Any], texts: Iterable[str]) -> list[Coverage]:
         for count in counts:
             count.add(text, starts, names)
     return [count.result(characters, chinese) for count in counts]
+
+
+def plain_rates(tokenizer: Any, texts: Iterable[str]) -> dict[str, float]:
+    """Tokens per character by script, as `Coverage.languages` has them, of a tokenizer that is not a fast one (ChatGLM's, CPM's).
+
+    Such a tokenizer does not say where its tokens stand, so each stretch of a script is cut alone.
+    """
+    characters: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for text in _encodable(pieces(texts)):
+        starts, names = _runs(text)
+        for name, start, end in zip(names, starts, [*starts[1:], len(text)], strict=True):
+            characters[name] += int(end - start)
+            tokens[name] += len(_inside(tokenizer, text[start:end]))
+    return {name: tokens[name] / count for name, count in characters.most_common()}
+
+
+def plain_own(tokenizer: Any, characters: Sequence[str]) -> int:
+    """How many characters are one token by themselves, of a tokenizer that is not a fast one."""
+    found = (_inside(tokenizer, character) for character in characters)
+    return sum(
+        len(made) == 1 and made[0].lstrip(SPACE) == character for made, character in zip(found, characters, strict=True)
+    )
+
+
+def _inside(tokenizer: Any, text: str) -> list[str]:
+    """Tokens of a part of a text: without the space that SentencePiece puts in front where it is a token by itself."""
+    made: list[str] = tokenizer.tokenize(text)
+    return made[1:] if made[:1] == [SPACE] and not text.startswith((" ", SPACE)) else made
 
 
 def _encodable(texts: Iterable[str]) -> Iterator[str]:

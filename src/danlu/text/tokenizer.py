@@ -101,9 +101,18 @@ def _train_bytes(texts: Iterable[str], vocab_size: int) -> Any:
 def load_tokenizer(model: str | Path, *, local: bool = True) -> Any | None:
     """The tokenizer of a model folder or hub id, or None when there are no tokenizer files.
 
+    `auto_map`, which names code of the folder, is never run, and is left out when the tokenizer is saved.
+
     Raises:
         ModelError: there are tokenizer files, but they cannot be read.
     """
+    tokenizer = _opened(model, local=local)
+    if tokenizer is not None:
+        tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
+
+
+def _opened(model: str | Path, *, local: bool) -> Any | None:
     from transformers import AutoTokenizer
 
     quiet()

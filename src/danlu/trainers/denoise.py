@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from danlu.config import PretrainSettings
 from danlu.data.collate import encode_documents, require_items
 from danlu.data.sources import read_sources
@@ -16,7 +14,6 @@ from danlu.exceptions import DataError, ModelError, SettingsError
 from danlu.generation.seeds import mix_seed
 from danlu.models import starters
 from danlu.models.load import load_model
-from danlu.models.places import resolve
 from danlu.models.rows import OneModel, RowsRoot
 from danlu.text.chat_template import ChatTemplate
 from danlu.training import distributed
@@ -167,20 +164,13 @@ def start(settings: PretrainSettings) -> tuple[Any, Any]:
 
 
 def _given(settings: PretrainSettings) -> Any:
-    """The given model: an encoder-decoder for t5, otherwise one of danlu's own families."""
-    refuse_patches(settings.model, "pretrain")
-    path = resolve_model(settings.model)
-    if settings.objective != "t5":
-        return load_model(path)
-    from transformers import AutoModelForSeq2SeqLM
+    """The given model.
 
-    name, local = resolve(path)
-    try:
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            name, dtype=torch.float32, local_files_only=local, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot be loaded as an encoder-decoder: {error}", file=name) from error
+    Raises:
+        ModelError: its folder is damaged, or its family cannot have the objective.
+    """
+    refuse_patches(settings.model, "pretrain")
+    return load_model(resolve_model(settings.model))
 
 
 def instruction_rows(settings: PretrainSettings, tokenizer: Any, windows: int) -> Sequence[Text]:

@@ -5,6 +5,7 @@ What becomes of a text is a function of (seed, step, its number), so a resumed r
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ TRIES = 5
 HELDOUT = 1 << 40  # the step of held-out texts: they are corrupted once for all
 BLANK_TOKENS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>", "[dBLOCK]")
 SENTINELS = 100
+SPELLINGS = ("<extra_id_{}>", "\u2581<extra_id_{}>", "<s_{}>")
 
 
 @dataclass(frozen=True)
@@ -202,18 +204,22 @@ def mask_id_of(config: Any) -> int:
 
 
 def sentinels_of(tokenizer: Any) -> list[int]:
-    """`<extra_id_0>`, `<extra_id_1>`, ...: ids in this order.
+    """Ids of the tokens that stand for spans, in order: T5's `<extra_id_0>`, ... (mT5's have a block before), CPM-2's `<s_0>`, ...
 
     Raises:
         ModelError: the tokenizer has none.
     """
     known = tokenizer.get_vocab()
-    found = [known[name] for n in range(SENTINELS) if (name := f"<extra_id_{n}>") in known]
-    if not found:
-        raise ModelError(
-            "the tokenizer has no <extra_id_0>, <extra_id_1>, ...", hint="objective t5 needs sentinel tokens"
+    for name in SPELLINGS:
+        found = list(
+            itertools.takewhile(lambda i: i is not None, (known.get(name.format(n)) for n in itertools.count()))
         )
-    return found
+        if found:
+            return found
+    raise ModelError(
+        "the tokenizer has neither <extra_id_0>, <extra_id_1>, ... nor <s_0>, <s_1>, ...",
+        hint="objective t5 needs sentinel tokens",
+    )
 
 
 def span_batch(rows: Sequence[SpanRow], config: Any, pad: int) -> RowBatch:
