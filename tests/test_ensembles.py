@@ -49,7 +49,7 @@ class Fixed(ModelReward):
     """A member with scores that are known."""
 
     def __init__(self, *scores: float | None) -> None:
-        self.scores = [Score(s) if s is not None else Score(None, "score is nan") for s in scores]
+        self.scores = [Score(s) if s is not None else Score(None, "score is nan", "R-NAN") for s in scores]
 
     def score(self, episodes: Sequence[Episode], **_: Any) -> list[Score]:
         return self.scores[: len(episodes)]
@@ -93,7 +93,7 @@ def test_caution_lowers_a_score(members: list[list[float]]) -> None:
 def test_an_answer_that_a_member_cannot_score_has_its_error() -> None:
     judge = EnsembleReward([Fixed(1, 2), Fixed(3, None)], "mean")
     found = judge.score(EPISODES[:2])
-    assert found[0] == Score(2.0, spread=1.0) and found[1] == Score(None, "member 2 of 2: score is nan")
+    assert found[0] == Score(2.0, spread=1.0) and found[1] == Score(None, "member 2 of 2: score is nan", "R-NAN")
 
 
 # -- members --------------------------------------------------------------------------------------------------------------

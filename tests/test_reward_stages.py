@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import tiny as small
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from score_server import lengths, serving
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from danlu.alignment_config import GrpoSettings, PpoSettings, RolloutSettings
 from danlu.cli.main import run
 from danlu.data.collate import EncodedPrompt
 from danlu.exceptions import DataError, RewardError, SettingsError, TemplateError
+from danlu.models.load import save_model
 from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
 from danlu.pipeline.run import run_stage
@@ -300,6 +303,51 @@ def test_a_reward_model_that_cannot_read_the_chats(kind: str, tmp_path: Path, mo
     ) as caught:
         train(kind, tmp_path / "out", reward_model=model)
     assert caught.value.field == "reward_model" and not updates(tmp_path / "out")
+
+
+def foreign_judge(folder: Path, tokenizer: Any, positions: int) -> Path:
+    """A GPT-2, whose positions are a table."""
+    shape = {"vocab_size": len(tokenizer), "n_positions": positions, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    judge = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**shape, **ids, num_labels=1))
+    return save_model(judge, tokenizer, folder)
+
+
+def test_a_reward_model_whose_window_is_too_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is refused before anything is sampled; `overlength: truncate` shows it the end of the prompt."""
+    values = small.stage("grpo", tmp_path / "out", max_steps=1, eval_fraction=0)
+    values["reward_model"] = str(foreign_judge(tmp_path / "judge", small.tokenizer(), 24))
+    assert run(small.arguments("grpo", values)) == 1
+    said = capfd.readouterr().err
+    assert (
+        "R-WINDOW" in said
+        and "do not fit the 24 positions of the reward model" in said
+        and not updates(tmp_path / "out")
+    )
+    assert run(small.arguments("grpo", {**values, "overlength": "truncate", "out": str(tmp_path / "cut")})) == 0
+    assert updates(tmp_path / "cut")[0]["reward_failed"] == 0.0
+
+
+def words(chat: str) -> Any:
+    """A tokenizer of whole words, to which all others are one sign."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(chat.split())}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<pad>"}
+    plain = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} {% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    )
+    template = plain + "{% if add_generation_prompt %}assistant {% endif %}"
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names, chat_template=template)
+
+
+def test_a_reward_model_that_does_not_know_the_language(tmp_path: Path) -> None:
+    control, asked = "<unk> <pad> <end> user assistant", "which colour has the door ? :"
+    judge = foreign_judge(tmp_path / "few", words(f"{control} {asked}"), 256)
+    with pytest.raises(RewardError, match=r"R-TOKENIZER: .* its tokenizer does not know \d\d% of what the first 16"):
+        train("grpo", tmp_path / "out", reward_model=str(judge))
+    rest = [*map(str, range(12)), *(t for t in small.THINGS if t != "door")]
+    judge = foreign_judge(tmp_path / "many", words(f"{control} {asked} {' '.join(rest)}"), 256)
+    assert train("grpo", tmp_path / "fine", reward_model=str(judge), max_steps=1, eval_fraction=0).facts["judges"]
 
 
 PICKY = """

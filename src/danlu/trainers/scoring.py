@@ -9,13 +9,15 @@ from typing import Any
 from danlu.alignment_config import RolloutSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.exceptions import RewardError, TemplateError
+from danlu.models.families import hard_limit
 from danlu.models.load import load_model
 from danlu.models.resting import rest
 from danlu.rewards.build import gold_of, rewards_of
 from danlu.rewards.combine import Combined
-from danlu.rewards.model import judge_of
+from danlu.rewards.model import judge_of, same_text
 from danlu.rewards.protocol import Reward, episodes_of
 from danlu.text.chat_template import ChatTemplate
+from danlu.text.tokenizer import unknown_share
 from danlu.train_config import as_models
 from danlu.trainers.judges import opinions
 from danlu.training import distributed
@@ -26,6 +28,7 @@ from danlu.training.templates import tokenizer_of
 from danlu.tree import Trajectory
 
 PROBES = 16
+UNKNOWN = 0.1  # share of unknown tokens from which answers that differ read alike; rare signs stay far below it
 
 
 def rewards_for(
@@ -39,19 +42,25 @@ def rewards_for(
 
     Raises:
         GateError: a reward model did not pass G-RM, and `follow_failed` is not set.
-        RewardError: the reward model cannot read the chats.
+        RewardError: the reward model cannot read the chats (R-TEMPLATE, R-TOKENIZER), or not as long ones (R-WINDOW).
     """
     known = opinions(settings)
     named = as_models(settings.reward_model)
 
     def judge() -> Reward:
+        seams = [readable(name, template, settings.template, prompts, stage=stage) for name in named]
+        models = [_at_rest(name, compute) for name in named]
+        for name, model, own in zip(named, models, seams, strict=True):
+            if settings.overlength != "truncate":
+                _refuse_long(name, hard_limit(model), own, template, prompts, settings.rollout.max_new_tokens)
         return judge_of(
-            [_at_rest(name, compute) for name in named],
-            [readable(name, settings.template, prompts, stage=stage) for name in named],
+            models,
+            seams,
             template,
             micro_tokens=settings.micro_tokens,
             device=compute.device,
             ensemble=settings.ensemble,
+            truncate=settings.overlength == "truncate",
         )
 
     reward = rewards_of(settings, prompts, Path(settings.out), judge=judge if named else None)
@@ -80,19 +89,23 @@ def gold_for(settings: RolloutSettings, template: ChatTemplate, compute: Compute
     return scorer
 
 
-def readable(name: str, template: str | None, prompts: Sequence[EncodedPrompt], *, stage: str) -> ChatTemplate:
+def readable(
+    name: str, policy: ChatTemplate, template: str | None, prompts: Sequence[EncodedPrompt], *, stage: str
+) -> ChatTemplate:
     """A reward model's own chat seam, tried on some prompts.
 
     Args:
         name: of the reward model, as the settings have it.
+        policy: the policy's chat seam.
         template: one that danlu ships, in place of its tokenizer's own.
 
     Raises:
-        RewardError: its template cannot render them.
+        RewardError: its template cannot render them, or its tokenizer does not know what they are written in.
     """
+    probes = prompts[:PROBES]
     try:
         own = ChatTemplate(tokenizer_of(name, stage=stage), template)
-        for prompt in prompts[:PROBES]:
+        for prompt in probes:
             own.encode_answer(list(prompt.messages), [{"role": "assistant", "content": "..."}])
     except TemplateError as error:
         raise RewardError(
@@ -100,7 +113,44 @@ def readable(name: str, template: str | None, prompts: Sequence[EncodedPrompt], 
             field="reward_model",
             hint=error.hint or "a reward model with another chat template, or another --template",
         ) from error
+    if not same_text(own, policy):
+        share = unknown_share(own.tokenizer, [str(m["content"] or "") for p in probes for m in p.messages])
+        if share > UNKNOWN:
+            raise RewardError(
+                f"R-TOKENIZER: the reward model {name} cannot read these chats: its tokenizer does not know {share:.0%} of what "
+                f"the first {len(probes)} prompts are written in",
+                field="reward_model",
+                hint="a reward model whose tokenizer knows this language",
+            )
     return own
+
+
+def _refuse_long(
+    name: str,
+    window: int | None,
+    own: ChatTemplate,
+    policy: ChatTemplate,
+    prompts: Sequence[EncodedPrompt],
+    max_new_tokens: int,
+) -> None:
+    """Raises RewardError where a reward model cannot read a prompt with an answer, before anything is sampled.
+
+    With a tokenizer of its own how long answers are there is not known yet: what exceeds the window then has no score.
+    """
+    if window is None:
+        return
+    if same_text(own, policy):
+        lengths = [len(p.ids) + max_new_tokens for p in prompts]
+    else:
+        lengths = [len(ids) + 1 for ids, _ in own.encode_branches([(list(p.messages), []) for p in prompts])]
+    over = [length for length in lengths if length > window]
+    if over:
+        raise RewardError(
+            f"R-WINDOW: {len(over)} of {len(prompts)} prompts do not fit the {window} positions of the reward model {name} (with "
+            f"an answer the longest has {max(over)} tokens)",
+            field="reward_model",
+            hint=f"set max_length to {window} or less, or overlength: truncate, and it reads the last part of such a prompt",
+        )
 
 
 def score(
