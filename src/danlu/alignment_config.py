@@ -268,8 +268,8 @@ class Ppo(Settings):
     critic_warmup: int = Field(0, ge=0, description="first iterations in which the critic learns alone")
     critic_init: Literal["auto", "reward", "policy"] = Field(
         "auto",
-        description="what the critic starts from; auto: the reward model if it has the policy's width and vocabulary (arXiv "
-        "2403.17031), with adapters the policy",
+        description="what the critic starts from; reward: the reward model, of any size but with the policy's vocabulary; auto: "
+        "that if it has the policy's width, too (arXiv 2403.17031), with adapters the policy",
     )
     max_kl: float = Field(
         50.0, gt=0, description="stop when the KL of an answer to the reference (nats, mean) exceeds this"

@@ -53,7 +53,7 @@ from danlu.training.runs import resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import load_policy, own_models, placed, shared_roles
 from danlu.training.step import TrainResult, accumulate, apply
-from danlu.training.templates import template_facts, template_of
+from danlu.training.templates import template_facts, template_of, tokenizer_of
 from danlu.training.watch import Watch
 from danlu.tree import Trajectory
 
@@ -185,18 +185,20 @@ def _players(
         learn: list[RoleName] = ["policy", "critic"]
         trunks = shared_roles(policy, ["policy", "ref", "critic"], settings, learn, updates=updates, stop_ids=ends)
     else:
-        critic, ref = _critic(policy, path, settings), reference_model(path, settings.ref_bits)
+        critic, ref = _critic(policy, path, settings, template), reference_model(path, settings.ref_bits)
         models: dict[RoleName, Any] = {"policy": policy, "ref": ref, "critic": critic}
         trunks = own_models(models, ["policy", "critic"], settings)
     root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
     return Players(root, policy, reward, engine, compute, template)
 
 
-def _critic(policy: Any, path: str, settings: PpoSettings) -> Any:
+def _critic(policy: Any, path: str, settings: PpoSettings, template: ChatTemplate) -> Any:
     """The (first) reward model, speaking in normalised scores, or the policy with a scalar head at zero (`ppo.critic_init`).
 
+    The critic reads the policy's tokens, so it must know them; how large it is does not matter to the policy.
+
     Raises:
-        SettingsError: the reward model is asked for and there is none, or it is of another shape.
+        SettingsError: the reward model is asked for and there is none, or it has another vocabulary.
     """
     wanted, judges = settings.ppo.critic_init, as_models(settings.reward_model)
     if wanted == "reward" and not judges:
@@ -204,19 +206,18 @@ def _critic(policy: Any, path: str, settings: PpoSettings) -> Any:
             "there is no reward model that could become the critic", field="ppo.critic_init", hint="critic_init: policy"
         )
     if wanted != "policy" and judges:
-        critic = load_model(resolve_model(judges[0]), scalar=True)
-        shapes = [(c.to_dict().get("hidden_size"), c.vocab_size) for c in (critic.config, policy.config)]
-        if shapes[0] == shapes[1]:
-            fold_normaliser(critic)
-            return critic
-        if wanted == "reward":
-            (width, words), (own_width, own_words) = shapes
+        same_words = tokenizer_of(judges[0], stage="ppo").get_vocab() == template.tokenizer.get_vocab()
+        if wanted == "reward" and not same_words:
             raise SettingsError(
-                f"the reward model (width {width}, {words} tokens) cannot become the critic of this policy (width {own_width}, "
-                f"{own_words} tokens)",
+                "the reward model has another vocabulary than the policy, whose tokens a critic reads",
                 field="ppo.critic_init",
-                hint="critic_init: policy; auto takes the policy, too, where shapes differ",
+                hint="critic_init: policy; auto takes the policy, too, where they differ",
             )
+        if same_words:
+            critic = load_model(resolve_model(judges[0]), scalar=True)
+            if wanted == "reward" or critic.config.hidden_size == policy.config.hidden_size:
+                fold_normaliser(critic)
+                return critic
     return load_model(path, scalar=True)
 
 
