@@ -116,7 +116,7 @@ def train(settings: GrpoSettings) -> TrainResult:
             metrics = {**stats, **_over_updates(updates), "ratio_error_first": updates[0]["ratio_error"]}
             if step == 0:
                 session.extra["first"] = {"ratio_error": updates[0]["ratio_error"], "kl": abs(stats["kl"])}
-            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories)
+            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories, drawn.scores)
             note = f"score {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="grpo")

@@ -148,7 +148,7 @@ def train(settings: PpoSettings) -> TrainResult:
                 metrics["ratio_error_first"] = first_ratio_error
                 session.extra.setdefault("first", {"ratio_error": first_ratio_error, "kl": abs(stats["kl"])})
                 controller.update(stats["kl"], size)
-            metrics = watch.step(step, metrics, [a.trajectory for a in answers])
+            metrics = watch.step(step, metrics, [a.trajectory for a in answers], scores)
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="ppo")
