@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -408,7 +408,7 @@ class Raft(Settings):
 
 
 GrpoMethod = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++", "reinforce++-baseline", "online-dpo", "raft"
+    "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++", "reinforce++-baseline", "online-dpo", "raft", "best-of-n"
 ]
 
 
@@ -417,14 +417,25 @@ class GrpoSettings(RolloutSettings):
 
     method: GrpoMethod = Field(
         "grpo",
-        description="grpo: the plain form (Shao et al. 2024); the others but the last two are its settings under `grpo:` "
-        "by name; online-dpo: pairs of its own answers; raft: SFT on its own best answers",
+        description="grpo: the plain form (Shao et al. 2024); the others but the last three are its settings under `grpo:` "
+        "by name; online-dpo: pairs of its own answers; raft: SFT on its own best answers; best-of-n: raft with raft.train: "
+        "false, which only writes them",
     )
     grpo: Grpo = Field(default_factory=lambda: Grpo())
     online_dpo: OnlineDpo = Field(default_factory=lambda: OnlineDpo())
     raft: Raft = Field(default_factory=lambda: Raft())
     learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW (DeepSeekMath)")
     schedule: Schedule = Field("constant", description="rate after the warm-up")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _best_of_n(cls, value: Any) -> Any:
+        """best-of-n is another name for RAFT without the training."""
+        if not isinstance(value, dict) or value.get("method") != "best-of-n":
+            return value
+        given = value.get("raft") or {}
+        options = given.model_dump() if isinstance(given, Raft) else dict(given)
+        return {**value, "method": "raft", "raft": {**options, "train": False}}
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GrpoSettings:
