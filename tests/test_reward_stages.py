@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from danlu.alignment_config import GrpoSettings, PpoSettings, RolloutSettings
 from danlu.cli.main import run
 from danlu.data.collate import EncodedPrompt
-from danlu.exceptions import DataError, RewardError, SettingsError, TemplateError
-from danlu.models.load import save_model
+from danlu.exceptions import DataError, ModelError, RewardError, SettingsError, TemplateError
+from danlu.models.load import load_model, save_model
 from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
 from danlu.pipeline.run import run_stage
@@ -311,6 +311,33 @@ def foreign_judge(folder: Path, tokenizer: Any, positions: int) -> Path:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     judge = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**shape, **ids, num_labels=1))
     return save_model(judge, tokenizer, folder)
+
+
+@pytest.mark.parametrize("kind", ["policy", "adapter", "classes"])
+def test_what_is_no_reward_model(kind: str, tmp_path: Path) -> None:
+    """A head that is not there would be zeros, or chance: all answers alike."""
+    folder = small.model()
+    if kind == "classes":
+        two = transformers.AutoModelForSequenceClassification.from_pretrained(small.model(), num_labels=2)
+        two.config.pad_token_id = small.tokenizer().pad_token_id
+        folder = save_model(two, small.tokenizer(), tmp_path / "two")
+        assert not load_model(folder, scalar=True).score.weight.any(), "what learns from it begins at zero"
+    if kind == "adapter":
+        assert (
+            run([*small.arguments("sft", small.stage("sft", tmp_path / "sft", adapter="lora", max_steps=1)), "--force"])
+            == 0
+        )
+        folder = tmp_path / "sft" / "adapter"
+    with pytest.raises(RewardError, match=r"R-HEAD: .* is no reward model") as caught:
+        train("grpo", tmp_path / "out", reward_model=str(folder))
+    assert caught.value.field == "reward_model"
+
+
+def test_the_folder_of_a_stage_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "rm" / "model").mkdir(parents=True)
+    with pytest.raises(ModelError) as caught:
+        train("grpo", tmp_path / "out", reward_model=str(tmp_path / "rm"))
+    assert caught.value.hint == f"the model is in {tmp_path / 'rm' / 'model'}"
 
 
 def test_a_reward_model_whose_window_is_too_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

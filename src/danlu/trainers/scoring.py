@@ -9,8 +9,11 @@ from typing import Any
 from danlu.alignment_config import RolloutSettings
 from danlu.data.collate import EncodedPrompt
 from danlu.exceptions import RewardError, TemplateError
+from danlu.models.adapter_files import read_info
 from danlu.models.families import hard_limit
+from danlu.models.heads import SCALAR_HEADS
 from danlu.models.load import load_model
+from danlu.models.places import is_adapter
 from danlu.models.resting import rest
 from danlu.rewards.build import gold_of, rewards_of
 from danlu.rewards.combine import Combined
@@ -70,9 +73,20 @@ def rewards_for(
 
 
 def _at_rest(name: str, compute: Compute) -> Any:
-    """A reward model that will only be asked."""
+    """A reward model that will only be asked.
+
+    Raises:
+        RewardError: it has no head that gives one number; one of zeros would score all answers alike.
+    """
     path = resolve_model(name)
     model = load_model(path, scalar=True).requires_grad_(False)
+    absent = [n for n in getattr(model, "danlu_missing", ()) if n.split(".")[0] in SCALAR_HEADS]
+    if not read_info(path).scalar if is_adapter(path) else absent:
+        raise RewardError(
+            f"R-HEAD: {name} is no reward model: it has no head that gives one number",
+            field="reward_model",
+            hint="train one from it with `danlu reward --model`, or give another",
+        )
     rest(model, DTYPES[compute.dtype])
     return model
 
