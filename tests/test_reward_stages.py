@@ -412,6 +412,14 @@ def test_a_failure_stops_the_run_and_names_the_file(tmp_path: Path) -> None:
     assert len(rows) == 8 and json.loads(rows[2])["terms"]["python"]["code"] == "R-NAN"
 
 
+def test_held_out_answers_without_a_score_are_counted_from_the_first_iteration(tmp_path: Path) -> None:
+    (tmp_path / "none.py").write_text("def f(responses, prompts, references):\n    return [None] * len(responses)\n")
+    terms = [{"kind": "python", "function": f"{tmp_path}/none.py:f"}]
+    with pytest.raises(RewardError, match=r"R-TYPE: \d+ of \d+ answers of iteration 1 have no score"):
+        train("grpo", tmp_path / "out", rewards=terms, max_steps=1)
+    assert [p.name for p in (tmp_path / "out" / "failed").iterdir()] == ["rewards-step-0.jsonl"]
+
+
 # -- a server that dies ------------------------------------------------------------------------------------------------------------
 
 

@@ -172,7 +172,10 @@ def _experience(
         built.append(Minibatch(parts, float(denominator), float(total_weight)))
 
     spread = torch.cat([advantages[i] for i in sorted(advantages)]).double().std(correction=0)
-    return built, {**drawn.stats, **reading_stats(readings, clip, players.compute), "advantage_std": float(spread)}
+    stats = {**drawn.stats, **reading_stats(readings, clip, players.compute), "advantage_std": float(spread)}
+    if method.kl_in == "reward":
+        stats["reward_total"] = stats["score"] - method.kl_coef * stats["kl"]
+    return built, stats
 
 
 def _advantages(drawn: Drawn, readings: Sequence[Sequence[Reading]], method: Method) -> dict[int, Tensor]:
