@@ -178,6 +178,11 @@ class RolloutSettings(TrainSettings):
     eval_rewards: list[Term] = Field(
         default_factory=list, description="measured on held-out prompts (`eval_gold`), and never trained on"
     )
+    eval_reward_model: str | list[str] = Field(
+        "",
+        description="a reward model, or several, beside `eval_rewards`: a larger or another one shows when the first is exploited "
+        "(Gao et al. 2022)",
+    )
     max_failed: float = Field(
         0.0,
         ge=0,

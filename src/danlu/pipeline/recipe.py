@@ -266,7 +266,7 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
 def _check_references(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
     names = [s["name"] for s in stages]
     for at, stage in enumerate(stages):
-        named = [stage.get(field) for field in ("model", "reward_model", "tokenizer", "models")]
+        named = [stage.get(field) for field in ("model", "reward_model", "eval_reward_model", "tokenizer", "models")]
         for value in (v for one in named for v in (one if isinstance(one, list) else [one])):
             name = str(value).removeprefix("stage:")
             if not str(value).startswith("stage:") or name in names[:at]:

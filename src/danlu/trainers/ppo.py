@@ -99,7 +99,7 @@ def train(settings: PpoSettings) -> TrainResult:
         shaped = iter(shaped_scores([v for v, _ in known], [f for _, f in known], options, "none", seen))
         return [None if v is None else next(shaped) for v in raw]
 
-    gold = scoring.gold_for(settings, template, compute)
+    gold = scoring.gold_for(settings, template, held_prompts, compute, stage="ppo")
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers, states=states) as session:
         heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold, players.reward.metrics)
         watch = Watch(session, heldout, template)

@@ -51,20 +51,7 @@ def rewards_for(
     named = as_models(settings.reward_model)
 
     def judge() -> Reward:
-        seams = [readable(name, template, settings.template, prompts, stage=stage) for name in named]
-        models = [_at_rest(name, compute) for name in named]
-        for name, model, own in zip(named, models, seams, strict=True):
-            if settings.overlength != "truncate":
-                _refuse_long(name, hard_limit(model), own, template, prompts, settings.rollout.max_new_tokens)
-        return judge_of(
-            models,
-            seams,
-            template,
-            micro_tokens=settings.micro_tokens,
-            device=compute.device,
-            ensemble=settings.ensemble,
-            truncate=settings.overlength == "truncate",
-        )
+        return _judge(named, "reward_model", settings, template, prompts, compute, stage=stage)
 
     reward = rewards_of(settings, prompts, Path(settings.out), judge=judge if named else None)
     if known:
@@ -72,7 +59,41 @@ def rewards_for(
     return reward
 
 
-def _at_rest(name: str, compute: Compute) -> Any:
+def _judge(
+    named: Sequence[str],
+    field: str,
+    settings: RolloutSettings,
+    template: ChatTemplate,
+    prompts: Sequence[EncodedPrompt],
+    compute: Compute,
+    *,
+    stage: str,
+) -> Reward:
+    """Reward models as one judge, tried on the prompts.
+
+    Args:
+        field: that names them in the settings.
+
+    Raises:
+        RewardError: see `rewards_for`.
+    """
+    seams = [readable(name, template, settings.template, prompts, stage=stage, field=field) for name in named]
+    models = [_at_rest(name, compute, field) for name in named]
+    for name, model, own in zip(named, models, seams, strict=True):
+        if settings.overlength != "truncate":
+            _refuse_long(name, hard_limit(model), own, template, prompts, settings.rollout.max_new_tokens, field)
+    return judge_of(
+        models,
+        seams,
+        template,
+        micro_tokens=settings.micro_tokens,
+        device=compute.device,
+        ensemble=settings.ensemble,
+        truncate=settings.overlength == "truncate",
+    )
+
+
+def _at_rest(name: str, compute: Compute, field: str) -> Any:
     """A reward model that will only be asked.
 
     Raises:
@@ -84,16 +105,30 @@ def _at_rest(name: str, compute: Compute) -> Any:
     if not read_info(path).scalar if is_adapter(path) else absent:
         raise RewardError(
             f"R-HEAD: {name} is no reward model: it has no head that gives one number",
-            field="reward_model",
+            field=field,
             hint="train one from it with `danlu reward --model`, or give another",
         )
     rest(model, DTYPES[compute.dtype])
     return model
 
 
-def gold_for(settings: RolloutSettings, template: ChatTemplate, compute: Compute) -> Scorer | None:
-    """What held-out answers are measured with beside the reward (`eval_rewards`), or None."""
-    gold = gold_of(settings, Path(settings.out))
+def gold_for(
+    settings: RolloutSettings, template: ChatTemplate, held: Sequence[EncodedPrompt], compute: Compute, *, stage: str
+) -> Scorer | None:
+    """What held-out answers are measured with beside the reward (`eval_rewards`, `eval_reward_model`), or None.
+
+    Args:
+        held: the held-out prompts; without any nothing is loaded.
+
+    Raises:
+        RewardError: a reward model cannot read them, as in `rewards_for`.
+    """
+    named = as_models(settings.eval_reward_model) if held else []
+
+    def judge() -> Reward:
+        return _judge(named, "eval_reward_model", settings, template, held, compute, stage=stage)
+
+    gold = gold_of(settings, Path(settings.out), judge=judge if named else None)
     if gold is None:
         return None
 
@@ -104,7 +139,13 @@ def gold_for(settings: RolloutSettings, template: ChatTemplate, compute: Compute
 
 
 def readable(
-    name: str, policy: ChatTemplate, template: str | None, prompts: Sequence[EncodedPrompt], *, stage: str
+    name: str,
+    policy: ChatTemplate,
+    template: str | None,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    stage: str,
+    field: str = "reward_model",
 ) -> ChatTemplate:
     """A reward model's own chat seam, tried on some prompts.
 
@@ -112,6 +153,7 @@ def readable(
         name: of the reward model, as the settings have it.
         policy: the policy's chat seam.
         template: one that danlu ships, in place of its tokenizer's own.
+        field: that names it in the settings.
 
     Raises:
         RewardError: its template cannot render them, or its tokenizer does not know what they are written in.
@@ -124,7 +166,7 @@ def readable(
     except TemplateError as error:
         raise RewardError(
             f"R-TEMPLATE: the reward model {name} cannot read these chats: {error.message}",
-            field="reward_model",
+            field=field,
             hint=error.hint or "a reward model with another chat template, or another --template",
         ) from error
     if not same_text(own, policy):
@@ -133,7 +175,7 @@ def readable(
             raise RewardError(
                 f"R-TOKENIZER: the reward model {name} cannot read these chats: its tokenizer does not know {share:.0%} of what "
                 f"the first {len(probes)} prompts are written in",
-                field="reward_model",
+                field=field,
                 hint="a reward model whose tokenizer knows this language",
             )
     return own
@@ -146,6 +188,7 @@ def _refuse_long(
     policy: ChatTemplate,
     prompts: Sequence[EncodedPrompt],
     max_new_tokens: int,
+    field: str,
 ) -> None:
     """Raises RewardError where a reward model cannot read a prompt with an answer, before anything is sampled.
 
@@ -162,7 +205,7 @@ def _refuse_long(
         raise RewardError(
             f"R-WINDOW: {len(over)} of {len(prompts)} prompts do not fit the {window} positions of the reward model {name} (with "
             f"an answer the longest has {max(over)} tokens)",
-            field="reward_model",
+            field=field,
             hint=f"set max_length to {window} or less, or overlength: truncate, and it reads the last part of such a prompt",
         )
 
