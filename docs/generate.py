@@ -308,6 +308,9 @@ Wins are judged by gold if there is one, else by the reward; ties count half.
 The answers to a few of these prompts, drawn by the seed, are appended to the stage's `samples.jsonl`
 (`{"step", "prompt", "answer", "score"}`); the report shows them side by side.
 
+The answers of an iteration in which a rule found something are kept whole, in the stage's `findings/CODE-step-N.jsonl`
+(`{"prompt", "response", "tokens", "finished", "score"}`): what P-STOP-LOST says of stops can be looked at there.
+
 ## What is done about a finding
 
 `health.actions` says it for each rule, for instance `actions: {P-CLIP-HIGH: adapt, P-TIMID: off}`:

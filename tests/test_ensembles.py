@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from danlu.alignment_config import PpoSettings
 from danlu.cli.main import run
 from danlu.config import KINDS
-from danlu.exceptions import GateError, SettingsError
+from danlu.exceptions import GateError, RewardError, SettingsError
 from danlu.models.load import save_model
 from danlu.parsing import parse
 from danlu.pipeline.recipe import load_recipe
@@ -49,7 +49,7 @@ class Fixed(ModelReward):
     """A member with scores that are known."""
 
     def __init__(self, *scores: float | None) -> None:
-        self.scores = [Score(s) if s is not None else Score(None, "score is nan") for s in scores]
+        self.scores = [Score(s) if s is not None else Score(None, "score is nan", "R-NAN") for s in scores]
 
     def score(self, episodes: Sequence[Episode], **_: Any) -> list[Score]:
         return self.scores[: len(episodes)]
@@ -93,7 +93,7 @@ def test_caution_lowers_a_score(members: list[list[float]]) -> None:
 def test_an_answer_that_a_member_cannot_score_has_its_error() -> None:
     judge = EnsembleReward([Fixed(1, 2), Fixed(3, None)], "mean")
     found = judge.score(EPISODES[:2])
-    assert found[0] == Score(2.0, spread=1.0) and found[1] == Score(None, "member 2 of 2: score is nan")
+    assert found[0] == Score(2.0, spread=1.0) and found[1] == Score(None, "member 2 of 2: score is nan", "R-NAN")
 
 
 # -- members --------------------------------------------------------------------------------------------------------------
@@ -212,6 +212,34 @@ def test_stages_in_a_list_are_placed(tmp_path: Path) -> None:
         "/models/third",
     ]
     assert grpo.settings.reward_model == "stage:two"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_gold_may_be_a_reward_model(kind: str, tmp_path: Path) -> None:
+    """It is measured, judges the wins, and changes nothing that is learnt."""
+    mean, std = 0.25, 2.0
+    gold = tmp_path / "gold"
+    shutil.copytree(small.reward_model(), gold)
+    config = json.loads((gold / "config.json").read_text("utf-8"))
+    (gold / "config.json").write_text(json.dumps({**config, "danlu_reward": {"mean": mean, "std": std}}), "utf-8")
+    rows = {}
+    for name, extra in (("gold", {"eval_reward_model": str(gold)}), ("plain", {})):
+        values = small.stage(kind, tmp_path / name, max_steps=2, eval_every=1, **extra)
+        values[kind] = {**values[kind], "missing_stop_penalty": 0.0, **({"score_clip": 100.0} if kind == "ppo" else {})}
+        STAGES[kind].run(parse(KINDS[kind], values))
+        rows[name] = small.metrics_of(tmp_path / name)
+    held = [r for r in rows["gold"] if "eval_gold" in r]
+    assert held and all(r["eval_gold"] == pytest.approx((r["eval_score"] - mean) / std, abs=1e-5) for r in held)
+    assert not any("eval_gold" in r for r in rows["plain"])
+    scores = {name: [r["score"] for r in found if "score" in r] for name, found in rows.items()}
+    assert scores["gold"] == scores["plain"]
+
+
+def test_gold_that_is_no_reward_model_is_named(tmp_path: Path) -> None:
+    values = small.stage("grpo", tmp_path, max_steps=1, eval_reward_model=str(small.model()))
+    with pytest.raises(RewardError, match="R-HEAD") as caught:
+        STAGES["grpo"].run(parse(KINDS["grpo"], values))
+    assert caught.value.field == "eval_reward_model"
 
 
 def test_a_stage_in_a_list_that_does_not_come_before(tmp_path: Path) -> None:

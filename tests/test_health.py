@@ -317,6 +317,29 @@ def test_a_stage_stops_with_its_best_weights(kind: str, tmp_path: Path, capsys: 
     assert mine and all((w == model[n]).all() for n, w in mine.items())
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_the_answers_of_a_finding_are_kept(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy that stops producing stops: what it answered can be read."""
+
+    def told(self: Health, step: int, metrics: Row) -> dict[str, float]:
+        return watch(self, step, {**metrics, "stop_rate": 0.9 if step < 6 else 0.1})
+
+    watch = Health.watch
+    monkeypatch.setattr(Health, "watch", told)
+    train(kind, tmp_path, max_steps=11, eval_fraction=0)
+    (finding,) = [r for r in read_metrics(tmp_path / "health.jsonl") if r["code"] == "P-STOP-LOST"]
+    path = tmp_path / "findings" / f"P-STOP-LOST-step-{finding['step']}.jsonl"
+    assert str(path) in capsys.readouterr().err
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    logged = next(r for r in tiny.metrics_of(tmp_path) if r["step"] == finding["step"])
+    assert len(rows) == 8 and sum(r["score"] for r in rows) / 8 == pytest.approx(logged["score"])
+    assert sum(r["tokens"] for r in rows) / 8 == logged["length"]
+    assert all("which colour" in r["prompt"] and isinstance(r["response"], str) for r in rows)
+    assert all(isinstance(r["finished"], bool) for r in rows)
+
+
 @pytest.mark.usefixtures("toy")
 def test_a_stage_that_is_not_stopped_ends_with_its_last_weights(tmp_path: Path) -> None:
     """The best weights are there in case of a stop; without one nothing is put back."""

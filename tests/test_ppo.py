@@ -154,12 +154,29 @@ def test_where_the_critic_begins(tmp_path: Path) -> None:
     assert first["policy"]["score"] == first["auto"]["score"] and first["policy"]["loss"] != first["auto"]["loss"]
 
 
-def test_a_reward_model_of_another_shape_is_no_critic(tmp_path: Path) -> None:
+def test_a_reward_model_of_another_size_is_the_critic_that_is_asked_for(tmp_path: Path) -> None:
+    """InstructGPT's critic was a thirtieth of its policy; auto takes the policy."""
     wide = tiny.model_folder(tmp_path / "wide", hidden_size=64)
-    with pytest.raises(SettingsError, match=r"\(width 32, .*\(width 64") as caught:
-        train("ppo", tmp_path / "out", model=str(wide), max_steps=1, ppo={"critic_init": "reward"})
+    explained = {}
+    for wanted in ("reward", "auto"):
+        train("ppo", tmp_path / wanted, model=str(wide), max_steps=1, ppo={"critic_init": wanted})
+        explained[wanted] = rows_of(tmp_path / wanted)[0]["explained_variance"]
+    assert explained["auto"] == pytest.approx(0.0, abs=1e-6) and abs(explained["reward"]) > 1e-3
+
+
+def test_a_reward_model_with_other_words_is_no_critic(tmp_path: Path) -> None:
+    """Also where it has as many of them."""
+    judge = tmp_path / "judge"
+    shutil.copytree(tiny.reward_model(), judge)
+    words = (judge / "tokenizer.json").read_text("utf-8")
+    (judge / "tokenizer.json").write_text(words.replace("<|im_start|>", "<|begins|>"), "utf-8")
+    (judge / "tokenizer_config.json").write_text(
+        (judge / "tokenizer_config.json").read_text("utf-8").replace("<|im_start|>", "<|begins|>"), "utf-8"
+    )
+    with pytest.raises(SettingsError, match="another vocabulary than the policy") as caught:
+        train("ppo", tmp_path / "out", reward_model=str(judge), max_steps=1, ppo={"critic_init": "reward"})
     assert caught.value.field == "ppo.critic_init"
-    train("ppo", tmp_path / "auto", model=str(wide), max_steps=1)
+    train("ppo", tmp_path / "auto", reward_model=str(judge), max_steps=1)
     assert rows_of(tmp_path / "auto")[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
 
 

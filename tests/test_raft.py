@@ -13,7 +13,8 @@ import torch
 from test_grpo_methods import killed_and_resumed, row_logprobs, toy_judge, train, updates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from danlu.alignment_config import GrpoSettings
+from danlu.alignment_config import GrpoSettings, Raft
+from danlu.cli.main import run
 from danlu.config import SftSettings
 from danlu.parsing import parse
 from danlu.pipeline.stages import STAGES
@@ -123,6 +124,15 @@ def test_selection_alone_writes_a_set_that_sft_reads(tmp_path: Path, monkeypatch
     data = {"data": str(tmp_path / "out" / "selected.jsonl"), "eval_fraction": 0.0, "max_steps": 1}
     found = STAGES["sft"].run(parse(SftSettings, small.stage("sft", tmp_path / "sft", **data)))
     assert found.facts["answers"] == len(rows)
+
+
+def test_best_of_n_is_its_selection_alone(tmp_path: Path) -> None:
+    settings = parse(GrpoSettings, {"method": "best-of-n", "raft": {"keep": 2}})
+    assert settings.method == "raft" and settings.raft == Raft(keep=2, train=False)
+    assert parse(GrpoSettings, settings.model_dump()) == settings
+    values = small.stage("grpo", tmp_path, method="best-of-n", max_steps=1, eval_fraction=0)
+    assert run(small.arguments("grpo", {**values, "raft.unfinished": True})) == 0
+    assert len(selected(tmp_path)) == 2, "of two groups"
 
 
 def test_nothing_good_enough_changes_nothing(tmp_path: Path) -> None:

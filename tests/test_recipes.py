@@ -101,6 +101,53 @@ def test_a_model_takes_the_place_of_the_starter(write: Any) -> None:
     assert setting(load_recipe(write(only)), "eval", "models") == ["/models/base"]
 
 
+WITH_MODEL = """
+stages:
+  - {kind: tokenizer, data: a}
+  - {kind: pretrain, name: small, data: a, with_model: skip}
+  - {kind: pretrain, data: a, with_model: skip}
+  - {kind: sft, data: b, learning_rate: 1.0e-3, with_model: {learning_rate: 2.0e-5}}
+  - {kind: reward, data: c, model: "stage:small", with_model: {model: "${model}"}}
+  - {kind: ppo, data: d, ppo: {gamma: 0.9, kl_coef: 0.2}, with_model: {ppo: {kl_coef: 0.1}}}
+"""
+
+
+def test_what_a_stage_says_of_a_given_model(write: Any) -> None:
+    own = load_recipe(write(WITH_MODEL))
+    assert [s.name for s in own.stages] == ["tokenizer", "small", "pretrain", "sft", "reward", "ppo"]
+    assert setting(own, "sft", "learning_rate") == 1e-3 and setting(own, "reward", "model") == "stage:small"
+    assert setting(own, "ppo", "ppo").kl_coef == 0.2
+    given = load_recipe(write(WITH_MODEL), ["pretrain.max_steps=3", "model=/models/base"])
+    assert [s.folder for s in given.stages] == ["01-sft", "02-reward", "03-ppo"]
+    assert setting(given, "sft", "learning_rate") == 2e-5
+    assert (setting(given, "sft", "model"), setting(given, "reward", "model")) == ("/models/base", "/models/base")
+    options = setting(given, "ppo", "ppo")
+    assert (options.gamma, options.kl_coef) == (0.9, 0.1), "the rest of a group stays"
+    # Whoever runs it has the last word, in whatever order it comes.
+    changed = load_recipe(write(WITH_MODEL), ["sft.learning_rate=7e-5", "reward.model=/small", "model=/models/base"])
+    assert (setting(changed, "sft", "learning_rate"), setting(changed, "reward", "model")) == (7e-5, "/small")
+    again = load_recipe(write(yaml.safe_dump(changed.resolved)))
+    assert [s.settings for s in again.stages] == [s.settings for s in changed.stages]
+    error = refused(write(WITH_MODEL.replace("{learning_rate: 2.0e-5}", "leave")))
+    assert error.field == "sft.with_model" and "expected skip" in error.message
+
+
+ALIGNMENT = ("chatllama", "colossalchat", "deepspeed-chat", "hh-assistant", "gsm8k-grpo", "feedback", "dpo")
+
+
+@pytest.mark.parametrize("name", ALIGNMENT)
+def test_alignment_recipes_do_not_ruin_a_given_model(name: str) -> None:
+    """It is not pre-trained anew, and learns at rates that are usual for models of billions."""
+    path = next(p for p in SHIPPED if p.stem == name)
+    stages = load_recipe(path, ["model=/models/base"]).stages
+    assert "pretrain" not in [s.kind for s in stages]
+    assert {s.settings.model for s in stages if s.kind in ("sft", "reward")} <= {"/models/base", "stage:sft"}  # type: ignore[attr-defined]
+    if name != "feedback":
+        rates = {s.kind: s.settings.learning_rate for s in stages if hasattr(s.settings, "learning_rate")}
+        most = {"sft": 2e-5, "reward": 2e-5, "dpo": 5e-6, "ppo": 5e-6, "grpo": 5e-6}
+        assert all(rate <= most[kind] for kind, rate in rates.items()) and rates
+
+
 def test_ppo_without_a_reward_stage(write: Any) -> None:
     """Other rewards, a verifier that is named, or an empty reward model: then nobody asks for a reward stage."""
     terms = "rewards: [{kind: format, pattern: '^a$'}, {kind: python, function: '${data_root}/f.py:f'}]"

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import tiny as small
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from score_server import lengths, serving
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from danlu.alignment_config import GrpoSettings, PpoSettings, RolloutSettings
 from danlu.cli.main import run
 from danlu.data.collate import EncodedPrompt
-from danlu.exceptions import DataError, RewardError, SettingsError, TemplateError
+from danlu.exceptions import DataError, ModelError, RewardError, SettingsError, TemplateError
+from danlu.models.load import load_model, save_model
 from danlu.parsing import parse
 from danlu.pipeline.ranks import Runner
 from danlu.pipeline.run import run_stage
@@ -200,7 +203,7 @@ def test_terms_get_names_and_weights(tmp_path: Path) -> None:
         ([{"kind": "length", "limit": 3, "name": "failed"}], "rewards.0.name", "'failed' is taken"),
         ([{"kind": "length", "limit": 3, "name": "model"}], "rewards", "'model' is the name"),
         ([{"kind": "python", "function": "nowhere.py:f"}], "rewards.0.function", "no file nowhere.py"),
-        ([{"kind": "format", "json_schema": {"not": {}}}], "rewards.0.json_schema", "'not' is not supported"),
+        ([{"kind": "format", "json_schema": {"if": {}}}], "rewards.0.json_schema", "'if' is not supported"),
     ],
 )
 def test_terms_that_are_refused(terms: list[dict[str, Any]], field: str, said: str) -> None:
@@ -302,6 +305,78 @@ def test_a_reward_model_that_cannot_read_the_chats(kind: str, tmp_path: Path, mo
     assert caught.value.field == "reward_model" and not updates(tmp_path / "out")
 
 
+def foreign_judge(folder: Path, tokenizer: Any, positions: int) -> Path:
+    """A GPT-2, whose positions are a table."""
+    shape = {"vocab_size": len(tokenizer), "n_positions": positions, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    judge = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**shape, **ids, num_labels=1))
+    return save_model(judge, tokenizer, folder)
+
+
+@pytest.mark.parametrize("kind", ["policy", "adapter", "classes"])
+def test_what_is_no_reward_model(kind: str, tmp_path: Path) -> None:
+    """A head that is not there would be zeros, or chance: all answers alike."""
+    folder = small.model()
+    if kind == "classes":
+        two = transformers.AutoModelForSequenceClassification.from_pretrained(small.model(), num_labels=2)
+        two.config.pad_token_id = small.tokenizer().pad_token_id
+        folder = save_model(two, small.tokenizer(), tmp_path / "two")
+        assert not load_model(folder, scalar=True).score.weight.any(), "what learns from it begins at zero"
+    if kind == "adapter":
+        assert (
+            run([*small.arguments("sft", small.stage("sft", tmp_path / "sft", adapter="lora", max_steps=1)), "--force"])
+            == 0
+        )
+        folder = tmp_path / "sft" / "adapter"
+    with pytest.raises(RewardError, match=r"R-HEAD: .* is no reward model") as caught:
+        train("grpo", tmp_path / "out", reward_model=str(folder))
+    assert caught.value.field == "reward_model"
+
+
+def test_the_folder_of_a_stage_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "rm" / "model").mkdir(parents=True)
+    with pytest.raises(ModelError) as caught:
+        train("grpo", tmp_path / "out", reward_model=str(tmp_path / "rm"))
+    assert caught.value.hint == f"the model is in {tmp_path / 'rm' / 'model'}"
+
+
+def test_a_reward_model_whose_window_is_too_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is refused before anything is sampled; `overlength: truncate` shows it the end of the prompt."""
+    values = small.stage("grpo", tmp_path / "out", max_steps=1, eval_fraction=0)
+    values["reward_model"] = str(foreign_judge(tmp_path / "judge", small.tokenizer(), 24))
+    assert run(small.arguments("grpo", values)) == 1
+    said = capfd.readouterr().err
+    assert (
+        "R-WINDOW" in said
+        and "do not fit the 24 positions of the reward model" in said
+        and not updates(tmp_path / "out")
+    )
+    assert run(small.arguments("grpo", {**values, "overlength": "truncate", "out": str(tmp_path / "cut")})) == 0
+    assert updates(tmp_path / "cut")[0]["reward_failed"] == 0.0
+
+
+def words(chat: str) -> Any:
+    """A tokenizer of whole words, to which all others are one sign."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(chat.split())}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<pad>"}
+    plain = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} {% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    )
+    template = plain + "{% if add_generation_prompt %}assistant {% endif %}"
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names, chat_template=template)
+
+
+def test_a_reward_model_that_does_not_know_the_language(tmp_path: Path) -> None:
+    control, asked = "<unk> <pad> <end> user assistant", "which colour has the door ? :"
+    judge = foreign_judge(tmp_path / "few", words(f"{control} {asked}"), 256)
+    with pytest.raises(RewardError, match=r"R-TOKENIZER: .* its tokenizer does not know \d\d% of what the first 16"):
+        train("grpo", tmp_path / "out", reward_model=str(judge))
+    rest = [*map(str, range(12)), *(t for t in small.THINGS if t != "door")]
+    judge = foreign_judge(tmp_path / "many", words(f"{control} {asked} {' '.join(rest)}"), 256)
+    assert train("grpo", tmp_path / "fine", reward_model=str(judge), max_steps=1, eval_fraction=0).facts["judges"]
+
+
 PICKY = """
 def f(responses, prompts, references):
     return [float("nan") if i == 2 else float(i % 3) for i in range(len(responses))]
@@ -335,6 +410,14 @@ def test_a_failure_stops_the_run_and_names_the_file(tmp_path: Path) -> None:
         train("ppo", tmp_path / "out", rewards=terms, max_steps=1, eval_fraction=0)
     rows = (tmp_path / "out" / "failed" / "rewards-step-0.jsonl").read_text("utf-8").splitlines()
     assert len(rows) == 8 and json.loads(rows[2])["terms"]["python"]["code"] == "R-NAN"
+
+
+def test_held_out_answers_without_a_score_are_counted_from_the_first_iteration(tmp_path: Path) -> None:
+    (tmp_path / "none.py").write_text("def f(responses, prompts, references):\n    return [None] * len(responses)\n")
+    terms = [{"kind": "python", "function": f"{tmp_path}/none.py:f"}]
+    with pytest.raises(RewardError, match=r"R-TYPE: \d+ of \d+ answers of iteration 1 have no score"):
+        train("grpo", tmp_path / "out", rewards=terms, max_steps=1)
+    assert [p.name for p in (tmp_path / "out" / "failed").iterdir()] == ["rewards-step-0.jsonl"]
 
 
 # -- a server that dies ------------------------------------------------------------------------------------------------------------

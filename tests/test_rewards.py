@@ -52,6 +52,18 @@ def test_scores_are_the_head_at_the_last_token(plain: Any) -> None:
     assert [s.value for s in found] == pytest.approx([(r - 0.5) / 4.0 for r in raw], rel=1e-4, abs=1e-5)
 
 
+def test_what_is_longer_than_the_window(plain: Any) -> None:
+    """Of 5, 4, 8 and 7 tokens two fit 6 positions; cut at the left end of the prompt, the last one does, too."""
+    whole = reward_of(copy.deepcopy(plain), window=6).score(EPISODES)
+    assert [s.code for s in whole] == ["", "", "R-WINDOW", "R-WINDOW"] and [s.value is None for s in whole[2:]] == [
+        True
+    ] * 2
+    assert whole[2].error == "8 tokens exceed the 6 positions of the reward model"
+    cut = reward_of(copy.deepcopy(plain), window=6, truncate=True).score(EPISODES)
+    assert [s.code for s in cut] == ["", "", "R-WINDOW", ""], "of 6 positions an answer of 7 leaves none to its prompt"
+    assert cut[3].value == pytest.approx(by_hand(plain, [41, 42, 43, 44, 8, 9]), rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("budget", [1, 8, 12, 4096])
 def test_batches_change_nothing(budget: int, plain: Any) -> None:
     whole = [s.value for s in reward_of(copy.deepcopy(plain)).score(EPISODES)]

@@ -114,7 +114,7 @@ def test_the_sign_of_the_reward_is_reversed(action: str, tmp_path: Path, monkeyp
         return [share(t.actions) for t in found]
 
     monkeypatch.setattr(ModelReward, "score", odd)
-    monkeypatch.setattr(scoring, "gold_for", lambda *_: gold)
+    monkeypatch.setattr(scoring, "gold_for", lambda *_, **__: gold)
     options = {"max_steps": 20, "eval_every": 2, "eval_fraction": 0.4}
     codes, gates = run("grpo", tmp_path, health={"actions": {"P-REWARD-HACK": action}}, **options)
     assert "P-REWARD-HACK" in codes

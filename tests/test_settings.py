@@ -29,8 +29,8 @@ TRAIN = (
     "log_every eval_every save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
 ROLLOUT = (
-    "reward_model ensemble follow_failed verifier verifier_weight rewards eval_rewards max_failed sandbox health rollout "
-    "ref_bits"
+    "reward_model ensemble follow_failed verifier verifier_weight rewards eval_rewards eval_reward_model max_failed sandbox health "
+    "rollout ref_bits"
 )
 TERM = "weight name"
 ENDPOINT = "api_key_env concurrency timeout retries backoff cache"

@@ -246,8 +246,18 @@ def test_misfits_are_named(value: Any, said: str | None) -> None:
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ({"anyOf": []}, "'anyOf' is not supported"),
-        ({"properties": {"a": {"items": {"$ref": "#"}}}}, "'$ref' at a.items is not supported"),
+        ({"if": {}}, "'if' is not supported"),
+        (
+            {"properties": {"a": {"items": {"patternProperties": {}}}}},
+            "'patternProperties' at a.items is not supported",
+        ),
+        ({"anyOf": []}, "anyOf is a list of schemas, at least one"),
+        ({"oneOf": [{"type": "x"}]}, "there is no type 'x' at oneOf[0]"),
+        ({"items": {"$ref": "#/$defs/b"}, "$defs": {"a": {}}}, "$ref at items leads nowhere"),
+        ({"$ref": "other.json"}, "$ref leads nowhere in this schema ('other.json')"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{}, {"$ref": "#/$defs/a"}]}}}, "$ref leads back to itself"),
+        ({"$defs": {"a": {"minItems": "1"}}}, "as minItems at a"),
+        ({"multipleOf": 0}, "expected a number above 0"),
         ({"type": "text"}, "no type 'text'"),
         ({"pattern": "("}, "no regular expression"),
         ({"minimum": "3"}, "as minimum"),
@@ -258,6 +268,66 @@ def test_misfits_are_named(value: Any, said: str | None) -> None:
 def test_schemas_that_are_refused(schema: Any, said: str) -> None:
     assert said in str(schema_fault(schema))
     assert schema_fault(SCHEMA) is None
+
+
+# What pydantic makes of `class Node: name: str; weight: float | None = None; kind: Literal["leaf"]; parts: list[Node] = []`.
+NODE = {
+    "$defs": {
+        "Node": {
+            "properties": {
+                "name": {"title": "Name", "type": "string"},
+                "weight": {"anyOf": [{"exclusiveMinimum": 0, "type": "number"}, {"type": "null"}], "default": None},
+                "kind": {"const": "leaf", "type": "string"},
+                "parts": {"items": {"$ref": "#/$defs/Node"}, "maxItems": 2, "uniqueItems": True, "type": "array"},
+            },
+            "required": ["name"],
+            "type": "object",
+        }
+    },
+    "$ref": "#/$defs/Node",
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "said"),
+    [
+        (NODE, {"name": "a", "weight": None, "kind": "leaf", "parts": [{"name": "b", "weight": 0.5}]}, None),
+        (NODE, {"name": "a", "weight": 0}, "weight fits none of anyOf (the value.weight is not above 0)"),
+        (NODE, {"name": "a", "kind": "root"}, 'kind is none of ["leaf"]'),
+        (NODE, {"name": "a", "parts": [{"name": "b", "parts": [{}]}]}, "the value.parts[0].parts[0] has no 'name'"),
+        (NODE, {"name": "a", "parts": [{"name": n} for n in "abc"]}, "parts has 3 items"),
+        (NODE, {"name": "a", "parts": [{"name": "b"}, {"name": "b"}]}, "parts has an item twice"),
+        ({"oneOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, 4, None),
+        ({"oneOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, 6, "fits 2 of oneOf"),
+        ({"multipleOf": 0.1}, 0.3, None),
+        ({"multipleOf": 0.5}, 1e300, None),
+        ({"multipleOf": 0.5}, json.loads("1e999"), "no multiple of 0.5"),
+        ({"multipleOf": 0.1}, 0.35, "no multiple of 0.1"),
+        ({"allOf": [{"minLength": 2}, {"pattern": "^a"}]}, "ba", "does not match"),
+        ({"not": {"type": "string"}}, "x", "fits what it must not"),
+        ({"exclusiveMaximum": 3}, 3, "not below 3"),
+        ({"prefixItems": [{"type": "integer"}], "items": {"type": "string"}}, [1, "a"], None),
+        ({"prefixItems": [{"type": "integer"}], "items": {"type": "string"}}, [1, 2], "[1] is no string"),
+        ({"minProperties": 1}, {}, "has 0 properties"),
+        (
+            {"definitions": {"a/b": {"type": "null"}}, "items": {"$ref": "#/definitions/a~1b"}},
+            [None, 0],
+            "[1] is no null",
+        ),
+        ({"const": True}, 1, "none of [true]"),
+    ],
+)
+def test_schemas_of_schemas(schema: Any, value: Any, said: str | None) -> None:
+    assert schema_fault(schema) is None
+    found = misfit(value, schema)
+    assert found is None if said is None else said in str(found), found
+
+
+def test_a_value_nested_beyond_all_bounds_fits_no_schema_that_goes_with_it() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    assert misfit(deep, {"items": {"$ref": "#"}}) == "the value is nested too deeply"
 
 
 @pytest.mark.parametrize(
@@ -306,7 +376,7 @@ def test_a_value_fits_its_own_schema_and_no_other_does(value: Any, other: Any) -
     ("reference", "said"),
     [
         ({"verifier": "regex", "pattern": "("}, "no regular expression"),
-        ({"verifier": "json", "schema": {"oneOf": []}}, "'oneOf' is not supported"),
+        ({"verifier": "json", "schema": {"if": {}}}, "'if' is not supported"),
         ({"verifier": "choice", "answer": "Paris"}, "'Paris' as its answer, expected a letter"),
         ({"verifier": "tests", "tests": []}, "needs tests in the reference"),
         ({"verifier": "tests", "tests": "assert f()"}, "no list of programs"),

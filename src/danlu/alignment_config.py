@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -184,6 +184,11 @@ class RolloutSettings(TrainSettings):
     eval_rewards: list[Term] = Field(
         default_factory=list, description="measured on held-out prompts (`eval_gold`), and never trained on"
     )
+    eval_reward_model: str | list[str] = Field(
+        "",
+        description="a reward model, or several, beside `eval_rewards`: a larger or another one shows when the first is exploited "
+        "(Gao et al. 2022)",
+    )
     max_failed: float = Field(
         0.0,
         ge=0,
@@ -274,8 +279,8 @@ class Ppo(Settings):
     critic_warmup: int = Field(0, ge=0, description="first iterations in which the critic learns alone")
     critic_init: Literal["auto", "reward", "policy"] = Field(
         "auto",
-        description="what the critic starts from; auto: the reward model if it has the policy's width and vocabulary (arXiv "
-        "2403.17031), with adapters the policy",
+        description="what the critic starts from; reward: the reward model, of any size but with the policy's vocabulary; auto: "
+        "that if it has the policy's width, too (arXiv 2403.17031), with adapters the policy",
     )
     max_kl: float = Field(
         50.0, gt=0, description="stop when the KL of an answer to the reference (nats, mean) exceeds this"
@@ -414,7 +419,7 @@ class Raft(Settings):
 
 
 GrpoMethod = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++", "reinforce++-baseline", "online-dpo", "raft"
+    "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++", "reinforce++-baseline", "online-dpo", "raft", "best-of-n"
 ]
 
 
@@ -423,14 +428,25 @@ class GrpoSettings(RolloutSettings):
 
     method: GrpoMethod = Field(
         "grpo",
-        description="grpo: the plain form (Shao et al. 2024); the others but the last two are its settings under `grpo:` "
-        "by name; online-dpo: pairs of its own answers; raft: SFT on its own best answers",
+        description="grpo: the plain form (Shao et al. 2024); the others but the last three are its settings under `grpo:` "
+        "by name; online-dpo: pairs of its own answers; raft: SFT on its own best answers; best-of-n: raft with raft.train: "
+        "false, which only writes them",
     )
     grpo: Grpo = Field(default_factory=lambda: Grpo())
     online_dpo: OnlineDpo = Field(default_factory=lambda: OnlineDpo())
     raft: Raft = Field(default_factory=lambda: Raft())
     learning_rate: float = Field(1e-6, gt=0, description="peak rate of AdamW (DeepSeekMath)")
     schedule: Schedule = Field("constant", description="rate after the warm-up")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _best_of_n(cls, value: Any) -> Any:
+        """best-of-n is another name for RAFT without the training."""
+        if not isinstance(value, dict) or value.get("method") != "best-of-n":
+            return value
+        given = value.get("raft") or {}
+        options = given.model_dump() if isinstance(given, Raft) else dict(given)
+        return {**value, "method": "raft", "raft": {**options, "train": False}}
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GrpoSettings:

@@ -106,14 +106,28 @@ def check_table(trunk: Any, longest: int, prefix: int = 0) -> None:
     context = context_of(trunk.config)
     if longest + prefix <= context:
         return
-    names = [*(n for n, _ in trunk.named_modules()), *(n for n, _ in trunk.named_buffers())]
-    if any(name.endswith(TABLES) for name in names):
+    if _has_table(trunk):
         behind = f" behind a prefix of {prefix}" if prefix else ""
         together = f"max_length and prefix.tokens together can be {context} at most"
         raise ModelError(
             f"{longest} tokens{behind} exceed the {context} positions of this model",
             hint=together if prefix else f"set max_length to {context} or less",
         )
+
+
+def hard_limit(model: Any) -> int | None:
+    """The most tokens of a text that a model can read at all (`check_table`, `check_length`); None where there is no such limit."""
+    dependent = batch_dependent_from(model.config)
+    limits = [dependent[1]] if dependent is not None else []
+    if _has_table(model):
+        limits.append(context_of(model.config))
+    return min(limits, default=None)
+
+
+def _has_table(trunk: Any) -> bool:
+    """Whether positions are looked up, so that there are no more than the table has."""
+    names = [*(n for n, _ in trunk.named_modules()), *(n for n, _ in trunk.named_buffers())]
+    return any(name.endswith(TABLES) for name in names)
 
 
 def check_length(config: Any, longest: int) -> None:

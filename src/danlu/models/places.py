@@ -74,7 +74,9 @@ def resolve(model: str | Path) -> tuple[str, bool]:
             raise ModelError(
                 f"no config.json in this folder (found: {found})",
                 file=path,
-                hint="give a transformers model folder, or an adapter",
+                hint=f"the model is in {path / 'model'}"
+                if (path / "model").is_dir()
+                else "give a transformers model folder, or an adapter",
             )
         return text, True
     if HUB_ID.match(text) and not text.startswith(("runs/", "out/", ".")) and not path.parent.is_dir():

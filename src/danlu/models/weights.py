@@ -275,5 +275,5 @@ def checked(
             file=folder,
             hint="the configuration may be of another model",
         )
-    loaded.danlu_missing = sorted(info["missing_keys"])
+    loaded.danlu_missing = sorted({*info["missing_keys"], *(m[0] for m in info.get("mismatched_keys") or ())})
     return loaded

@@ -427,7 +427,9 @@ def _models(settings: TrainSettings, *, small: bool) -> tuple[float, float, int]
 
     Adapters share one frozen base; roll-outs have weights of their own.
     """
-    judges = len(as_models(settings.reward_model)) if isinstance(settings, RolloutSettings) else 0
+    judges = 0
+    if isinstance(settings, RolloutSettings):
+        judges = len([*as_models(settings.reward_model), *as_models(settings.eval_reward_model)])
     if isinstance(settings, PpoSettings):
         return (0, 1 + 1 + judges, 2) if small else (2, 1 + 1 + judges, 2)
     if isinstance(settings, GrpoSettings):

@@ -16,7 +16,7 @@ from danlu.exceptions import RunError
 from danlu.training.runs import MANIFEST, RECIPE, StageFolder, is_run, runs_root, stages_of
 
 # Settings that name the model a stage starts from or reads.
-LINKS = ("tokenizer", "model", "models", "reward_model")
+LINKS = ("tokenizer", "model", "models", "reward_model", "eval_reward_model")
 _STAGE_PATH = re.compile(r"(?:^|/)\d\d-([^/]+)(?:/|$)")
 
 

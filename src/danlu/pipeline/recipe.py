@@ -9,6 +9,8 @@ stages:
   - kind: sft                # tokenizer, pretrain, sft, reward, dpo, ppo, grpo, eval, quantize
     name: sft                # default: the kind; unique
     data: ${data_root}/my.jsonl
+    learning_rate: 1.0e-3
+    with_model: {learning_rate: 2.0e-5}   # what is otherwise where `model` is given; or `skip`: the stage is left out then
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from danlu.parsing import parse
 from danlu.train_config import StageSettings
 
 TOP = ("description", "seed", "model", "processes", "strategy", "stages")
+WITH_MODEL, SKIP = "with_model", "skip"
 VERBATIM = ("pattern", "json_schema", "rubric")  # of reward terms: a dollar sign there is one
 
 
@@ -93,12 +96,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, processes: s
     for stage in stages:
         if processes is not None and "processes" in KINDS[stage["kind"]].model_fields:
             stage["processes"] = processes
-    for text in overrides:
-        _override(text, top, {s["name"]: s for s in stages})
+    named = {s["name"]: s for s in stages}
+    for text in [t for t in overrides if not _of_stage(t)]:
+        _override(text, top, named)
+    left_out = [s for s in stages if not _with_model(s, bool(top.get("model")), file)]
+    for text in filter(_of_stage, overrides):  # these win over what a stage says for a given model
+        _override(text, top, named)
     _check_top(top, file)
     variables = _variables({k: str(v) for k, v in top.items() if k not in TOP or (k == "model" and v)}, file)
-    if top.get("model"):
-        stages = [s for s in stages if s["kind"] != "tokenizer"]
+    stages = [s for s in stages if s not in left_out]
     stages = [_substitute(s, variables, file) for s in stages]
     checked = [
         Stage(i, s["name"], s["kind"], _settings(s, top, str(file)))
@@ -122,6 +128,29 @@ def _plain_stage(stage: Any, file: Path) -> dict[str, Any]:
     return {"name": stage["kind"], **stage}
 
 
+def _with_model(stage: dict[str, Any], given: bool, file: Path) -> bool:
+    """Applies what a stage says of itself under `with_model`, if a model is given; False: then it is left out.
+
+    Raises:
+        SettingsError: it is neither `skip` nor settings.
+    """
+    says = stage.pop(WITH_MODEL, {})
+    if says != SKIP and not isinstance(says, dict):
+        raise SettingsError(
+            f"expected skip, or settings that hold where a model is given (found: {says!r})",
+            file=file,
+            field=f"{stage['name']}.{WITH_MODEL}",
+        )
+    if not given:
+        return True
+    if says == SKIP or stage["kind"] == "tokenizer":
+        return False
+    for key, value in says.items():
+        own = stage.get(key)
+        stage[key] = {**own, **value} if isinstance(own, dict) and isinstance(value, dict) else value
+    return True
+
+
 def _check_top(top: Mapping[str, Any], file: Path) -> None:
     for key, value in top.items():
         if key not in TOP and not isinstance(value, str | int | float):
@@ -132,6 +161,11 @@ def _check_top(top: Mapping[str, Any], file: Path) -> None:
                 field=key,
                 hint=f"did you mean '{near[0]}'?" if near else "",
             )
+
+
+def _of_stage(text: str) -> bool:
+    """Whether a `--set` names a setting of a stage."""
+    return "." in text.partition("=")[0]
 
 
 def _override(text: str, top: dict[str, Any], stages: Mapping[str, dict[str, Any]]) -> None:
@@ -232,7 +266,7 @@ def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> l
 def _check_references(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
     names = [s["name"] for s in stages]
     for at, stage in enumerate(stages):
-        named = [stage.get(field) for field in ("model", "reward_model", "tokenizer", "models")]
+        named = [stage.get(field) for field in ("model", "reward_model", "eval_reward_model", "tokenizer", "models")]
         for value in (v for one in named for v in (one if isinstance(one, list) else [one])):
             name = str(value).removeprefix("stage:")
             if not str(value).startswith("stage:") or name in names[:at]:

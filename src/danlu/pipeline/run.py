@@ -400,7 +400,8 @@ def _refuse_other_settings(recipe: Recipe, folder: Path) -> None:
             continue
         old = _effective(yaml.safe_load(path.read_text("utf-8")))
         new = _effective(placed(stage, recipe, folder).model_dump(mode="json"))
-        changed = [k for k in new if old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)]
+        known = [k for k in new if k in old or new[k]]  # an empty setting that is younger than the run says nothing
+        changed = [k for k in known if old.get(k) != new[k] and not _same_place(old.get(k), new[k], folder)]
         if changed:
             name, before, now = _leaf(changed[0], old.get(changed[0]), new[changed[0]])
             raise RunError(

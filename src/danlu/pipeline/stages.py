@@ -427,14 +427,15 @@ def run_teach(settings: TeachSettings) -> Outcome:
     return Outcome({**recalled, **moved}, {"taught": found["facts"]}, verdicts)
 
 
+JUDGED = ("model", "reward_model", "eval_reward_model")
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
     "pretrain": Kind(run_pretrain, 2, ("data", "eval_data", "instruction_data"), ("model", "tokenizer")),
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),
-    "ppo": Kind(run_ppo, 6, ("data", "eval_data", "ptx.data"), ("model", "reward_model")),
-    "grpo": Kind(run_grpo, 3, models=("model", "reward_model")),
+    "ppo": Kind(run_ppo, 6, ("data", "eval_data", "ptx.data"), JUDGED),
+    "grpo": Kind(run_grpo, 3, models=JUDGED),
     "eval": Kind(run_eval, 2, ("data",), ("models",), require=_require_metrics),
     "quantize": Kind(run_quantize, 3, ("eval_data", "questions", "calibration")),
     "teach": Kind(run_teach, 2, ("file", "replay")),

@@ -45,11 +45,7 @@ def rewards_of(
     """
     verifier = _verifier(settings, prompts)
     terms = terms_of(settings.rewards, "rewards", folder / CACHE)
-    taken = [t.name for t in terms if t.name in (MODEL, VERIFIER)]
-    if taken:
-        raise SettingsError(
-            f"'{taken[0]}' is the name of what is not in this list", field="rewards", hint="give the term another name"
-        )
+    _refuse_names(terms, (MODEL, VERIFIER), "rewards")
     facts: dict[str, str] = {}
     if verifier is not None:
         uses_tests = any(verifier.of(p.reference) == "tests" for p in prompts)
@@ -61,17 +57,30 @@ def rewards_of(
     return Combined(terms, max_failed=settings.max_failed, facts=facts)
 
 
-def gold_of(settings: RolloutSettings, folder: Path) -> Combined | None:
+def gold_of(settings: RolloutSettings, folder: Path, *, judge: Callable[[], Reward] | None = None) -> Combined | None:
     """What held-out answers are measured with and nothing is trained on; None if there is no such term.
 
     Args:
         folder: of the stage.
+        judge: loads the reward model that is only measured; None: there is none.
 
     Raises:
         SettingsError: as `rewards_of`.
     """
     terms = terms_of(settings.eval_rewards, "eval_rewards", folder / CACHE)
+    if judge is not None:
+        _refuse_names(terms, (MODEL,), "eval_rewards")
+        terms.insert(0, Term(MODEL, 1.0, judge()))
     return Combined(terms, max_failed=settings.max_failed) if terms else None
+
+
+def _refuse_names(terms: Sequence[Term], kept: Sequence[str], field: str) -> None:
+    """Raises SettingsError where a term is called as what stands beside the list."""
+    taken = [t.name for t in terms if t.name in kept]
+    if taken:
+        raise SettingsError(
+            f"'{taken[0]}' is the name of what is not in this list", field=field, hint="give the term another name"
+        )
 
 
 def terms_of(terms: Sequence[config.Term], field: str, cache: Path) -> list[Term]:

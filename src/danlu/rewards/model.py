@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -15,6 +16,7 @@ from danlu import atomic
 from danlu.alignment_config import Ensemble
 from danlu.exceptions import RewardError
 from danlu.models.adapter_files import INFO
+from danlu.models.families import hard_limit
 from danlu.models.heads import head_of
 from danlu.models.places import is_adapter
 from danlu.models.roles import SeparateModels
@@ -34,6 +36,8 @@ class ModelReward:
         normaliser: (mean, standard deviation) of raw scores on the training answers.
         template: the reward model's own chat seam, if its tokenizer differs from the policy's; then text is tokenised anew.
         micro_tokens: tokens scored at once.
+        window: the most tokens that the model can read; None: no limit.
+        truncate: a prompt that does not fit loses its left end, as in `overlength: truncate`; else its answers have no score.
     """
 
     name = "reward_model"
@@ -46,8 +50,11 @@ class ModelReward:
         template: ChatTemplate | None = None,
         micro_tokens: int = 4096,
         device: str = "cpu",
+        window: int | None = None,
+        truncate: bool = False,
     ) -> None:
         self.root, self.template, self.micro_tokens, self.device = root, template, micro_tokens, device
+        self.window, self.truncate = window, truncate
         self.mean, self.std = normaliser
 
     def _ids(self, episode: Episode) -> tuple[Sequence[int], Sequence[int]]:
@@ -69,10 +76,16 @@ class ModelReward:
         encoded: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
         for index, episode in enumerate(episodes):
             prompt, answer = self._ids(episode)
-            if answer:
-                encoded[index] = (prompt, answer)
-            else:
+            over = len(prompt) + len(answer) - (self.window if self.window is not None else sys.maxsize)
+            if not answer:
                 scores[index] = Score(None, "empty answer", "R-EMPTY")
+            elif over <= 0:
+                encoded[index] = (prompt, answer)
+            elif self.truncate and over < len(prompt):
+                encoded[index] = (prompt[over:], answer)
+            else:
+                what = f"{len(prompt) + len(answer)} tokens exceed the {self.window} positions of the reward model"
+                scores[index] = Score(None, what, "R-WINDOW")
         for batch in _batches({i: len(p) + len(a) for i, (p, a) in encoded.items()}, self.micro_tokens):
             if cancelled():
                 break
@@ -108,9 +121,9 @@ class EnsembleReward:
         found = [member.score(episodes, cancelled=cancelled) for member in self.members]
         scores: list[Score] = []
         for own in zip(*found, strict=True):
-            bad = next(((i, s.error) for i, s in enumerate(own) if s.value is None), None)
+            bad = next(((i, s) for i, s in enumerate(own) if s.value is None), None)
             if bad is not None:
-                scores.append(Score(None, f"member {bad[0] + 1} of {len(own)}: {bad[1]}"))
+                scores.append(Score(None, f"member {bad[0] + 1} of {len(own)}: {bad[1].error}", bad[1].code))
                 continue
             values = [s.value for s in own if s.value is not None]
             scores.append(Score(_together(values, self.how), spread=pstdev(values)))
@@ -131,6 +144,7 @@ def judge_of(
     micro_tokens: int,
     device: str,
     ensemble: Ensemble = "mean",
+    truncate: bool = False,
 ) -> ModelReward | EnsembleReward:
     """A frozen reward model, or several, as the judge of a policy's answers.
 
@@ -139,6 +153,7 @@ def judge_of(
         own, policy: the chat seams of the reward model (one for each) and of the policy. Where they differ, text is tokenised
             anew.
         ensemble: see `EnsembleReward`; one model alone, also in a list, is asked as it is.
+        truncate: see `ModelReward`.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
     seams = list(own) if isinstance(own, Sequence) else [own]
@@ -146,16 +161,19 @@ def judge_of(
         ModelReward(
             RootModel(SeparateModels({"reward": one}, [])).to(device).eval(),
             normaliser_of(one),
-            template=None if _same_text(seam, policy) else seam,
+            template=None if same_text(seam, policy) else seam,
             micro_tokens=micro_tokens,
             device=device,
+            window=hard_limit(one),
+            truncate=truncate,
         )
         for one, seam in zip(models, seams, strict=True)
     ]
     return members[0] if len(members) == 1 else EnsembleReward(members, ensemble)
 
 
-def _same_text(own: ChatTemplate, policy: ChatTemplate) -> bool:
+def same_text(own: ChatTemplate, policy: ChatTemplate) -> bool:
+    """Whether a reward model reads the policy's own ids: one vocabulary, one template."""
     same_ids: bool = own.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
     return same_ids and own.source == policy.source
 

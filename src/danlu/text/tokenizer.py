@@ -146,6 +146,22 @@ def mapped_tokenizer(folder: Path) -> Any | None:
     return cpm_tokenizers.cpm_tokenizer(folder) if cpm_tokenizers.is_cpm(folder) else None
 
 
+def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
+    """Share of the tokens of some texts that stand for what a tokenizer does not know: 0 to 1.
+
+    A text of which no token is left counts as an unknown one.
+    """
+    tokens = unknown = 0
+    for text in texts:
+        plain = text.strip().encode("utf-8", "replace").decode("utf-8")
+        if not plain:
+            continue
+        ids = tokenizer.encode(plain, add_special_tokens=False)
+        tokens += len(ids) or 1
+        unknown += sum(i == tokenizer.unk_token_id for i in ids) if ids else 1
+    return unknown / tokens if tokens else 0.0
+
+
 def document_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
     """Texts as windows of at most `max_length` ids: of each document start, text, document end.
 

@@ -116,7 +116,7 @@ def train(settings: GrpoSettings) -> TrainResult:
             metrics = {**stats, **_over_updates(updates), "ratio_error_first": updates[0]["ratio_error"]}
             if step == 0:
                 session.extra["first"] = {"ratio_error": updates[0]["ratio_error"], "kl": abs(stats["kl"])}
-            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories)
+            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories, drawn.scores)
             note = f"score {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="grpo")
@@ -172,7 +172,10 @@ def _experience(
         built.append(Minibatch(parts, float(denominator), float(total_weight)))
 
     spread = torch.cat([advantages[i] for i in sorted(advantages)]).double().std(correction=0)
-    return built, {**drawn.stats, **reading_stats(readings, clip, players.compute), "advantage_std": float(spread)}
+    stats = {**drawn.stats, **reading_stats(readings, clip, players.compute), "advantage_std": float(spread)}
+    if method.kl_in == "reward":
+        stats["reward_total"] = stats["score"] - method.kl_coef * stats["kl"]
+    return built, stats
 
 
 def _advantages(drawn: Drawn, readings: Sequence[Sequence[Reading]], method: Method) -> dict[int, Tensor]:

@@ -102,7 +102,7 @@ def train(settings: GrpoSettings) -> TrainResult:
             if step == 0:  # policy and reference are one model still
                 error = abs(updates[0]["margin"]) / rule.beta if updates else 0.0
                 session.extra["first"] = {"ratio_error": error, "kl": abs(stats["kl"])}
-            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories)
+            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories, drawn.scores)
             note = f"score {stats['score']:.2f} kl {stats['kl']:.2f} acc {metrics['accuracy']:.2f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="online_dpo", setting="beta")

@@ -146,7 +146,7 @@ def watch_of(
     players: Players, held: Sequence[EncodedPrompt], scorer: Scorer, settings: GrpoSettings, session: Session
 ) -> Watch:
     """The held-out prompts with their gold, and health."""
-    gold = scoring.gold_for(settings, players.template, players.compute)
+    gold = scoring.gold_for(settings, players.template, held, players.compute, stage=settings.method)
     heldout = Heldout(
         held, players.engine, players.root, settings, players.template, scorer, gold, players.reward.metrics
     )

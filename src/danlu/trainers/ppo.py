@@ -52,7 +52,7 @@ from danlu.training.runs import resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import load_policy, own_models, placed, shared_roles
 from danlu.training.step import TrainResult, accumulate, apply
-from danlu.training.templates import template_facts, template_of
+from danlu.training.templates import template_facts, template_of, tokenizer_of
 from danlu.training.watch import Watch
 from danlu.tree import Trajectory
 
@@ -98,7 +98,7 @@ def train(settings: PpoSettings) -> TrainResult:
         shaped = iter(shaped_scores([v for v, _ in known], [f for _, f in known], options, "none", seen))
         return [None if v is None else next(shaped) for v in raw]
 
-    gold = scoring.gold_for(settings, template, compute)
+    gold = scoring.gold_for(settings, template, held_prompts, compute, stage="ppo")
     with Session(settings, "ppo", total=total, module=root, optimizers=optimizers, states=states) as session:
         heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold, players.reward.metrics)
         watch = Watch(session, heldout, template)
@@ -147,7 +147,7 @@ def train(settings: PpoSettings) -> TrainResult:
                 metrics["ratio_error_first"] = first_ratio_error
                 session.extra.setdefault("first", {"ratio_error": first_ratio_error, "kl": abs(stats["kl"])})
                 controller.update(stats["kl"], size)
-            metrics = watch.step(step, metrics, [a.trajectory for a in answers])
+            metrics = watch.step(step, metrics, [a.trajectory for a in answers], scores)
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             refuse_runaway(stats["kl"], options.max_kl, step, group="ppo")
@@ -184,7 +184,7 @@ def _players(
         learn: list[RoleName] = ["policy", "critic"]
         trunks = shared_roles(policy, ["policy", "ref", "critic"], settings, learn, updates=updates, stop_ids=ends)
     else:
-        critic, ref = _critic(policy, path, settings), reference_model(path, settings.ref_bits)
+        critic, ref = _critic(policy, path, settings, template), reference_model(path, settings.ref_bits)
         models: dict[RoleName, Any] = {"policy": policy, "ref": ref, "critic": critic}
         trunks = own_models(models, ["policy", "critic"], settings)
     root = placed(trunks, settings, compute).eval()  # dropout stays off in RL
@@ -192,11 +192,13 @@ def _players(
     return Players(root, policy, reward, engine, compute, template)
 
 
-def _critic(policy: Any, path: str, settings: PpoSettings) -> Any:
+def _critic(policy: Any, path: str, settings: PpoSettings, template: ChatTemplate) -> Any:
     """The (first) reward model, speaking in normalised scores, or the policy with a scalar head at zero (`ppo.critic_init`).
 
+    The critic reads the policy's tokens, so it must know them; how large it is does not matter to the policy.
+
     Raises:
-        SettingsError: the reward model is asked for and there is none, or it is of another shape.
+        SettingsError: the reward model is asked for and there is none, or it has another vocabulary.
     """
     wanted, judges = settings.ppo.critic_init, as_models(settings.reward_model)
     if wanted == "reward" and not judges:
@@ -204,19 +206,18 @@ def _critic(policy: Any, path: str, settings: PpoSettings) -> Any:
             "there is no reward model that could become the critic", field="ppo.critic_init", hint="critic_init: policy"
         )
     if wanted != "policy" and judges:
-        critic = load_model(resolve_model(judges[0]), scalar=True)
-        shapes = [(c.to_dict().get("hidden_size"), c.vocab_size) for c in (critic.config, policy.config)]
-        if shapes[0] == shapes[1]:
-            fold_normaliser(critic)
-            return critic
-        if wanted == "reward":
-            (width, words), (own_width, own_words) = shapes
+        same_words = tokenizer_of(judges[0], stage="ppo").get_vocab() == template.tokenizer.get_vocab()
+        if wanted == "reward" and not same_words:
             raise SettingsError(
-                f"the reward model (width {width}, {words} tokens) cannot become the critic of this policy (width {own_width}, "
-                f"{own_words} tokens)",
+                "the reward model has another vocabulary than the policy, whose tokens a critic reads",
                 field="ppo.critic_init",
-                hint="critic_init: policy; auto takes the policy, too, where shapes differ",
+                hint="critic_init: policy; auto takes the policy, too, where they differ",
             )
+        if same_words:
+            critic = load_model(resolve_model(judges[0]), scalar=True)
+            if wanted == "reward" or critic.config.hidden_size == policy.config.hidden_size:
+                fold_normaliser(critic)
+                return critic
     return load_model(path, scalar=True)
 
 

@@ -87,7 +87,7 @@ def train(settings: GrpoSettings) -> TrainResult:
             metrics = dict(stats)
             if settings.raft.train:
                 metrics |= {k: fmean(u[k] for u in updates) for k in NO_ANSWER} if updates else NO_ANSWER
-            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories)
+            metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories, drawn.scores)
             note = f"score {stats['score']:.2f} kept {len(kept)} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)
             watch.evaluate(step)

@@ -81,7 +81,7 @@ class Heldout:
 
     def _answer(self, session: Session, step: int) -> tuple[dict[str, float], list[float | None]]:
         """Metrics of the policy as it is now, and its answers' scores by the judge."""
-        push_weights(self.engine, self.root, self.engine.version + 1)
+        push_weights(self.engine, self.root, step + 1)  # the updates made so far: so are roll-outs counted
         found = share_rollout(
             self.engine,
             [p.ids for p in self.prompts],
