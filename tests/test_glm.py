@@ -308,6 +308,9 @@ def test_checkpoints_of_the_training_code_are_merged_over_ranks(tmp_path: Path) 
 def test_what_is_not_supported_or_wrong_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ModelError, match="relative_encoding"):
         BlankGlmConfig(relative_encoding=True)
+    with pytest.raises(ModelError, match="spell_length"):
+        BlankGlmConfig(spell_length=3)
+    assert BlankGlmConfig(spell_length=None).num_layers == 24  # as published
     with pytest.raises(ModelError, match="pool_token"):
         BlankGlmConfig(pool_token="max")
     with pytest.raises(ModelError, match="position 70"):

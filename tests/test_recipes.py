@@ -148,6 +148,21 @@ def test_alignment_recipes_do_not_ruin_a_given_model(name: str) -> None:
         assert all(rate <= most[kind] for kind, rate in rates.items()) and rates
 
 
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem not in (*ALIGNMENT, "quickstart")], ids=lambda p: p.stem)
+def test_other_recipes_do_not_ruin_a_given_model_either(path: Path) -> None:
+    """What pre-training is left adds something to it, and all weights learn at most at 1e-4."""
+    stages = load_recipe(path, ["model=/models/base"]).stages
+    assert "tokenizer" not in [s.kind for s in stages]
+    assert [s.name for s in stages if s.kind == "pretrain"] == {
+        "belle-chinese": ["chinese"],
+        "pmc-llama": ["domain"],
+        "glm-pretrain": ["pretrain"],
+    }.get(path.stem, [])
+    assert stages[0].settings.model == "/models/base"  # type: ignore[attr-defined]
+    whole = [s.settings for s in stages if getattr(s.settings, "adapter", None) == "full"]
+    assert all(settings.learning_rate <= 1e-4 for settings in whole)  # type: ignore[attr-defined]
+
+
 def test_ppo_without_a_reward_stage(write: Any) -> None:
     """Other rewards, a verifier that is named, or an empty reward model: then nobody asks for a reward stage."""
     terms = "rewards: [{kind: format, pattern: '^a$'}, {kind: python, function: '${data_root}/f.py:f'}]"

@@ -65,6 +65,8 @@ class BlankGlmConfig(PretrainedConfig):  # type: ignore[misc]
     ) -> None:
         if relative_encoding:
             raise ModelError("relative_encoding of GLM is not supported", field="relative_encoding")
+        if kwargs.get("spell_length") is not None:
+            raise ModelError("spell_length of GLM (its soft prompts) is not supported", field="spell_length")
         if hidden_act not in ACTIVATIONS:
             raise ModelError(f"hidden_act is '{hidden_act}'; known: {', '.join(ACTIVATIONS)}", field="hidden_act")
         if pool_token not in ("cls", "start", "pad"):
