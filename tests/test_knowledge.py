@@ -127,7 +127,7 @@ def test_sets_of_questions_are_disjoint(both: bool) -> None:
         for name in ("unseen", "other_language", "multi_turn", "alias", "task"):
             for question in getattr(asked, name):
                 assert question.question.casefold() not in learnt, name
-        assert len(asked.trained) == (16 if both else 8)
+        assert len(asked.trained) == (32 if both else 16)
         assert {a.expected for a in asked.trained} == {(fact.description,)}
 
 

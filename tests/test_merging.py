@@ -85,6 +85,19 @@ def test_two_adapters_are_added_by_weight(tmp_path: Path, near: Any) -> None:
         near(value, plain[name] + 0.25 * (one[name] - plain[name]) + 0.5 * (two[name] - plain[name]), 1e-5)
 
 
+def test_weights_in_several_files(tmp_path: Path, near: Any) -> None:
+    folder, out = adapter(tmp_path / "a", tiny.model()), tmp_path / "m"
+    assert run(["merge", str(folder), "--into", str(out), "--max-shard-size", "100KB"]) == 0
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert max(f.stat().st_size for f in files[:-1]) < 400_000  # a tensor is not cut
+    assert run(["merge", str(folder), "--into", str(tmp_path / "w")]) == 0
+    whole = dict(load_model(tmp_path / "w").named_parameters())
+    for name, value in load_model(out).named_parameters():
+        near(value, whole[name], 0.0)
+    assert run(["merge", str(folder), "--into", str(tmp_path / "n"), "--max-shard-size", "many"]) != 0
+
+
 def test_what_cannot_be_merged_is_a_sentence_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,7 +305,7 @@ def test_an_engine_with_old_weights_is_told_of_once(
     train("ppo", tmp_path, max_steps=4, learning_rate=1e-2, eval_fraction=0.0)
     rows = rows_of(tmp_path)
     assert ["engine_gap_high" in r for r in rows] == [False, True, True, True]
-    assert capsys.readouterr().err.count("P-ENGINE-GAP") == 1
+    assert capsys.readouterr().err.count("P-ENGINE-GAP at step") == 1
 
 
 # -- the average of the weights -------------------------------------------------------------------------------------------

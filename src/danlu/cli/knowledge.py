@@ -214,14 +214,18 @@ def probe(model: str, key: str | None, as_json: bool) -> None:
 @facts.command("rollback")
 @click.argument("model")
 @click.option("--to", type=click.IntRange(0), help="The last version that stays; 0: none. Default: undo the last one.")
-def rollback(model: str, to: int | None) -> None:
+@AS_JSON
+def rollback(model: str, to: int | None, as_json: bool) -> None:
     """Take the last patch of MODEL back, or all after a version."""
     from danlu.knowledge.lessons import store_of
 
     store = store_of(model)
     with store.locked():
-        for patch in store.rollback(to):
-            say(f"taken back: {patch.name}")
+        gone = store.rollback(to)
+    for patch in gone:
+        say(f"taken back: {patch.name}")
+    if as_json:
+        print_json([patch.as_dict() for patch in gone])
 
 
 @facts.command("export")

@@ -27,6 +27,7 @@ def command(verb: str) -> click.Command:
 )
 @click.option("--seed", default=0, show_default=True, help="Of what dare drops.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: as the base is stored.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of one weight file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def merge(
     adapters: tuple[str, ...],
@@ -36,6 +37,7 @@ def merge(
     density: float,
     seed: int,
     dtype: str | None,
+    max_shard_size: str,
     as_json: bool,
 ) -> None:
     """Merge one or several ADAPTER folders into the model that they were trained on; their logits are compared (G-MERGE)."""
@@ -64,6 +66,7 @@ def merge(
         seed=seed,
         dtype=chosen,
         taught=taught,
+        max_shard_size=max_shard_size,
     )
     if report["patches"]:
         say(f"the facts that the base was taught are in the weights, too: {', '.join(report['patches'])}")

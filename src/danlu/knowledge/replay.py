@@ -22,6 +22,7 @@ from danlu.types import Comparison, Conversation, Message, Prompt
 
 LANGUAGES = ("en", "zh")
 HALVES = 2
+REPLAY_WAYS = 4  # phrasings in which each other name is asked for in training
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,6 @@ def contrast(taken: Sequence[str], *, probe: bool) -> list[Question]:
         phrases = table["unseen"] if probe else table["trained"]
         for number, name in enumerate(names):
             if key_of(name) not in keys:
-                ways = range(1) if probe else range(2)
+                ways = range(1) if probe else range(REPLAY_WAYS)
                 found += [Question((user(fill(phrases[(number + 3 * w) % len(phrases)], name)),)) for w in ways]
     return found

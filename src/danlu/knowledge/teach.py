@@ -93,7 +93,7 @@ class Pupil:
         self.known = list(known)
         self.compute = _compute(settings)
         model.to(self.compute.device)
-        self._general: Held | None = None
+        self._general: tuple[Held, Held] | None = None
         self._metrics: dict[str, Metric] = {}
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
 
@@ -110,24 +110,33 @@ class Pupil:
 
     def hold(self, asked: list[Question]) -> Held:
         """The model's answers now, and its distributions; questions that leave no room for an answer are left out."""
-        questions = [q for q in asked if len(self.template.encode_prompt(q.messages)) + MAX_ANSWER <= self.context]
+        questions = [q for q in asked if self._fits(q.messages)]
         texts = self.answer([q.messages for q in questions])
         answers = self.encode([(q.messages, t or "...") for q, t in zip(questions, texts, strict=True)])
         return Held(questions, texts, remember(self.root(), answers, self.compute))
 
-    def general_replay(self) -> Held:
-        """Replayed questions that have nothing to do with a fact, answered once, before the first lesson."""
+    def _fits(self, asked: Sequence[Message]) -> bool:
+        return len(self.template.encode_prompt(asked)) + MAX_ANSWER <= self.context
+
+    def general_replay(self) -> tuple[Held, Held]:
+        """Replayed questions that have nothing to do with a fact, and a fact's phrasings about other names; answered once, before
+        the first lesson.
+        """
         if self._general is None:
             chosen = list(self.pool.replay[: self.settings.replay_pool])
-            self._general = self.hold([*chosen, *contrast([f.keyword for f in self.known], probe=False)])
+            others = contrast([f.keyword for f in self.known], probe=False)
+            self._general = self.hold(chosen), self.hold(others)
         return self._general
 
     def metrics(self) -> dict[str, Metric]:
         """What a change of each layer does to the replayed answers; measured once, before the first lesson."""
         if not self._metrics:
-            told = self.general_replay().answers.trees
             settings = self.settings
-            self._metrics = metrics_of(self.model, self.root(), [told], settings.target, self.compute, settings.seed)
+            told = [held.answers.trees for held in self.general_replay()]
+            more = [q.messages for q in self.pool.replay[settings.replay_pool : settings.metric_pool]]
+            more = [asked for asked in more if self._fits(asked)]
+            told.append(self.encode(list(zip(more, self.answer(more), strict=True))).trees)
+            self._metrics = metrics_of(self.model, self.root(), told, settings.target, self.compute, settings.seed)
         return self._metrics
 
     def general_probes(self) -> list[Question]:
@@ -232,7 +241,7 @@ def _material(pupil: Pupil, fact: Fact, earlier: list[Fact]) -> _Material:
     if settings.replay_batch:
         # What is near this fact is asked anew; the rest was answered before the first lesson, so that nothing drifts.
         near, _ = near_and_far(pupil.pool.replay, fact, settings.replay_pool // 2)
-        replay = [h.answers for h in (pupil.hold(near).without(taken), pupil.general_replay().without(taken))]
+        replay = [h.without(taken).answers for h in (pupil.hold(near), *pupil.general_replay())]
         replay = [a for a in replay if len(a)]
     near, _ = near_and_far(pupil.pool.probes, fact, settings.probes // 2)
     near += [Question((user(a.question),)) for q in old for a in q.unseen[:EARLIER_PROBED]]

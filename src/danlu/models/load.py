@@ -251,16 +251,23 @@ def check_rows(rows: int, tokenizer: Any, name: str | Path) -> None:
         )
 
 
-def save_model(model: Any, tokenizer: Any | None, folder: Path, state: dict[str, torch.Tensor] | None = None) -> Path:
+def save_model(
+    model: Any,
+    tokenizer: Any | None,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "50GB",
+) -> Path:
     """Writes an ordinary transformers folder (safetensors), under a temporary name first.
 
     Args:
         state: weights to write in place of the model's own (a merged adapter).
+        max_shard_size: of a weight file, in bytes or as transformers writes it.
     """
     quiet()
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state)
+    model.save_pretrained(temporary, state_dict=state, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     if folder.exists():

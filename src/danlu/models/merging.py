@@ -19,6 +19,7 @@ from torch import Tensor
 from danlu.exceptions import ModelError
 from danlu.models.adapter_files import AdapterInfo, load_base, merge_into, put_on, read_info, settle
 from danlu.models.adapters import quantize_base
+from danlu.models.export import shard_size
 from danlu.models.load import load_model, save_model
 from danlu.models.patches import active_names, add_factors, read_factors, read_index, refuse_other_base
 from danlu.models.places import adapter_place, is_adapter, tokenizer_place
@@ -40,6 +41,7 @@ def merge_adapters(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     taught: Callable[[str], Path] | None = None,
+    max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
     """Merges adapters into their base and writes a plain model folder; nothing is written where the check fails (G-MERGE).
 
@@ -49,6 +51,7 @@ def merge_adapters(
         seed: of what DARE drops.
         dtype: of what is written; default: the dtype that the base is stored in.
         taught: where the patches of a base's facts are, if anywhere; they come into the weights, too, once the check has passed.
+        max_shard_size: of a weight file, as `2GB`.
 
     Returns:
         `{"out", "base", "adapters", "weights", "method", "patches", "logit_difference", "logit_scale", "rounding_difference",
@@ -57,8 +60,10 @@ def merge_adapters(
     Raises:
         ModelError: not adapters of one base; a prefix; a wrong number of weights; a folder that exists; too little room; or the
             merged model's logits are not the adapter's.
+        SettingsError: `max_shard_size` is no size.
         KnowledgeError: the base's patches are damaged or belong to another model.
     """
+    shard = shard_size(max_shard_size)
     infos = [_adapter(folder) for folder in folders]
     shares = list(weights) if weights else [1.0 / len(infos)] * len(infos)
     if len(shares) != len(infos):
@@ -95,7 +100,7 @@ def merge_adapters(
         "method": method,
     }
     folder = taught(first.base) if taught is not None and not is_adapter(first.base) else None
-    return report | _write_checked(model, first, out, expected, dtype or _stored_dtype(first.base), folder)
+    return report | _write_checked(model, first, out, expected, dtype or _stored_dtype(first.base), folder, shard)
 
 
 def _adapter(folder: str | Path) -> AdapterInfo:
@@ -186,7 +191,13 @@ def difference(found: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def _write_checked(
-    model: Any, info: AdapterInfo, out: Path, expected: Tensor, dtype: torch.dtype, taught: Path | None
+    model: Any,
+    info: AdapterInfo,
+    out: Path,
+    expected: Tensor,
+    dtype: torch.dtype,
+    taught: Path | None,
+    max_shard_size: int,
 ) -> dict[str, Any]:
     """Writes a folder, reads it back and compares before it gets its name."""
     off, size = difference(probe(model), expected)
@@ -208,7 +219,8 @@ def _write_checked(
     place = tokenizer_place(str(info.folder))
     checked = out.with_name(f"{out.name}.checking")
     try:
-        save_model(model.to(dtype), load_tokenizer(place, local=Path(place).is_dir()), checked)
+        tokenizer = load_tokenizer(place, local=Path(place).is_dir())
+        save_model(model.to(dtype), tokenizer, checked, max_shard_size=max_shard_size)
         again = load_model(checked, scalar=info.scalar)
         rounded, _ = difference(probe(again), expected)
         if dtype == torch.float32 and not rounded <= TOLERANCE * max(1.0, size):
