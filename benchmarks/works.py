@@ -184,7 +184,7 @@ GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
 WORKS = [
     _supervised("sft", "7M", {"default": 4, "best": 1.5}, (48, 32)),
     _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 16)),
-    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (24, 16), settings=ONLINE),
+    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (16, 16), settings=ONLINE),
     _generate(),
     _grpo(),
     _ppo(),
