@@ -34,6 +34,8 @@ OURS = [sys.executable, "-m", "benchmarks.danlu_side"]
 CHECK_ROWS = 16
 TURNS = (3, 2)
 RATES = {"check_rate": 2e-4, "rate": 1e-5}
+# Of roll-outs that are timed: a policy that learnt would stop sooner on one side than on the other.
+STILL = 1e-8
 GEMM_SECONDS = 1.0
 
 
@@ -263,6 +265,7 @@ def _roll_outs(work: Work, inputs: Inputs, folder: Path, count: int, windows: in
         "check": prompts.write(folder / "check.jsonl", 0, count),
         "rows": prompts.write(folder / "rows.jsonl", 0, count * windows),
         "compare": list(work.compare),
+        "rate": STILL,
     }
 
 

@@ -29,6 +29,7 @@ from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
 from danlu.models.starters import starter_config
+from danlu.shapes import rounded
 from danlu.train_config import QUANTISED_BASES, AdapterKind, TrainSettings, as_models
 from danlu.training.compute import Compute
 from danlu.training.step import language_loss
@@ -43,6 +44,7 @@ PLANNED: tuple[AdapterKind, ...] = ("full", "freeze", "lora", "dora", "adalora",
 OVERHEAD = {"float32": 1.1, "bfloat16": 1.3}
 OVERHEAD_CUDA = 1.1
 BUFFERS_MB = 75.0  # of the libraries, from their first use on
+COMPILED_MB = 30.0  # products that a CPU compiles for their shapes (`danlu/shapes.py`)
 REFERENCE = {32: 1.0, 8: 0.5}  # of a frozen model in 16 bits, by `ref_bits`
 PREFIX = 128  # virtual tokens of P-Tuning v2
 WIDEST = 512  # of a probe
@@ -359,6 +361,7 @@ def stage_memory(
         processes: that ZeRO divides over.
     """
     small, cuda = strategy in ("lora", "qlora", "prefix"), torch.cuda.is_available()
+    compiled = not cuda and dtype != "float32"
     learnt = {
         "lora": lambda: adapter_parameters(shape, settings.lora.r, settings.lora.target),
         "qlora": lambda: adapter_parameters(shape, settings.lora.r, settings.lora.target),
@@ -390,6 +393,8 @@ def stage_memory(
     states = {"adamw": 8.0, "adamw8bit": 2.03, "adamw_offload": 0.0 if torch.cuda.is_available() else 8.0}
     averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
     tokens = settings.micro_tokens
+    if compiled:
+        tokens = rounded(tokens + length)  # a batch may pass its limit by an item
     # A card's attention keeps no scores: as if texts were short.
     rank = settings.lora.r if strategy in ("lora", "qlora") else None  # before a prefix layers run as they are
     count = kept(shape, length=min(length, 16) if cuda else length, dtype=dtype, rank=rank)
@@ -419,7 +424,7 @@ def stage_memory(
         "cache": cache,
         "merged": merged,
     }
-    return {name: value / MB for name, value in parts.items()} | {"buffers": BUFFERS_MB}
+    return {name: value / MB for name, value in parts.items()} | {"buffers": BUFFERS_MB + compiled * COMPILED_MB}
 
 
 def _models(settings: TrainSettings, *, small: bool) -> tuple[float, float, int]:
