@@ -64,7 +64,7 @@ def measure(
     """Measures, prints the table and returns its rows.
 
     Args:
-        quick: 7M, fewer settings of each peer, fewer turns; at most 5 minutes on two cores.
+        quick: 7M, fewer settings of each peer, fewer turns, shorter answers; at most 5 minutes on two cores.
         data_root: holds `alpaca-en` and `hh-rlhf`.
         only: names of works; none: all.
         docs: a Markdown file whose section "Core" is written anew.

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -57,8 +57,10 @@ class Side:
         self._child.kill()
         self._child.wait()
         assert self._child.stdin is not None, "opened as a pipe"
-        for stream in (self._child.stdin, self._reports, self._log):
-            stream.close()
+        with suppress(BrokenPipeError):  # what it was told last and never read
+            self._child.stdin.close()
+        self._reports.close()
+        self._log.close()
 
     def again(self, name: str, job: Mapping[str, Any], folder: Path) -> None:
         """Gives a child that has ended its job another one; what it prints stays in its first folder."""
@@ -74,9 +76,11 @@ class Side:
         line = self._reports.readline()
         report: dict[str, Any] = json.loads(line) if line else {}
         if key not in report:
-            said = (self.folder / "log.txt").read_text("utf-8", "replace")[-2000:]
-            raise SideFailed(f"{self.name}: no '{key}' but {report or 'an end'}; it printed:\n{said}")
+            raise SideFailed(f"{self.name}: no '{key}' but {report or 'an end'}; it printed:\n{self._printed()}")
         return report
+
+    def _printed(self) -> str:
+        return (self.folder / "log.txt").read_text("utf-8", "replace")[-2000:]
 
     def _turn(self, key: str) -> dict[str, Any]:
         self.next("ready")
@@ -85,8 +89,11 @@ class Side:
 
     def _say(self, line: str) -> None:
         assert self._child.stdin is not None, "opened as a pipe"
-        self._child.stdin.write(line + "\n")
-        self._child.stdin.flush()
+        try:
+            self._child.stdin.write(line + "\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            raise SideFailed(f"{self.name}: it has ended; it printed:\n{self._printed()}") from None
 
     def check(self) -> list[float]:
         """Lets it take the first steps; their losses."""

@@ -203,7 +203,7 @@ def test_terms_get_names_and_weights(tmp_path: Path) -> None:
         ([{"kind": "length", "limit": 3, "name": "failed"}], "rewards.0.name", "'failed' is taken"),
         ([{"kind": "length", "limit": 3, "name": "model"}], "rewards", "'model' is the name"),
         ([{"kind": "python", "function": "nowhere.py:f"}], "rewards.0.function", "no file nowhere.py"),
-        ([{"kind": "format", "json_schema": {"if": {}}}], "rewards.0.json_schema", "'if' is not supported"),
+        ([{"kind": "format", "json_schema": {"iff": {}}}], "rewards.0.json_schema", "no keyword 'iff'"),
     ],
 )
 def test_terms_that_are_refused(terms: list[dict[str, Any]], field: str, said: str) -> None:

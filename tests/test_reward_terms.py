@@ -106,9 +106,9 @@ def test_format(options: dict[str, Any], text: str, value: float) -> None:
     assert values(RuleReward("format", rule).score([answer(text)])) == [value]
 
 
-def test_a_schema_that_is_not_supported_is_refused_with_its_place() -> None:
-    with pytest.raises(SettingsError, match="'then' is not supported") as caught:
-        format_of(FormatTerm(json_schema={"then": {}}), "rewards.2")
+def test_a_faulty_schema_is_refused_with_its_place() -> None:
+    with pytest.raises(SettingsError, match="no keyword 'than'") as caught:
+        format_of(FormatTerm(json_schema={"than": {}}), "rewards.2")
     assert caught.value.field == "rewards.2.json_schema"
 
 

@@ -60,7 +60,7 @@ FROZEN = {
     "PretrainSettings": f"{STAGE} {TRAIN} objective preset blanks instruction_data instruction_share tokenizer starter new_words",
     "SftSettings": f"{STAGE} {TRAIN} task",
     "TeachSettings": "out seed model facts file replay adapter rank trust fact_margin alpha dropout target learning_rate max_steps "
-    "phrasings both_languages varied replay_pool metric_pool replay_batch kl_weight margin earlier_batch stop lead kept "
+    "phrasings both_languages varied replay_pool replay_batch kl_weight margin earlier_batch stop lead kept "
     "min_agreement max_kl max_perplexity_ratio probes dtype",
     "Collect": "prompts count samples pairs max_new_tokens error_rate",
     "EngineSettings": "slots cache_gib speculate guesses",

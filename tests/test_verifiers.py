@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from danlu.rewards.choice import letter_in
-from danlu.rewards.json_schema import misfit, parsed, schema_fault
+from danlu.rewards.json_schema import fits, parsed, schema_fault
 from danlu.rewards.protocol import Episode, Score
 from danlu.rewards.verifiers import Verifier, choice, exact, fits_schema, number, number_in, regex
 
@@ -218,51 +218,49 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "right"),
     [
-        ({"name": "Ada", "age": 36}, None),
-        ({"name": "Ada", "age": 36.0, "tags": ["a", 1, None], "more": False}, None),
-        ([], "the value is no object"),
-        ({"name": "Ada"}, "has no 'age'"),
-        ({"name": "Ada", "age": True}, "age is no integer"),
-        ({"name": "Ada", "age": 1.5}, "age is no integer"),
-        ({"name": "Ada", "age": -1}, "age is below 0"),
-        ({"name": "Ada", "age": 151}, "age is above 150"),
-        ({"name": "A", "age": 1}, "name is shorter than 2"),
-        ({"name": "Adaaaa", "age": 1}, "name is longer than 5"),
-        ({"name": "ada", "age": 1}, "name does not match"),
-        ({"name": 3, "age": 1}, "name is no string"),
-        ({"name": "Ada", "age": 1, "tags": ["a", True]}, "tags[1] is none of"),
-        ({"name": "Ada", "age": 1, "tags": "a"}, "tags is no array"),
-        ({"name": "Ada", "age": 1, "more": 0}, "more is no null or boolean"),
-        ({"name": "Ada", "age": 1, "other": 0}, "other is not allowed"),
+        ({"name": "Ada", "age": 36}, True),
+        ({"name": "Ada", "age": 36.0, "tags": ["a", 1, None], "more": False}, True),
+        ([], False),
+        ({"name": "Ada"}, False),
+        ({"name": "Ada", "age": True}, False),
+        ({"name": "Ada", "age": 1.5}, False),
+        ({"name": "Ada", "age": -1}, False),
+        ({"name": "Ada", "age": 151}, False),
+        ({"name": "A", "age": 1}, False),
+        ({"name": "Adaaaa", "age": 1}, False),
+        ({"name": "ada", "age": 1}, False),
+        ({"name": 3, "age": 1}, False),
+        ({"name": "Ada", "age": 1, "tags": ["a", True]}, False),
+        ({"name": "Ada", "age": 1, "tags": "a"}, False),
+        ({"name": "Ada", "age": 1, "more": 0}, False),
+        ({"name": "Ada", "age": 1, "other": 0}, False),
     ],
 )
-def test_misfits_are_named(value: Any, said: str | None) -> None:
-    found = misfit(value, SCHEMA)
-    assert found is None if said is None else said in str(found)
+def test_what_fits_a_schema(value: Any, right: bool) -> None:
+    assert fits(value, SCHEMA) is right
 
 
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ({"if": {}}, "'if' is not supported"),
-        (
-            {"properties": {"a": {"items": {"patternProperties": {}}}}},
-            "'patternProperties' at a.items is not supported",
-        ),
-        ({"anyOf": []}, "anyOf is a list of schemas, at least one"),
-        ({"oneOf": [{"type": "x"}]}, "there is no type 'x' at oneOf[0]"),
-        ({"items": {"$ref": "#/$defs/b"}, "$defs": {"a": {}}}, "$ref at items leads nowhere"),
+        ({"reqired": ["a"]}, "no keyword 'reqired'"),
+        ({"properties": {"a": {"items": {"patternPropertys": {}}}}}, "no keyword 'patternPropertys'"),
+        ({"definitions": {"a": {"min": 1}}}, "no keyword 'min'"),
+        ({"anyOf": []}, "$.anyOf"),
+        ({"oneOf": [{"type": "x"}]}, "$.oneOf[0].type"),
+        ({"items": {"$ref": "#/$defs/b"}, "$defs": {"a": {}}}, "$ref leads nowhere in this schema ('#/$defs/b')"),
         ({"$ref": "other.json"}, "$ref leads nowhere in this schema ('other.json')"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{}, {"$ref": "#/$defs/a"}]}}}, "$ref leads back to itself"),
-        ({"$defs": {"a": {"minItems": "1"}}}, "as minItems at a"),
-        ({"multipleOf": 0}, "expected a number above 0"),
-        ({"type": "text"}, "no type 'text'"),
-        ({"pattern": "("}, "no regular expression"),
-        ({"minimum": "3"}, "as minimum"),
-        ({"properties": {"a": 3}}, "found int at a"),
-        ([], "expected an object"),
+        ({"$ref": "http://127.0.0.1:9/schema.json"}, "$ref leads nowhere"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}, "leads back to itself"),
+        ({"$defs": {"a": {"minItems": "1"}}}, "'1' is not of type 'integer'"),
+        ({"multipleOf": 0}, "$.multipleOf"),
+        ({"type": "text"}, "'text' is not valid"),
+        ({"pattern": "("}, "'(' is not a 'regex'"),
+        ({"minimum": "3"}, "$.minimum"),
+        ({"properties": {"a": 3}}, "$.properties.a"),
+        ([], "[] is not of type 'object', 'boolean'"),
     ],
 )
 def test_schemas_that_are_refused(schema: Any, said: str) -> None:
@@ -289,45 +287,45 @@ NODE = {
 
 
 @pytest.mark.parametrize(
-    ("schema", "value", "said"),
+    ("schema", "value", "right"),
     [
-        (NODE, {"name": "a", "weight": None, "kind": "leaf", "parts": [{"name": "b", "weight": 0.5}]}, None),
-        (NODE, {"name": "a", "weight": 0}, "weight fits none of anyOf (the value.weight is not above 0)"),
-        (NODE, {"name": "a", "kind": "root"}, 'kind is none of ["leaf"]'),
-        (NODE, {"name": "a", "parts": [{"name": "b", "parts": [{}]}]}, "the value.parts[0].parts[0] has no 'name'"),
-        (NODE, {"name": "a", "parts": [{"name": n} for n in "abc"]}, "parts has 3 items"),
-        (NODE, {"name": "a", "parts": [{"name": "b"}, {"name": "b"}]}, "parts has an item twice"),
-        ({"oneOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, 4, None),
-        ({"oneOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, 6, "fits 2 of oneOf"),
-        ({"multipleOf": 0.1}, 0.3, None),
-        ({"multipleOf": 0.5}, 1e300, None),
-        ({"multipleOf": 0.5}, json.loads("1e999"), "no multiple of 0.5"),
-        ({"multipleOf": 0.1}, 0.35, "no multiple of 0.1"),
-        ({"allOf": [{"minLength": 2}, {"pattern": "^a"}]}, "ba", "does not match"),
-        ({"not": {"type": "string"}}, "x", "fits what it must not"),
-        ({"exclusiveMaximum": 3}, 3, "not below 3"),
-        ({"prefixItems": [{"type": "integer"}], "items": {"type": "string"}}, [1, "a"], None),
-        ({"prefixItems": [{"type": "integer"}], "items": {"type": "string"}}, [1, 2], "[1] is no string"),
-        ({"minProperties": 1}, {}, "has 0 properties"),
+        (NODE, {"name": "a", "weight": None, "kind": "leaf", "parts": [{"name": "b", "weight": 0.5}]}, True),
+        (NODE, {"name": "a", "weight": 0}, False),
+        (NODE, {"name": "a", "kind": "root"}, False),
+        (NODE, {"name": "a", "parts": [{"name": "b", "parts": [{}]}]}, False),
+        (NODE, {"name": "a", "parts": [{"name": n} for n in "abc"]}, False),
+        (NODE, {"name": "a", "parts": [{"name": "b"}, {"name": "b"}]}, False),
+        ({"oneOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, 4, True),
+        ({"oneOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, 6, False),
+        ({"multipleOf": 0.1}, 0.3, True),
+        ({"multipleOf": 0.5}, 1e300, True),
+        ({"multipleOf": 0.5}, json.loads("1e999"), False),
+        ({"multipleOf": 0.1}, 0.35, False),
+        ({"allOf": [{"minLength": 2}, {"pattern": "^a"}]}, "ba", False),
+        ({"not": {"type": "string"}}, "x", False),
+        ({"exclusiveMaximum": 3}, 3, False),
+        ({"prefixItems": [{"type": "integer"}], "items": {"type": "string"}}, [1, "a"], True),
+        ({"prefixItems": [{"type": "integer"}], "items": {"type": "string"}}, [1, 2], False),
+        ({"minProperties": 1}, {}, False),
         (
             {"definitions": {"a/b": {"type": "null"}}, "items": {"$ref": "#/definitions/a~1b"}},
             [None, 0],
-            "[1] is no null",
+            False,
         ),
-        ({"const": True}, 1, "none of [true]"),
+        ({"const": True}, 1, False),
+        ({"if": {"minimum": 5}, "then": {"multipleOf": 5}}, 7, False),
     ],
 )
-def test_schemas_of_schemas(schema: Any, value: Any, said: str | None) -> None:
+def test_schemas_of_schemas(schema: Any, value: Any, right: bool) -> None:
     assert schema_fault(schema) is None
-    found = misfit(value, schema)
-    assert found is None if said is None else said in str(found), found
+    assert fits(value, schema) is right
 
 
 def test_a_value_nested_beyond_all_bounds_fits_no_schema_that_goes_with_it() -> None:
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
-    assert misfit(deep, {"items": {"$ref": "#"}}) == "the value is nested too deeply"
+    assert not fits(deep, {"items": {"$ref": "#"}})
 
 
 @pytest.mark.parametrize(
@@ -366,9 +364,9 @@ def exact_schema(value: Any) -> dict[str, Any]:
 @given(JSON, JSON)
 def test_a_value_fits_its_own_schema_and_no_other_does(value: Any, other: Any) -> None:
     schema = exact_schema(value)
-    assert schema_fault(schema) is None and misfit(value, schema) is None
+    assert schema_fault(schema) is None and fits(value, schema)
     if isinstance(value, dict) and isinstance(other, dict) and value.keys() != other.keys():
-        assert misfit(other, schema) is not None
+        assert not fits(other, schema)
     assert parsed(json.dumps(value)) == value
 
 
@@ -376,7 +374,7 @@ def test_a_value_fits_its_own_schema_and_no_other_does(value: Any, other: Any) -
     ("reference", "said"),
     [
         ({"verifier": "regex", "pattern": "("}, "no regular expression"),
-        ({"verifier": "json", "schema": {"if": {}}}, "'if' is not supported"),
+        ({"verifier": "json", "schema": {"iff": {}}}, "no keyword 'iff'"),
         ({"verifier": "choice", "answer": "Paris"}, "'Paris' as its answer, expected a letter"),
         ({"verifier": "tests", "tests": []}, "needs tests in the reference"),
         ({"verifier": "tests", "tests": "assert f()"}, "no list of programs"),

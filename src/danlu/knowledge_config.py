@@ -54,11 +54,6 @@ class TeachSettings(StageSettings):
     replay_pool: int = Field(
         768, ge=0, description="questions with the model's own answers that are mixed in, in turns"
     )
-    metric_pool: int = Field(
-        2048,
-        ge=0,
-        description="natural: questions over whose answers the metric is measured; those past replay_pool are for that alone",
-    )
     replay_batch: int = Field(32, ge=0, description="of them in a step; 0: no replay, as the plain way has it")
     kl_weight: float | None = Field(
         None,

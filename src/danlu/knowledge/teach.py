@@ -110,13 +110,10 @@ class Pupil:
 
     def hold(self, asked: list[Question]) -> Held:
         """The model's answers now, and its distributions; questions that leave no room for an answer are left out."""
-        questions = [q for q in asked if self._fits(q.messages)]
+        questions = [q for q in asked if len(self.template.encode_prompt(q.messages)) + MAX_ANSWER <= self.context]
         texts = self.answer([q.messages for q in questions])
         answers = self.encode([(q.messages, t or "...") for q, t in zip(questions, texts, strict=True)])
         return Held(questions, texts, remember(self.root(), answers, self.compute))
-
-    def _fits(self, asked: Sequence[Message]) -> bool:
-        return len(self.template.encode_prompt(asked)) + MAX_ANSWER <= self.context
 
     def general_replay(self) -> tuple[Held, Held]:
         """Replayed questions that have nothing to do with a fact, and a fact's phrasings about other names; answered once, before
@@ -133,9 +130,6 @@ class Pupil:
         if not self._metrics:
             settings = self.settings
             told = [held.answers.trees for held in self.general_replay()]
-            more = [q.messages for q in self.pool.replay[settings.replay_pool : settings.metric_pool]]
-            more = [asked for asked in more if self._fits(asked)]
-            told.append(self.encode(list(zip(more, self.answer(more), strict=True))).trees)
             self._metrics = metrics_of(self.model, self.root(), told, settings.target, self.compute, settings.seed)
         return self._metrics
 

@@ -34,8 +34,6 @@ VLLM_FAMILIES: Final = frozenset(
         "gpt_neox",
         "gptj",
         "granite",
-    }
-    | {
         "llama",
         "mistral",
         "mixtral",
@@ -48,8 +46,8 @@ VLLM_FAMILIES: Final = frozenset(
         "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "stablelm",
     }
-    | {"stablelm"}
 )
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B", re.IGNORECASE)
 _HEADER_BYTES: Final = 1 << 20  # configuration, card and the like

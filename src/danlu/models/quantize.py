@@ -46,7 +46,6 @@ __all__ = [
 ]
 Written = Literal["danlu", "gptq"]
 GROUP_SIZE = 64
-REGISTER = "register_parameter"  # of torch's modules
 # Of config.json: what was true of the model before, and where it was.
 NOT_WRITTEN = (KEY, "quantization_config", "quantization_bit", "_name_or_path")
 # What old checkpoints hold beside weights, and models make themselves.
@@ -471,15 +470,7 @@ def _materialise_buffers(model: Any, config: Any) -> None:
 
 def _with_buffers_alone(model: Any) -> Any:
     """The model of another one's configuration with buffers of its own, and parameters that take no memory."""
-    register = nn.Module.register_parameter
+    from accelerate import init_empty_weights
 
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:  # what was allocated is never touched, and goes at once
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    setattr(nn.Module, REGISTER, empty)
-    try:
+    with init_empty_weights(include_buffers=False):
         return type(model)(model.config)
-    finally:
-        setattr(nn.Module, REGISTER, register)

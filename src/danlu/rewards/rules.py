@@ -8,7 +8,7 @@ from typing import Any
 
 from danlu.exceptions import SettingsError
 from danlu.reward_config import FormatTerm, LengthTerm, RepetitionTerm
-from danlu.rewards.json_schema import misfit, parsed, schema_fault
+from danlu.rewards.json_schema import fits, parsed, schema_fault
 from danlu.rewards.protocol import Episode, Score, never
 
 
@@ -75,7 +75,7 @@ def format_of(term: FormatTerm, field: str) -> Callable[[Episode], float]:
         if schema is None:
             return 1.0
         try:
-            return float(misfit(parsed(answer), schema) is None)
+            return float(fits(parsed(answer), schema))
         except ValueError:
             return 0.0
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from danlu.rewards import code_tests
 from danlu.rewards.choice import LETTERS, letter_in
-from danlu.rewards.json_schema import misfit, parsed, schema_fault
+from danlu.rewards.json_schema import fits, parsed, schema_fault
 from danlu.rewards.protocol import Episode, Score, Unscored, never
 from danlu.rewards.sandbox import Limits
 
@@ -66,7 +66,7 @@ def fits_schema(answer: str, reference: Mapping[str, Any]) -> bool:
     """Whether an answer is JSON, alone or in its last fenced block, that fits `schema`; see `json_schema`."""
     fenced = _FENCE.findall(answer)
     try:
-        return misfit(parsed(fenced[-1] if fenced else answer), reference["schema"]) is None
+        return fits(parsed(fenced[-1] if fenced else answer), reference["schema"])
     except ValueError:
         return False
 

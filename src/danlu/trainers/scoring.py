@@ -93,16 +93,12 @@ def _beside(name: str, settings: RolloutSettings, policy: Any) -> Any:
 def rest_beside(reward: Combined, policy: Any) -> None:
     """Lets what stands on the policy's weights know in which dtype they rest."""
     dtype = getattr(policy.base_model, "danlu_rests", None) or torch.float32
-    for model in judges_in(reward):
-        if getattr(model, BESIDE, False):
-            rest(model, dtype)
-
-
-def judges_in(reward: Combined) -> list[Any]:
-    """The reward models of a reward."""
     members = [m for term in reward.terms for m in getattr(term.reward, "members", [term.reward])]
-    trunks: list[Any] = [m.root.trunks for m in members if isinstance(m, ModelReward)]
-    return [t.models["reward"] for t in trunks]
+    for member in members:
+        if isinstance(member, ModelReward):
+            trunks: Any = member.root.trunks
+            if getattr(trunks.models["reward"], BESIDE, False):
+                rest(trunks.models["reward"], dtype)
 
 
 def _judge(
@@ -149,8 +145,11 @@ def _at_rest(name: str, compute: Compute, field: str) -> Any:
     """
     path = resolve_model(name)
     model = load_model(path, scalar=True).requires_grad_(False)
-    absent = [n for n in getattr(model, "danlu_missing", ()) if n.split(".")[0] in SCALAR_HEADS]
-    if not read_info(path).scalar if is_adapter(path) else absent:
+    if is_adapter(path):
+        has_head = read_info(path).scalar
+    else:
+        has_head = not any(n.split(".")[0] in SCALAR_HEADS for n in getattr(model, "danlu_missing", ()))
+    if not has_head:
         raise RewardError(
             f"R-HEAD: {name} is no reward model: it has no head that gives one number",
             field=field,
