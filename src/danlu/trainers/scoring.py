@@ -93,12 +93,16 @@ def _beside(name: str, settings: RolloutSettings, policy: Any) -> Any:
 def rest_beside(reward: Combined, policy: Any) -> None:
     """Lets what stands on the policy's weights know in which dtype they rest."""
     dtype = getattr(policy.base_model, "danlu_rests", None) or torch.float32
+    for model in judges_in(reward):
+        if getattr(model, BESIDE, False):
+            rest(model, dtype)
+
+
+def judges_in(reward: Combined) -> list[Any]:
+    """The reward models of a reward."""
     members = [m for term in reward.terms for m in getattr(term.reward, "members", [term.reward])]
-    for member in members:
-        if isinstance(member, ModelReward):
-            trunks: Any = member.root.trunks
-            if getattr(trunks.models["reward"], BESIDE, False):
-                rest(trunks.models["reward"], dtype)
+    trunks: list[Any] = [m.root.trunks for m in members if isinstance(m, ModelReward)]
+    return [t.models["reward"] for t in trunks]
 
 
 def _judge(
