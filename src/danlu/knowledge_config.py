@@ -58,7 +58,7 @@ class TeachSettings(StageSettings):
     kl_weight: float | None = Field(
         None,
         ge=0,
-        description="weight of the divergence from the model's own answers before; none: 25 for natural, 1 for PEFT's adapters",
+        description="weight of the divergence from the model's own answers before; none: 8 for natural, 1 for PEFT's adapters",
     )
     margin: float = Field(
         0.5,

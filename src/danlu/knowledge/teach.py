@@ -39,7 +39,7 @@ CHECK_EVERY = 10  # steps between looks at whether the fact is recalled
 PATIENCE = 20  # steps without a lower loss, where the loss decides (the notebook's)
 LAST_RATE = 0.1  # share of the rate at the last step
 SETTLE = 20  # steps after all phrasings are sure, shorter and shorter
-NATURAL_KL, ADAPTER_KL = 25.0, 1.0  # weights of the divergence where the settings say none
+NATURAL_KL, ADAPTER_KL = 8.0, 1.0  # weights of the divergence where the settings say none
 MAX_ANSWER = 96  # tokens of a probe's answer, or twice the fact's if that is more
 EARLIER_PROBED = 3  # phrasings of each earlier fact among the locality probes
 
