@@ -31,7 +31,7 @@ from danlu.pipeline.export_check import llama_python
 
 HERE = Path(__file__).parent
 OURS = [sys.executable, "-m", "benchmarks.danlu_side"]
-CHECK_ROWS = 16
+CHECK_ROWS = (16, 8)  # of the full and of the quick run
 TURNS = (3, 2)
 RATES = {"check_rate": 2e-4, "rate": 1e-5}
 # Of roll-outs that are timed: a policy that learnt would stop sooner on one side than on the other.
@@ -64,7 +64,7 @@ def measure(
     """Measures, prints the table and returns its rows.
 
     Args:
-        quick: 7M, fewer settings of each peer, fewer turns, shorter answers; at most 5 minutes on two cores.
+        quick: 7M, fewer settings of each peer, fewer turns and rows, fewer and shorter answers; at most 5 minutes on two cores.
         data_root: holds `alpaca-en` and `hh-rlhf`.
         only: names of works; none: all.
         docs: a Markdown file whose section "Core" is written anew.
@@ -95,7 +95,7 @@ def _work(work: Work, inputs: Inputs, folder: Path, quick: bool, children: Sides
     folder.mkdir()
     turns = TURNS[quick]
     windows = 1 if work.name == "memory" else turns + 1
-    job = _job(work, inputs, folder, work.rows[quick], windows)
+    job = _job(work, inputs, folder, (CHECK_ROWS[quick], work.rows[quick]), windows)
     peers = [p for p in work.peers if p.quick or not quick]
     own = sorted({p.ours for p in peers})
     sides = [(f"danlu {name}", OURS, work.ours[name]) for name in own]
@@ -205,8 +205,9 @@ def _share(work: Work, ours: Measured, gemm: Measured, job: dict[str, Any]) -> d
     }
 
 
-def _job(work: Work, inputs: Inputs, folder: Path, count: int, windows: int) -> dict[str, Any]:
-    """What every side of a work is told."""
+def _job(work: Work, inputs: Inputs, folder: Path, counts: tuple[int, int], windows: int) -> dict[str, Any]:
+    """What every side of a work is told; `counts` are rows of the check and of a window."""
+    check, count = counts
     models = inputs.models(work.size)
     job: dict[str, Any] = {"work": work.name, "kind": work.name, "max_length": MAX_LENGTH, "windows": windows}
     job |= {"model": str(models / "lm"), "eos": inputs.tokenizer.eos_token_id, **RATES, **work.extra}
@@ -218,9 +219,9 @@ def _job(work: Work, inputs: Inputs, folder: Path, count: int, windows: int) -> 
         job["kind"] = "grpo" if work.name == "grpo" else "ppo"
         return job | _roll_outs(work, inputs, folder, count, windows)
     rows = inputs.conversations if work.name == "sft" else inputs.comparisons
-    job["check"] = rows.write(folder / "check.jsonl", 0, CHECK_ROWS)
-    job["rows"] = rows.write(folder / "rows.jsonl", CHECK_ROWS, count)
-    job["tokens"] = sum(_tokens(r) for r in rows.ids[CHECK_ROWS : CHECK_ROWS + count])
+    job["check"] = rows.write(folder / "check.jsonl", 0, check)
+    job["rows"] = rows.write(folder / "rows.jsonl", check, count)
+    job["tokens"] = sum(_tokens(r) for r in rows.ids[check : check + count])
     if work.name == "reward":
         job |= {"model": str(models / "reward"), "value_head": str(models / "value-head")}
     if work.name == "sft":

@@ -120,7 +120,9 @@ def _grpo() -> Work:
     settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "grpo": own}
     goals: dict[Setting, float] = {"default": 4, "best": 3}
     options: dict[str, Any] = {"compare": ("score", "loss"), "extra": EPISODES}
-    return Work("grpo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (8, 8), goals, **options)
+    return Work(
+        "grpo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (8, QUICK_EPISODES // 8), goals, **options
+    )
 
 
 def _ppo() -> Work:
@@ -132,7 +134,9 @@ def _ppo() -> Work:
     settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "ppo": PPO}
     goals: dict[Setting, float] = {"default": 5, "best": 4}
     options: dict[str, Any] = {"compare": ("score",), "extra": EPISODES}
-    return Work("ppo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (64, 64), goals, **options)
+    return Work(
+        "ppo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (64, QUICK_EPISODES), goals, **options
+    )
 
 
 def _generate() -> Work:
@@ -159,18 +163,24 @@ def _memory() -> Work:
     return Work("memory", "0.5B", "bytes", {"bfloat16": ppo}, [four], (8, 8), {"best": 0.4}, **options)
 
 
-QUICK_TOKENS = 32  # of an answer
+QUICK_TOKENS, QUICK_EPISODES = 32, 32  # of an answer; of an iteration
 
 
 def shortened(work: Work) -> Work:
-    """For the quick run: answers of half as many tokens in `grpo` and `ppo`."""
+    """For the quick run: half the episodes in `grpo` and `ppo`, and answers of half as many tokens."""
     if work.name not in ("grpo", "ppo"):
         return work
-    rollout = {**ROLLOUT, "max_new_tokens": QUICK_TOKENS}
+    rollout = {**ROLLOUT, "batch": QUICK_EPISODES, "max_new_tokens": QUICK_TOKENS}
     ours = {name: {**settings, "rollout": rollout} for name, settings in work.ours.items()}
     limit = {"max_completion_length": QUICK_TOKENS} if work.name == "grpo" else {}
-    peers = [replace(peer, settings={**peer.settings, **limit}) for peer in work.peers]
-    return replace(work, ours=ours, peers=peers, extra={**work.extra, "new": QUICK_TOKENS})
+    peers = [replace(peer, settings={**peer.settings, **limit, **_quick_size(peer)}) for peer in work.peers]
+    return replace(work, ours=ours, peers=peers, extra={"episodes": QUICK_EPISODES, "new": QUICK_TOKENS})
+
+
+def _quick_size(peer: Peer) -> dict[str, Any]:
+    """Rows of a micro-batch as before where so many are left, the rest accumulated."""
+    rows = min(peer.settings["per_device_train_batch_size"], QUICK_EPISODES)
+    return _size(rows, QUICK_EPISODES // rows)
 
 
 OURS = {"dtype": "bfloat16", "tokens_per_step": 4096, "micro_tokens": 4096}
@@ -182,9 +192,9 @@ ONLINE = {"reference": "online"}
 GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
 
 WORKS = [
-    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (48, 32)),
+    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (48, 16)),
     _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 16)),
-    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (16, 16), settings=ONLINE),
+    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (16, 8), settings=ONLINE),
     _generate(),
     _grpo(),
     _ppo(),

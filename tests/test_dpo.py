@@ -138,9 +138,9 @@ def test_without_a_reference_none_is_read(adapter: str, tmp_path: Path, monkeypa
     roles: list[str] = []
     forward = RootModel.forward
 
-    def seen(self: RootModel, tree: TreeBatch, role: Any, head_fn: Any) -> Any:
+    def seen(self: RootModel, tree: TreeBatch, role: Any, head_fn: Any, **options: Any) -> Any:
         roles.append(f"{role}, {'training' if torch.is_grad_enabled() else 'reading'}")
-        return forward(self, tree, role, head_fn)
+        return forward(self, tree, role, head_fn, **options)
 
     monkeypatch.setattr(RootModel, "forward", seen)
     train(tmp_path, loss="simpo", adapter=adapter, max_steps=2, eval_every=10)

@@ -301,7 +301,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.table = table
 
-    def forward(self, tree: TreeBatch, role: str, head_fn: Any) -> Any:
+    def forward(self, tree: TreeBatch, role: str, head_fn: Any, **_: Any) -> Any:
         found = self.table[role][tree.input_ids_T[tree.action_index()]]
         return found if role == "critic" else (found, torch.full_like(found, 0.5))
 

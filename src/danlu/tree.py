@@ -144,6 +144,18 @@ class TreeBatch:
         """Indices of action tokens."""
         return self.is_action_T.nonzero().squeeze(1)
 
+    def before_loss(self) -> Tensor:
+        """Indices of the tokens that predict those that carry loss."""
+        return self.predictor_T[self.loss_index()]
+
+    def before_actions(self) -> Tensor:
+        """Indices of the tokens that predict actions; of branches of one node, that node's last token comes up for each."""
+        return self.predictor_T[self.action_index()]
+
+    def answer_ends(self) -> Tensor:
+        """Indices of the last tokens of all nodes that have a parent."""
+        return self.node_end_N[self.node_parent_N >= 0] - 1
+
     def filled(self, tokens: int) -> Self:
         """The same batch and behind it one more tree of `tokens` zeros (>= 0), which no loss reads: for a size that comes back."""
         if not tokens:

@@ -83,14 +83,23 @@ class TreePlan:
         tree: the batch.
         role: whose adapter is selected again when activation checkpointing recomputes a layer.
         root: what every token sees beside, from everywhere: a sliding window does not move past it.
+        reads: indices of the tokens `[M]`, each once, whose hidden states are asked for in the end; None: of all. The last layer
+            may leave out what only the others need (`models/lean.py`), and then returns `[M, D]`.
     """
 
-    def __init__(self, tree: TreeBatch, role: str | None = None, root: VirtualRoot | None = None) -> None:
+    def __init__(
+        self,
+        tree: TreeBatch,
+        role: str | None = None,
+        root: VirtualRoot | None = None,
+        reads: Tensor | None = None,
+    ) -> None:
         self.role = role
         self.tree = tree
         self.root = root
+        self.reads = reads
         self.longest = int(tree.position_ids_T.max()) + 1
-        self._blocks: dict[int | None, blocks.Blocks] = {}
+        self._blocks: dict[tuple[int | None, bool], blocks.Blocks] = {}
         self._sequences: varlen.Sequences | None = None
         # Called with (layer, key [G, T, K], value) by prefill, which keeps them; training leaves it empty.
         self.on_key_value: Callable[[int, Tensor, Tensor], None] | None = None
@@ -104,8 +113,10 @@ class TreePlan:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        *,
+        last: bool = False,
     ) -> Tensor:
-        """See `AttentionPlan`."""
+        """See `AttentionPlan`; `last`: rows that nobody reads may be zero."""
         if self.on_key_value is not None:
             self.on_key_value(layer, key, value)
         if window is not None and window >= self.longest:
@@ -119,9 +130,11 @@ class TreePlan:
             if self._sequences is None:
                 self._sequences = varlen.Sequences.of(self.tree, before)
             return varlen.attend(query, key, value, self._sequences, scale, window)
-        if window not in self._blocks:
-            self._blocks[window] = blocks.Blocks(self.tree, window, before=before)
-        return blocks.attend(query, key, value, self._blocks[window], scale, softcap)
+        reads = self.reads if last else None
+        kind = (window, reads is not None)
+        if kind not in self._blocks:
+            self._blocks[kind] = blocks.Blocks(self.tree, window, before=before, reads=reads)
+        return blocks.attend(query, key, value, self._blocks[kind], scale, softcap)
 
 
 def tree_attention(

@@ -8,6 +8,7 @@ T tokens, N pieces of a block, Q and S its padded query and key lengths.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,12 +51,16 @@ class Piece:
         return self.position - self.first_key + self.queries
 
 
-def pieces(tree: TreeBatch, window: int | None = None, longest: int = LONGEST_PIECE) -> list[Piece]:
+def pieces(
+    tree: TreeBatch, window: int | None = None, longest: int = LONGEST_PIECE, reads: Tensor | None = None
+) -> list[Piece]:
     """Every node as pieces of at most `longest` queries, about equal within a node.
 
     Args:
         window: a query sees itself and the `window - 1` positions before it on its path; None: all of them.
+        reads: indices of tokens; pieces reach from the first to the last of them, and there is none without any. None: all tokens.
     """
+    asked = None if reads is None else sorted(reads.tolist())
     starts, ends, parents = (x.tolist() for x in (tree.node_start_N, tree.node_end_N, tree.node_parent_N))
     paths: list[tuple[tuple[int, int], ...]] = []
     before: list[int] = []
@@ -68,6 +73,11 @@ def pieces(tree: TreeBatch, window: int | None = None, longest: int = LONGEST_PI
         count = -(-(end - start) // longest)
         cuts = [start + (end - start) * i // count for i in range(count + 1)]
         for low, high in pairwise(cuts):
+            if asked is not None:
+                found_reads = asked[bisect_left(asked, low) : bisect_left(asked, high)]
+                if not found_reads:
+                    continue
+                low, high = found_reads[0], found_reads[-1] + 1
             position = depth + low - start
             first = max(0, position - window + 1) if window is not None else 0
             found.append(Piece(low, high, position, first, _cut((*path, (start, high)), first)))
@@ -124,17 +134,23 @@ class Blocks:
 
     Args:
         before: keys of a virtual root that stand before the batch's own; every query sees them, also past its window.
+        reads: indices of the tokens whose rows are asked for; of the others, rows may be zero. None: all.
     """
 
     def __init__(
-        self, tree: TreeBatch, window: int | None = None, longest: int = LONGEST_PIECE, before: int = 0
+        self,
+        tree: TreeBatch,
+        window: int | None = None,
+        longest: int = LONGEST_PIECE,
+        before: int = 0,
+        reads: Tensor | None = None,
     ) -> None:
-        found = pieces(tree, window, longest)
-        self.tokens = tree.tokens
+        found = pieces(tree, window, longest, reads)
+        self.tokens, self.whole = tree.tokens, reads is None
         device = tree.input_ids_T.device
         self.items = [_block(group, tree.tokens, window, device, before) for group in _groups(found, before)]
         # Every key is read by one piece alone: its gradient is a copy, not a sum.
-        self.single = sum(before + p.keys for p in found) == before + tree.tokens
+        self.single = self.whole and sum(before + p.keys for p in found) == before + tree.tokens
 
 
 def _groups(found: Sequence[Piece], before: int) -> list[list[Piece]]:
@@ -216,7 +232,8 @@ class _BlockAttention(torch.autograd.Function):
         # The scale goes into the queries, once, instead of into every score.
         factor = scale if softcap is None else scale / softcap
         flat = [_rows(query, value.dtype, factor), _rows(key, value.dtype), _rows(value, value.dtype)]
-        out = value.new_empty((blocks.tokens + 1) * heads, value.shape[2])
+        empty = value.new_empty if blocks.whole else value.new_zeros
+        out = empty((blocks.tokens + 1) * heads, value.shape[2])
         graded = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
         for block in blocks.items:
@@ -236,7 +253,7 @@ class _BlockAttention(torch.autograd.Function):
         saved, heads, groups = ctx.saved_tensors, ctx.heads, ctx.groups
         flat, kept = saved[:3], saved[3:]
         grad_out = _rows(grads[0].transpose(0, 1), flat[2].dtype)
-        grad_query = torch.empty_like(flat[0])
+        grad_query = torch.empty_like(flat[0]) if ctx.blocks.whole else torch.zeros_like(flat[0])
         sums = flat[1].dtype if ctx.blocks.single else torch.promote_types(flat[1].dtype, torch.float32)
         grad_key = torch.zeros_like(flat[1], dtype=sums)
         grad_value = torch.zeros_like(flat[2], dtype=sums)

@@ -44,6 +44,9 @@ def _lean(kind: Any) -> type[nn.Module]:
         known = plan is not None and (not isinstance(plan, TreePlan) or plan.on_key_value is None)
         layers = _plain_layers(self) if known and not args else ""
         if not layers or (layers == "packed" and isinstance(plan, TreePlan)):
+            reads = _reads(self, plan)
+            if reads is not None and not args:
+                return _narrow(self, hidden_states, reads, **kwargs)
             return kind.forward(self, hidden_states, *args, **kwargs)
         if isinstance(plan, TreePlan):
             return _forward(self, hidden_states[0], plan, *kwargs["position_embeddings"])[None]
@@ -69,7 +72,7 @@ def _plain_layers(layer: Any) -> str:
 
 def _forward(layer: Any, x_TD: Tensor, plan: TreePlan, cos: Tensor, sin: Tensor) -> Tensor:
     attention, feed_forward = layer.self_attn, layer.mlp
-    device = x_TD.device.type
+    device, reads = x_TD.device.type, _reads(layer, plan)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
     first, second = layer.input_layernorm, layer.post_attention_layernorm
     with torch.autocast(device, enabled=False):
@@ -79,12 +82,30 @@ def _forward(layer: Any, x_TD: Tensor, plan: TreePlan, cos: Tensor, sin: Tensor)
             cos[0], sin[0], attention.head_dim, dtype,
         )  # fmt: skip
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        mixed = plan.attend(attention.layer_idx, query, key, value, attention.scaling, window=_window(layer))
+        options: dict[str, Any] = {"window": _window(layer), "last": reads is not None}
+        mixed = plan.attend(attention.layer_idx, query, key, value, attention.scaling, **options)
+        if reads is not None:
+            x_TD, mixed = x_TD.index_select(0, reads), mixed.index_select(0, reads)
         o, gate, up, down = attention.o_proj, feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj
         out: Tensor = _After.apply(
             x_TD, mixed.flatten(1), o.weight, o.bias, second.weight, second.variance_epsilon,
             gate.weight, up.weight, gate.bias, up.bias, down.weight, down.bias, dtype,
         )  # fmt: skip
+    return out
+
+
+def _reads(layer: Any, plan: Any) -> Tensor | None:
+    """Which rows of its result are read, where the layer is the last one and they are not all."""
+    if not isinstance(plan, TreePlan) or layer.self_attn.layer_idx != layer.self_attn.config.num_hidden_layers - 1:
+        return None
+    return plan.reads
+
+
+def _narrow(layer: Any, x_1TD: Tensor, reads: Tensor, **kwargs: Any) -> Tensor:
+    """transformers' forward pass of a layer, whose feed-forward part sees the rows that are read alone: [1, M, D]."""
+    mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(x_1TD), **{"attention_mask": None, **kwargs})
+    middle = x_1TD.index_select(1, reads) + mixed.index_select(1, reads)
+    out: Tensor = middle + layer.mlp(layer.post_attention_layernorm(middle))
     return out
 
 

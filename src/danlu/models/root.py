@@ -26,6 +26,10 @@ from danlu.shapes import compiles, computed_in, rounded
 from danlu.text.tokenizer import quiet
 from danlu.tree import Node, TreeBatch, branches, forest
 
+# Of a batch's tokens; with more of them, choosing rows costs as much as the others.
+WORTH_LEAVING_OUT = 0.9
+
+Reads = Callable[[TreeBatch], Tensor]
 RoleName = Literal["policy", "ref", "critic", "reward"]
 Result = TypeVar("Result")
 
@@ -93,21 +97,36 @@ class RootModel(nn.Module):
         tree: TreeBatch,
         role: RoleName,
         head_fn: Callable[[TrunkOutput], Result],
+        *,
+        reads: Reads | None = None,
     ) -> Result:
-        """Runs the role's trunk on the tree and then `head_fn` on its output."""
+        """Runs the role's trunk on the tree and then `head_fn` on its output.
+
+        Args:
+            reads: the tokens whose hidden states `head_fn` reads, as often as it likes (`TreeBatch.before_loss`); the last layer
+                then leaves the others out, where that saves something, and their hidden states are no numbers. None: all.
+        """
         trunks: Trunks = self.trunks  # type: ignore[assignment]
         trunk = trunks.trunk(role)
         prefix_of = getattr(trunks, "prefix", None)
-        hidden = run_trunk(trunk, tree, role, prefix_of(role) if prefix_of is not None else None)
+        prefix = prefix_of(role) if prefix_of is not None else None
+        hidden = run_trunk(trunk, tree, role, prefix, reads(tree) if reads is not None else None)
         return head_fn(TrunkOutput(hidden, tree, trunks.head(role), LogitRule.of(trunk.config), self.compiled))
 
 
-def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix: Prefix | None = None) -> Tensor:
+def run_trunk(
+    trunk: Any,
+    tree: TreeBatch,
+    role: RoleName | None = None,
+    prefix: Prefix | None = None,
+    reads: Tensor | None = None,
+) -> Tensor:
     """Hidden states `[T, D]` of a transformer without head on a tree: the fast path if `prepare` found it, else padded.
 
     Args:
         role: whose adapter reads.
         prefix: what every tree has before it; None: what the trunk carries (`prefix.attach`), if anything.
+        reads: indices of the tokens whose hidden states are read; those of others may be NaN. None: all are.
 
     Raises:
         ModelError: a path is longer than this model's positions allow.
@@ -120,9 +139,10 @@ def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix:
     fast = getattr(trunk, "danlu_fast_path", False)
     tokens = tree.tokens
     weight = next(trunk.parameters())
-    if fast and compiles(weight.device, computed_in(weight)):
+    padding = fast and compiles(weight.device, computed_in(weight))
+    if padding:
         tree = tree.filled(rounded(tokens) - tokens)
-    plan = TreePlan(tree, role, root)
+    plan = TreePlan(tree, role, root, _rows_read(reads, tree.tokens, padding) if fast and reads is not None else None)
     carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)
     if carrier is not None:
         carrier.plan = plan
@@ -131,6 +151,18 @@ def run_trunk(trunk: Any, tree: TreeBatch, role: RoleName | None = None, prefix:
     finally:
         if carrier is not None:
             carrier.plan = None
+
+
+def _rows_read(reads: Tensor, tokens: int, padding: bool) -> Tensor | None:
+    """The indices each once, some others with them for a size that comes back; None where that leaves too little out."""
+    mask = reads.new_zeros(tokens, dtype=torch.bool)
+    mask[reads] = True
+    rows = mask.nonzero().squeeze(1)
+    size = rounded(max(1, len(rows))) if padding else len(rows)
+    if not len(rows) or size > WORTH_LEAVING_OUT * tokens:
+        return None
+    others = (~mask).nonzero().squeeze(1)
+    return torch.cat([rows, others[len(others) - (size - len(rows)) :]])
 
 
 def _run_fast(trunk: Any, tree: TreeBatch, plan: TreePlan) -> Tensor:
@@ -142,7 +174,10 @@ def _run_fast(trunk: Any, tree: TreeBatch, plan: TreePlan) -> Tensor:
         **{attention.PLAN_ARGUMENT: plan},
     )
     hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+    if len(hidden) == tree.tokens:
+        return hidden
+    assert plan.reads is not None, "or no layer leaves rows out"
+    return hidden.new_full((tree.tokens, hidden.shape[1]), float("nan")).index_copy(0, plan.reads, hidden)
 
 
 def prepare(model: Any) -> Any:

@@ -20,7 +20,7 @@ from danlu.models.families import hard_limit
 from danlu.models.heads import head_of
 from danlu.models.places import is_adapter
 from danlu.models.roles import SeparateModels
-from danlu.models.root import RootModel
+from danlu.models.root import RootModel, TrunkOutput
 from danlu.rewards.protocol import Episode, Score, never
 from danlu.text.chat_template import ChatTemplate
 from danlu.tree import TreeBatch, branches, forest
@@ -90,13 +90,17 @@ class ModelReward:
             if cancelled():
                 break
             tree = TreeBatch.of(forest(branches(encoded[i][0], [encoded[i][1]]) for i in batch)).to(self.device)
-            raw = self.root(tree, "reward", lambda out: out.scores(out.tree.node_end_N[1::2] - 1)).tolist()
+            raw = self.root(tree, "reward", _at_ends, reads=TreeBatch.answer_ends).tolist()
             for index, value in zip(batch, raw, strict=True):
                 fine = math.isfinite(value)
                 scores[index] = (
                     Score((value - self.mean) / self.std) if fine else Score(None, f"score is {value}", "R-NAN")
                 )
         return scores
+
+
+def _at_ends(out: TrunkOutput) -> torch.Tensor:
+    return out.scores(out.tree.answer_ends())
 
 
 class EnsembleReward:

@@ -71,7 +71,7 @@ def train(settings: DpoSettings) -> TrainResult:
             mine = distributed.mine(list(zip(micro, refs, strict=True)))
             batches = [(trees.batch(m), (ref, pairs)) for m, ref in mine]
             set_rate(optimizer, settings.learning_rate * session.rate_factor(step))
-            sums = accumulate(root, "policy", batches, loss_fn, compute)
+            sums = accumulate(root, "policy", batches, loss_fn, compute, reads=TreeBatch.before_actions)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm, session.judge(sums["loss"]))
             metrics = {
                 "loss": sums["loss"],

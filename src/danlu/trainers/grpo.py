@@ -109,7 +109,9 @@ def train(settings: GrpoSettings) -> TrainResult:
                 for index in order if epoch else range(len(minibatches)):
                     minibatch = minibatches[index]
                     batches = distributed.mine([(e.tree, (e, minibatch)) for e in minibatch.parts])
-                    sums = accumulate(root, "policy", batches, _loss(settings, held_back), compute)
+                    sums = accumulate(
+                        root, "policy", batches, _loss(settings, held_back), compute, reads=TreeBatch.before_actions
+                    )
                     norm = apply(optimizer, trained, settings.max_grad_norm, session.judge(sums["loss"]))
                     updates.append({**sums, "grad_norm": norm})
 

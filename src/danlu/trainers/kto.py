@@ -80,7 +80,7 @@ def train(settings: DpoSettings) -> TrainResult:
                 (trees.batch(m), (table[m, 0], given.liked[m], baseline, count)) for m in distributed.mine(micro)
             ]
             set_rate(optimizer, settings.learning_rate * session.rate_factor(step))
-            sums = accumulate(root, "policy", batches, loss_fn, compute)
+            sums = accumulate(root, "policy", batches, loss_fn, compute, reads=TreeBatch.before_actions)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm, session.judge(sums["loss"]))
             metrics = {
                 "loss": sums["loss"],

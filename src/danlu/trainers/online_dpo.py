@@ -94,7 +94,7 @@ def train(settings: GrpoSettings) -> TrainResult:
                 for index in order if epoch else range(len(minibatches)):
                     parts, count = minibatches[index]
                     batches = distributed.mine([(p.tree, (p, float(count))) for p in parts])
-                    sums = accumulate(root, "policy", batches, loss_fn, compute)
+                    sums = accumulate(root, "policy", batches, loss_fn, compute, reads=TreeBatch.before_actions)
                     norm = apply(optimizer, trained, settings.max_grad_norm, session.judge(sums["loss"]))
                     updates.append({"loss": sums["loss"], **means(sums, float(count)), "grad_norm": norm})
 

@@ -54,7 +54,7 @@ from danlu.training.setup import load_policy, own_models, placed, shared_roles
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of, tokenizer_of
 from danlu.training.watch import Watch
-from danlu.tree import Trajectory
+from danlu.tree import Trajectory, TreeBatch
 
 REFILLS = 8  # roll-outs more than planned before an iteration gives up on judges that score nothing
 
@@ -123,7 +123,7 @@ def train(settings: PpoSettings) -> TrainResult:
                 actions = float(sum(e.actions for e in minibatch))
                 batches = distributed.mine([(e.tree, (e, actions)) for e in minibatch])
                 if step >= options.critic_warmup:
-                    sums = accumulate(root, "policy", batches, policy_loss, compute)
+                    sums = accumulate(root, "policy", batches, policy_loss, compute, reads=TreeBatch.before_actions)
                     if first_ratio_error is None:
                         first_ratio_error = sums["ratio_error"]
                     if options.update_kl is not None and sums["approx_kl"] > options.update_kl:
@@ -136,7 +136,7 @@ def train(settings: PpoSettings) -> TrainResult:
                     updates += [{**sums, "grad_norm": norm}] if made else []
                     if made and ema is not None:
                         ema.update()
-                value = accumulate(root, "critic", batches, value_loss, compute)
+                value = accumulate(root, "critic", batches, value_loss, compute, reads=TreeBatch.before_actions)
                 norm, made = critic.update(session, value["loss"])
                 row = {"value_loss": value["loss"], "value_error": value["value_error"], "critic_grad_norm": norm}
                 critic_updates += [row] if made else []

@@ -45,7 +45,7 @@ from danlu.training.sharding import share_forwards
 from danlu.training.step import LossFn, TrainResult, accumulate, apply, shortest_first
 from danlu.training.templates import template_facts, template_of
 from danlu.training.tokens import trees_of
-from danlu.tree import Node
+from danlu.tree import Node, TreeBatch
 from danlu.types import Ranking, Record, RecordKind
 
 NORMALISER_PAIRS = 2000  # records: the mean of 4,000 scores is known to 0.02 of their standard deviation
@@ -100,6 +100,7 @@ def train(settings: RewardSettings) -> TrainResult:
     root = placed(roles, settings, compute).train()
     optimizer = optimizer_of(root, settings.learning_rate, settings)
     loss_fn = _loss(settings, weights)
+    reads = TreeBatch.action_index if settings.level == "token" else TreeBatch.answer_ends
 
     def judged() -> Judged:
         root.eval()
@@ -120,7 +121,7 @@ def train(settings: RewardSettings) -> TrainResult:
                 for m in distributed.mine(micro)
             ]
             set_rate(optimizer, settings.learning_rate * session.rate_factor(step))
-            sums = accumulate(root, "reward", batches, loss_fn, compute)
+            sums = accumulate(root, "reward", batches, loss_fn, compute, reads=reads)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm, session.judge(sums["loss"]))
             metrics = {
                 "loss": sums["loss"],
@@ -321,7 +322,7 @@ def _judge(root: RootModel, trees: Trees, micro_tokens: int, compute: Compute) -
     def read(indices: list[int]) -> tuple[NDArray[Any], ...]:
         tree = trees.batch(indices)
         with compute.autocast():
-            answers = root(tree.to(compute.device), "reward", answers_of)
+            answers = root(tree.to(compute.device), "reward", answers_of, reads=TreeBatch.answer_ends)
         scores, targets, prompts = (t.cpu() for t in answers)
         items = torch.tensor(indices)[prompts.unique(return_inverse=True)[1]]
         lengths = (tree.node_end_N - tree.node_start_N)[tree.node_parent_N >= 0]

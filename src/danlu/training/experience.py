@@ -14,7 +14,7 @@ from danlu.data.packing import micro_batches
 from danlu.losses.advantages import gae, token_rewards, whiten
 from danlu.losses.policy import importance, kl_estimate, kl_k3
 from danlu.losses.value import explained_variance
-from danlu.models.root import RootModel
+from danlu.models.root import RootModel, TrunkOutput
 from danlu.training import distributed
 from danlu.training.buffer import ScoredAnswer
 from danlu.training.compute import Compute
@@ -159,9 +159,13 @@ def _read(
 @torch.no_grad()
 def _read_values(root: RootModel, tree: TreeBatch, compute: Compute) -> Tensor:
     """The critic's value before each action, on the CPU."""
+
+    def values_of(out: TrunkOutput) -> Tensor:
+        return out.values(out.tree.action_index())
+
     with compute.autocast():
-        found: Tensor = root(tree.to(compute.device), "critic", lambda out: out.values(out.tree.action_index()))
-    return found.cpu()
+        values: Tensor = root(tree.to(compute.device), "critic", values_of, reads=TreeBatch.before_actions)
+    return values.cpu()
 
 
 def _read_statistics(

@@ -71,7 +71,7 @@ def read_answers(
 
     def read(item: Item) -> Tensor:
         with compute.autocast():
-            found: Tensor = root(batch(item).to(compute.device), role, head)
+            found: Tensor = root(batch(item).to(compute.device), role, head, reads=TreeBatch.before_actions)
         return found.cpu()
 
     return share_forwards(root, [role], items, read, compute)

@@ -100,7 +100,7 @@ def read_actions(
         return logprobs(out, out.tree.action_index(), temperature, entropy=entropy)
 
     with compute.autocast():
-        logp, entropies = root(tree.to(compute.device), role, head)
+        logp, entropies = root(tree.to(compute.device), role, head, reads=TreeBatch.before_actions)
     return logp.cpu(), entropies.cpu()
 
 

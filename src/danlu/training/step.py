@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from danlu.data.collate import Trees
-from danlu.models.root import RoleName, RootModel, TrunkOutput
+from danlu.models.root import Reads, RoleName, RootModel, TrunkOutput
 from danlu.models.rows import RowBatch
 from danlu.training import distributed
 from danlu.training.compute import Compute
@@ -25,6 +25,7 @@ from danlu.tree import TreeBatch
 Extra = TypeVar("Extra")
 # Metrics of which the greatest counts; all others are shares of a sum.
 LARGEST = frozenset({"ratio_error", "ratio_max"})
+BEFORE_LOSS: Reads = TreeBatch.before_loss  # what `language_loss` reads
 LossFn = Callable[[TrunkOutput, Extra], tuple[Tensor, dict[str, float]]]
 
 
@@ -50,21 +51,25 @@ def accumulate(
     batches: Sequence[tuple[TreeBatch | RowBatch, Extra]],
     loss_fn: Callable[[Any, Extra], tuple[Tensor, dict[str, float]]],
     compute: Compute,
+    *,
+    reads: Reads | None = None,
 ) -> dict[str, float]:
     """Forward and backward of this rank's micro-batches; gradients are added up over micro-batches and ranks.
 
     Args:
         batches: micro-batches with whatever else their loss needs. A rank without any takes part with zero gradients.
         loss_fn: divides by the step's global denominator, so that sums of losses are the step's loss.
+        reads: of token trees, the hidden states that it reads (`RootModel.forward`).
 
     Returns:
         Metrics, summed over micro-batches and ranks (those of `LARGEST`: the greatest of them), with `loss`.
     """
     missing = missing_rounds(root, len(batches))
     sums: dict[str, float] = {"loss": 0.0}
+    told = {"reads": reads} if reads is not None else {}
     for tree, extra in batches:
         with compute.autocast():
-            loss, metrics = root(tree.to(compute.device), role, lambda out, e=extra: loss_fn(out, e))
+            loss, metrics = root(tree.to(compute.device), role, lambda out, e=extra: loss_fn(out, e), **told)
         (loss * compute.loss_scale).backward()
         sums["loss"] += float(loss.detach())
         for key, value in metrics.items():
@@ -114,7 +119,7 @@ def heldout_loss(root: RootModel, trees: Trees, micro_tokens: int, compute: Comp
 
     def sums(tree: TreeBatch) -> tuple[float, float]:
         with compute.autocast():
-            loss, _ = root(tree.to(compute.device), "policy", lambda out: language_loss(out, 1.0))
+            loss, _ = root(tree.to(compute.device), "policy", lambda out: language_loss(out, 1.0), reads=BEFORE_LOSS)
         return float(loss), float(tree.loss_weight_T.sum())
 
     found = share_forwards(root, ["policy"], batches_of(trees, micro_tokens), sums, compute)
