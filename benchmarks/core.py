@@ -31,8 +31,6 @@ from danlu.pipeline.export_check import llama_python
 
 HERE = Path(__file__).parent
 OURS = [sys.executable, "-m", "benchmarks.danlu_side"]
-CHECK_ROWS = (16, 8)  # of the full and of the quick run
-TURNS = (3, 2)
 RATES = {"check_rate": 2e-4, "rate": 1e-5}
 # Of roll-outs that are timed: a policy that learnt would stop sooner on one side than on the other.
 STILL = 1e-8
@@ -93,9 +91,8 @@ def _work(work: Work, inputs: Inputs, folder: Path, quick: bool, children: Sides
     """All rows of one work."""
     work = shortened(work) if quick else work
     folder.mkdir()
-    turns = TURNS[quick]
-    windows = 1 if work.name == "memory" else turns + 1
-    job = _job(work, inputs, folder, (CHECK_ROWS[quick], work.rows[quick]), windows)
+    windows = 1 if work.name == "memory" else work.turns[quick] + 1
+    job = _job(work, inputs, folder, (work.check[quick], work.rows[quick]), windows)
     peers = [p for p in work.peers if p.quick or not quick]
     own = sorted({p.ours for p in peers})
     sides = [(f"danlu {name}", OURS, work.ours[name]) for name in own]

@@ -48,6 +48,7 @@ class Work:
     Args:
         ours: danlu's settings by precision.
         rows: timed rows of a window, of the full and of the quick run.
+        check: rows of the steps whose losses are compared, and turns: timed windows; of the full and of the quick run.
         goals: ratios to reach, by the peer's setting.
         tolerance: of the losses of both sides.
         compare: metrics that stand in for losses (where answers are given to both sides).
@@ -61,6 +62,8 @@ class Work:
     peers: list[Peer]
     rows: tuple[int, int]
     goals: dict[Setting, float]
+    check: tuple[int, int] = (8, 4)
+    turns: tuple[int, int] = (3, 2)
     tolerance: float = 0.02
     compare: tuple[str, ...] = ()
     quick: bool = True
@@ -98,10 +101,11 @@ def _supervised(name: str, size: str, goals: dict[Setting, float], rows: tuple[i
         Peer(TRL, "best", TRL_FAST | GROUPED | kept),
         Peer(TRL, "best", TRL_FAST | GROUPED | kept | _size(16), quick=False),
         Peer(LLAMAFACTORY, "default", {}, quick=False),
-        Peer(LLAMAFACTORY, "best", LF_FAST | lengths, quick=name == "sft"),
+        Peer(LLAMAFACTORY, "best", LF_FAST | lengths, quick=False),
         Peer(LLAMAFACTORY, "best", LF_FAST | lengths | _size(16), quick=False),
     ]
-    if name != "reward":
+    if name != "reward":  # padding makes larger micro-batches slower there
+        peers = [p for p in peers if p.settings.get("per_device_train_batch_size") is None]
         peers.insert(2, Peer(TRL, "best", TRL_FAST | {"padding_free": True}, quick=False))
     ours = {"bfloat16": {**OURS, **changes.pop("settings", {})}}
     return Work(name, size, "tokens/s", ours, peers, rows, goals, **changes)
@@ -119,9 +123,16 @@ def _grpo() -> Work:
     own = {"group_size": 8, "kl_coef": 0.04, "missing_stop_penalty": 0.0}
     settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "grpo": own}
     goals: dict[Setting, float] = {"default": 4, "best": 3}
-    options: dict[str, Any] = {"compare": ("score", "loss"), "extra": EPISODES}
+    options: dict[str, Any] = {"compare": ("score", "loss"), "extra": EPISODES, "turns": (3, 1)}
     return Work(
-        "grpo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (8, QUICK_EPISODES // 8), goals, **options
+        "grpo",
+        "7M",
+        "completion tokens/s",
+        {"bfloat16": settings},
+        peers,
+        (8, QUICK_EPISODES["grpo"] // 8),
+        goals,
+        **options,
     )
 
 
@@ -133,9 +144,9 @@ def _ppo() -> Work:
     ]
     settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "ppo": PPO}
     goals: dict[Setting, float] = {"default": 5, "best": 4}
-    options: dict[str, Any] = {"compare": ("score",), "extra": EPISODES}
+    options: dict[str, Any] = {"compare": ("score",), "extra": EPISODES, "turns": (3, 1)}
     return Work(
-        "ppo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (64, QUICK_EPISODES), goals, **options
+        "ppo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (64, QUICK_EPISODES["ppo"]), goals, **options
     )
 
 
@@ -143,14 +154,14 @@ def _generate() -> Work:
     peers = [Peer(f"{TRANSFORMERS} generate", "default", {"method": "generate", "dtype": "float32"}, "float32")]
     for dtype in ("float32", "bfloat16"):
         sorted_rows = {"method": "generate", "dtype": dtype, "by_length": True}
-        peers.append(Peer(f"{TRANSFORMERS} generate", "best", sorted_rows, dtype, quick=dtype == "float32"))
+        peers.append(Peer(f"{TRANSFORMERS} generate", "best", sorted_rows, dtype, quick=False))
         continuous = {"method": "generate_batch", "dtype": dtype}
         peers.append(Peer(f"{TRANSFORMERS} generate_batch", "best", continuous, dtype, quick=dtype == "float32"))
     # Both in 16 bits: F16 is llama.cpp's own, and bfloat16 danlu's.
     peers.append(Peer(LLAMA_CPP, "best", {}, "bfloat16", quick=False, goal=0.7))
     ours = {dtype: {"dtype": dtype} for dtype in ("float32", "bfloat16")}
     goals: dict[Setting, float] = {"default": 3, "best": 2.5}
-    return Work("generate", "7M", "tokens/s", ours, peers, (64, 32), goals, extra={"slots": 16})
+    return Work("generate", "7M", "tokens/s", ours, peers, (64, 24), goals, extra={"slots": 16})
 
 
 def _memory() -> Work:
@@ -163,24 +174,26 @@ def _memory() -> Work:
     return Work("memory", "0.5B", "bytes", {"bfloat16": ppo}, [four], (8, 8), {"best": 0.4}, **options)
 
 
-QUICK_TOKENS, QUICK_EPISODES = 32, 32  # of an answer; of an iteration
+QUICK_TOKENS = 32  # of an answer
+QUICK_EPISODES = {"grpo": 32, "ppo": 16}  # of an iteration
 
 
 def shortened(work: Work) -> Work:
-    """For the quick run: half the episodes in `grpo` and `ppo`, and answers of half as many tokens."""
+    """For the quick run: fewer episodes in `grpo` and `ppo`, and answers of half as many tokens."""
     if work.name not in ("grpo", "ppo"):
         return work
-    rollout = {**ROLLOUT, "batch": QUICK_EPISODES, "max_new_tokens": QUICK_TOKENS}
+    episodes = QUICK_EPISODES[work.name]
+    rollout = {**ROLLOUT, "batch": episodes, "max_new_tokens": QUICK_TOKENS}
     ours = {name: {**settings, "rollout": rollout} for name, settings in work.ours.items()}
     limit = {"max_completion_length": QUICK_TOKENS} if work.name == "grpo" else {}
-    peers = [replace(peer, settings={**peer.settings, **limit, **_quick_size(peer)}) for peer in work.peers]
-    return replace(work, ours=ours, peers=peers, extra={"episodes": QUICK_EPISODES, "new": QUICK_TOKENS})
+    peers = [replace(peer, settings={**peer.settings, **limit, **_quick_size(peer, episodes)}) for peer in work.peers]
+    return replace(work, ours=ours, peers=peers, extra={"episodes": episodes, "new": QUICK_TOKENS})
 
 
-def _quick_size(peer: Peer) -> dict[str, Any]:
+def _quick_size(peer: Peer, episodes: int) -> dict[str, Any]:
     """Rows of a micro-batch as before where so many are left, the rest accumulated."""
-    rows = min(peer.settings["per_device_train_batch_size"], QUICK_EPISODES)
-    return _size(rows, QUICK_EPISODES // rows)
+    rows = min(peer.settings["per_device_train_batch_size"], episodes)
+    return _size(rows, episodes // rows)
 
 
 OURS = {"dtype": "bfloat16", "tokens_per_step": 4096, "micro_tokens": 4096}
@@ -192,12 +205,12 @@ ONLINE = {"reference": "online"}
 GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
 
 WORKS = [
-    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (48, 16)),
-    _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 16)),
-    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (16, 8), settings=ONLINE),
+    _supervised("sft", "7M", {"default": 4, "best": 1.5}, (32, 16)),
+    _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 16), check=(16, 8)),
+    _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (12, 8), settings=ONLINE),
     _generate(),
     _grpo(),
     _ppo(),
-    _supervised("sft", "60M", {"default": 4, "best": 1.3}, (16, 16), quick=False),
+    _supervised("sft", "60M", {"default": 4, "best": 1.3}, (16, 16), turns=(2, 2), quick=False),
     _memory(),
 ]

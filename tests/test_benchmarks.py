@@ -130,6 +130,9 @@ def test_quick_answers_are_shorter_on_both_sides() -> None:
     work = shortened(next(w for w in WORKS if w.name == "grpo"))
     assert work.extra["new"] == work.ours["bfloat16"]["rollout"]["max_new_tokens"] == 32
     assert {p.settings["max_completion_length"] for p in work.peers} == {32}
+    assert work.extra["episodes"] == work.ours["bfloat16"]["rollout"]["batch"] == work.rows[1] * 8
+    sizes = [(p.settings["per_device_train_batch_size"], p.settings["gradient_accumulation_steps"]) for p in work.peers]
+    assert {rows * times for rows, times in sizes} == {work.extra["episodes"]}
     sft = WORKS[0]
     assert shortened(sft) is sft
 
