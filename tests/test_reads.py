@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from danlu.models import lean
+from danlu.models import root as root_module
 from danlu.models.blocks import Blocks, attend, pieces
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, TrunkOutput, prepare
@@ -138,3 +139,20 @@ def test_queries_that_are_not_read_are_not_attended() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "size"),
+    [
+        (1, 2048, 16),
+        (30, 4096, 32),
+        (200, 2048, 256),
+        (1000, 2048, 1024),
+        (1025, 2048, 1280),
+        (1025, 4000, 1280),
+        (1, 64, 16),
+    ],
+)
+def test_few_sizes(rows: int, tokens: int, size: int) -> None:
+    """Goldens; 1,280 of 4,000 tokens: five eighths of 2,048."""
+    assert root_module._few_sizes(rows, tokens) == size
