@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from danlu.models import lean
-from danlu.models import root as root_module
 from danlu.models.blocks import Blocks, attend, pieces
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, TrunkOutput, prepare
+from danlu.shapes import part_of
 from danlu.tree import Node, TreeBatch, branches, forest
 
 SHAPE = {
@@ -153,6 +153,6 @@ def test_queries_that_are_not_read_are_not_attended() -> None:
         (1, 64, 16),
     ],
 )
-def test_few_sizes(rows: int, tokens: int, size: int) -> None:
+def test_sizes_of_parts_are_few(rows: int, tokens: int, size: int) -> None:
     """Goldens; 1,280 of 4,000 tokens: five eighths of 2,048."""
-    assert root_module._few_sizes(rows, tokens) == size
+    assert part_of(tokens, rows) == size

@@ -20,6 +20,19 @@ def rounded(size: int, least: int = LEAST) -> int:
     return -(-size // step) * step
 
 
+def power_of_two(size: int) -> int:
+    """The power of two at `size` (>= 1) or above it."""
+    return 1 << (size - 1).bit_length()
+
+
+def part_of(whole: int, size: int) -> int:
+    """`size` (>= 1) of a `whole`, or a little more: a power of two, or a multiple of a `PARTS`th of the power of two at `whole` or
+    below it. Fewer sizes than `rounded` has, for parts that vary more than the whole: each costs memory for products of its own.
+    """
+    step = max(LEAST, (1 << (whole.bit_length() - 1)) // PARTS)
+    return min(-(-size // step) * step, max(LEAST, power_of_two(size)))
+
+
 def compiles(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products there are compiled for their shapes: bf16 and fp16 on a CPU."""
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)

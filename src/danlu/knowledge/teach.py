@@ -31,7 +31,8 @@ from danlu.models.root import RootModel, TrunkOutput
 from danlu.text.chat_template import ChatTemplate
 from danlu.training.compute import Compute
 from danlu.training.rank_allocation import allocation_of, orthogonality
-from danlu.training.step import BEFORE_LOSS, language_loss
+from danlu.training.step import language_loss
+from danlu.tree import TreeBatch
 from danlu.types import Message
 
 Action = Literal["teach", "update", "forget"]
@@ -358,7 +359,7 @@ def _imitate(root: RootModel, answers: Answers, chosen: list[int], compute: Comp
     tree = answers.trees.batch(chosen).to(compute.device)
     weight = float(answers.trees.weights[chosen].sum())
     with compute.autocast():
-        loss, metrics = root(tree, "policy", lambda out: language_loss(out, weight), reads=BEFORE_LOSS)
+        loss, metrics = root(tree, "policy", lambda out: language_loss(out, weight), reads=TreeBatch.before_loss)
     loss.backward()
     return float(metrics["loss_sum"]) / weight
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu.shapes import rounded
+from danlu.shapes import power_of_two, rounded
 from danlu.tree import TreeBatch
 
 # Measured on a 2-core CPU with AMX, 8 heads of width 32: what a block costs beside its cells, in cells (a query and a key).
@@ -74,10 +74,10 @@ def pieces(
         cuts = [start + (end - start) * i // count for i in range(count + 1)]
         for low, high in pairwise(cuts):
             if asked is not None:
-                found_reads = asked[bisect_left(asked, low) : bisect_left(asked, high)]
-                if not found_reads:
+                inside = asked[bisect_left(asked, low) : bisect_left(asked, high)]
+                if not inside:
                     continue
-                low, high = found_reads[0], found_reads[-1] + 1
+                low, high = inside[0], inside[-1] + 1
             position = depth + low - start
             first = max(0, position - window + 1) if window is not None else 0
             found.append(Piece(low, high, position, first, _cut((*path, (start, high)), first)))
@@ -163,7 +163,7 @@ def _groups(found: Sequence[Piece], before: int) -> list[list[Piece]]:
         least, at = float("inf"), end - 1
         for start in range(end - 1, max(-1, end - 1 - LARGEST_GROUP), -1):
             queries = max(queries, order[start].queries)
-            cells = _power(end - start) * max(LEAST_QUERIES, _power(queries)) * spans
+            cells = power_of_two(end - start) * max(LEAST_QUERIES, power_of_two(queries)) * spans
             if start < end - 1 and cells > BLOCK_CELLS:
                 break
             if best[start] + cells < least:
@@ -182,14 +182,9 @@ def _keys(piece: Piece, before: int) -> int:
     return rounded(before + piece.keys, KEY_MULTIPLE)
 
 
-def _power(size: int) -> int:
-    """The power of two at or above."""
-    return 1 << (size - 1).bit_length()
-
-
 def _block(group: Sequence[Piece], tokens: int, window: int | None, device: torch.device, before: int) -> Block:
-    queries = max(LEAST_QUERIES, _power(max(p.queries for p in group)))
-    count, spans = _power(len(group)), max(_keys(p, before) for p in group)
+    queries = max(LEAST_QUERIES, power_of_two(max(p.queries for p in group)))
+    count, spans = power_of_two(len(group)), max(_keys(p, before) for p in group)
     query = torch.full((count, queries), tokens, dtype=torch.int64)
     key = torch.full((count, spans), before + tokens, dtype=torch.int64)
     for row, piece in enumerate(group):

@@ -22,7 +22,7 @@ from danlu.models.heads import LogitRule, head_weights, logits_of
 from danlu.models.resting import products, rests
 from danlu.models.virtual_root import NAME as PREFIX
 from danlu.models.virtual_root import Prefix
-from danlu.shapes import LEAST, PARTS, compiles, computed_in, rounded
+from danlu.shapes import compiles, computed_in, part_of, rounded
 from danlu.text.tokenizer import quiet
 from danlu.tree import Node, TreeBatch, branches, forest
 
@@ -158,20 +158,11 @@ def _rows_read(reads: Tensor, tokens: int, padding: bool) -> Tensor | None:
     mask = reads.new_zeros(tokens, dtype=torch.bool)
     mask[reads] = True
     rows = mask.nonzero().squeeze(1)
-    size = _few_sizes(len(rows), tokens) if padding else len(rows)
+    size = part_of(tokens, len(rows)) if padding else len(rows)
     if not len(rows) or size > WORTH_LEAVING_OUT * tokens:
         return None
     others = (~mask).nonzero().squeeze(1)
     return torch.cat([rows, others[len(others) - (size - len(rows)) :]])
-
-
-def _few_sizes(rows: int, tokens: int) -> int:
-    """`rows` or more: a power of two, or a multiple of an eighth of the power of two at `tokens` or below it.
-
-    Every size costs memory for compiled products of its own, and how many rows are read varies more than how many tokens there are.
-    """
-    step = max(LEAST, (1 << (tokens.bit_length() - 1)) // PARTS)
-    return min(-(-rows // step) * step, max(LEAST, 1 << max(0, rows - 1).bit_length()))
 
 
 def _run_fast(trunk: Any, tree: TreeBatch, plan: TreePlan) -> Tensor:

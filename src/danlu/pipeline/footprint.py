@@ -32,7 +32,7 @@ from danlu.models.starters import starter_config
 from danlu.shapes import rounded
 from danlu.train_config import QUANTISED_BASES, AdapterKind, TrainSettings, as_models
 from danlu.training.compute import Compute
-from danlu.training.step import BEFORE_LOSS, language_loss
+from danlu.training.step import language_loss
 from danlu.tree import TreeBatch, conversation, forest
 
 MB = 2.0**20
@@ -231,7 +231,9 @@ def _bytes(root: RootModel, rows: int, length: int, compute: Compute) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), compute.autocast():
-        loss, _ = root(TreeBatch.of(forest(items)), "policy", lambda out: language_loss(out, 1.0), reads=BEFORE_LOSS)
+        loss, _ = root(
+            TreeBatch.of(forest(items)), "policy", lambda out: language_loss(out, 1.0), reads=TreeBatch.before_loss
+        )
     assert loss.requires_grad
     return sum(t.untyped_storage().nbytes() for t in found.values())
 

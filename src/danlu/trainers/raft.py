@@ -28,9 +28,10 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.rollouts import prompts_of, push_weights
 from danlu.training.session import Session
-from danlu.training.step import BEFORE_LOSS, TrainResult, accumulate, apply, language_loss
+from danlu.training.step import TrainResult, accumulate, apply, language_loss
 from danlu.training.templates import template_facts, template_of
 from danlu.training.tracking import read_metrics
+from danlu.tree import TreeBatch
 from danlu.types import Message
 
 FILE = "selected.jsonl"
@@ -80,7 +81,7 @@ def train(settings: GrpoSettings) -> TrainResult:
                     actions = float(sum(len(drawn.trajectories[i].actions) for i in answers))
                     cut = group_batches(drawn.trajectories, [[i] for i in answers], settings.micro_tokens)
                     batches = distributed.mine([(tree_of(drawn.trajectories, part), actions) for part in cut])
-                    sums = accumulate(root, "policy", batches, language_loss, compute, reads=BEFORE_LOSS)
+                    sums = accumulate(root, "policy", batches, language_loss, compute, reads=TreeBatch.before_loss)
                     norm = apply(optimizer, trained, settings.max_grad_norm, session.judge(sums["loss"]))
                     updates.append({"loss": sums["loss"], "grad_norm": norm})
 

@@ -210,7 +210,7 @@ def _loss(settings: RewardSettings, weights: tuple[float, float]) -> LossFn[Extr
 def answers_of(out: TrunkOutput) -> Answers:
     """The answers of a batch, in tree order; of a pair the chosen one comes first."""
     answers = out.tree.node_parent_N >= 0
-    ends = out.tree.node_end_N[answers] - 1
+    ends = out.tree.answer_ends()
     return Answers(out.scores(ends), out.tree.loss_weight_T[ends], out.tree.node_parent_N[answers])
 
 

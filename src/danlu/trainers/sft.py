@@ -15,9 +15,10 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
 from danlu.training.session import Session
 from danlu.training.setup import limits_of, placed, plan_of, policy_roles, records_of
-from danlu.training.step import BEFORE_LOSS, TrainResult, accumulate, apply, heldout_loss, language_loss
+from danlu.training.step import TrainResult, accumulate, apply, heldout_loss, language_loss
 from danlu.training.templates import reads_sources, template_of
 from danlu.training.tokens import trees_of
+from danlu.tree import TreeBatch
 
 
 @within_limits
@@ -49,7 +50,7 @@ def train(settings: SftSettings) -> TrainResult:
             weight = float(weights[items].sum())
             batches = [(trees.batch(m), weight) for m in distributed.mine(micro)]
             set_rate(optimizer, settings.learning_rate * session.rate_factor(step))
-            sums = accumulate(root, "policy", batches, language_loss, compute, reads=BEFORE_LOSS)
+            sums = accumulate(root, "policy", batches, language_loss, compute, reads=TreeBatch.before_loss)
             norm = apply(optimizer, list(root.parameters()), settings.max_grad_norm, session.judge(sums["loss"]))
             metrics = {"loss": sums["loss"], "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
             session.log(step, metrics, tokens=int(lengths[items].sum()), note=f"loss {sums['loss']:.3f}")

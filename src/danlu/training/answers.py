@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from danlu.data.collate import Trees
-from danlu.models.root import RootModel, TrunkOutput
+from danlu.models.root import RootModel
 from danlu.text.chat_template import ChatTemplate
 from danlu.training.compute import Compute
 from danlu.training.logprobs import logprobs
@@ -48,15 +48,10 @@ def stop_probability(root: RootModel, trees: Trees, micro_tokens: int, compute: 
     sample = Trees(items=trees.items[:STOP_SAMPLE])
 
     def sums(tree: TreeBatch) -> tuple[float, int]:
+        tree = tree.to(compute.device)
         last = tree.node_end_N[tree.leaves()] - 1
-
-        def head(out: TrunkOutput) -> tuple[torch.Tensor, torch.Tensor]:
-            return logprobs(out, last.to(out.hidden_TD.device))
-
         with compute.autocast():
-            logp, _ = root(
-                tree.to(compute.device), "policy", head, reads=lambda t: t.predictor_T[last.to(t.predictor_T.device)]
-            )
+            logp, _ = root(tree, "policy", lambda out: logprobs(out, last), reads=lambda t: t.predictor_T[last])
         return float(logp.exp().sum()), last.numel()
 
     found = share_forwards(root, ["policy"], batches_of(sample, micro_tokens), sums, compute)

@@ -27,7 +27,7 @@ from danlu.training import distributed
 from danlu.training.compute import Compute
 from danlu.training.setup import limits_of
 from danlu.training.sharding import whole
-from danlu.training.step import BEFORE_LOSS, accumulate, language_loss
+from danlu.training.step import accumulate, language_loss
 from danlu.training.tokens import trees_of
 from danlu.tree import TreeBatch
 from danlu.types import RecordKind
@@ -81,7 +81,7 @@ class PtxLoss:
         aside = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
-        sums = accumulate(root, "policy", batches, self._loss, self.compute, reads=BEFORE_LOSS)
+        sums = accumulate(root, "policy", batches, self._loss, self.compute, reads=TreeBatch.before_loss)
         norms = norm_of([p.grad for p in parameters]), norm_of(aside)
         for parameter, kept in zip(parameters, aside, strict=True):
             if parameter.grad is None:

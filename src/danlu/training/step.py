@@ -25,7 +25,6 @@ from danlu.tree import TreeBatch
 Extra = TypeVar("Extra")
 # Metrics of which the greatest counts; all others are shares of a sum.
 LARGEST = frozenset({"ratio_error", "ratio_max"})
-BEFORE_LOSS: Reads = TreeBatch.before_loss  # what `language_loss` reads
 LossFn = Callable[[TrunkOutput, Extra], tuple[Tensor, dict[str, float]]]
 
 
@@ -119,7 +118,9 @@ def heldout_loss(root: RootModel, trees: Trees, micro_tokens: int, compute: Comp
 
     def sums(tree: TreeBatch) -> tuple[float, float]:
         with compute.autocast():
-            loss, _ = root(tree.to(compute.device), "policy", lambda out: language_loss(out, 1.0), reads=BEFORE_LOSS)
+            loss, _ = root(
+                tree.to(compute.device), "policy", lambda out: language_loss(out, 1.0), reads=TreeBatch.before_loss
+            )
         return float(loss), float(tree.loss_weight_T.sum())
 
     found = share_forwards(root, ["policy"], batches_of(trees, micro_tokens), sums, compute)
