@@ -126,8 +126,10 @@ def _measure(
     started: list[Side] = []
     losses: dict[str, list[float]] = {}
     for name, start, settings in sides:
-        told = {**job, "settings": settings, "work": "gemm" if name == "gemm" else job["work"]}
-        started.append(children.start(name, start, told, folder / name.replace(" ", "-")))
+        own = {k: v for k, v in settings.items() if k != "processes"}
+        told = {**job, "settings": own, "work": "gemm" if name == "gemm" else job["work"]}
+        processes = settings.get("processes", 1)
+        started.append(children.start(name, start, told, folder / name.replace(" ", "-"), processes))
     left_out: list[Side] = []
     for side in list(started):
         try:

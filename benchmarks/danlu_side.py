@@ -20,6 +20,7 @@ from benchmarks.peers.meter import Meter, run
 from danlu.config import KINDS
 from danlu.models.load import load_model
 from danlu.parsing import parse
+from danlu.training import distributed
 from danlu.tree import Segment, Trajectory
 
 CHECK_STEPS = 3
@@ -70,7 +71,7 @@ def _train_rows(job: dict[str, Any], meter: Meter) -> None:
 
     def after() -> None:
         if count["tokens"] >= job["tokens"]:
-            meter.report(tokens=count["tokens"], steps=count["steps"])
+            meter.report(tokens=_told_once(count["tokens"]), steps=count["steps"])
             count.update(tokens=0, steps=0)
 
     with paced(before=before, on_log=add, after=after):
@@ -92,13 +93,18 @@ def _roll_out_and_train(job: dict[str, Any], meter: Meter) -> None:
     found: dict[str, float] = {}
 
     def add(metrics: dict[str, float], tokens: int) -> None:
-        found.update(tokens=metrics["length"] * job["episodes"], score=metrics["score"])
+        found.update(tokens=_told_once(metrics["length"] * job["episodes"]), score=metrics["score"])
 
     def after() -> None:
         meter.report(**found, steps=1)
 
     with paced(before=meter.wait, on_log=add, after=after):
         _train(job, "timed", data=job["rows"], max_steps=job["windows"], learning_rate=job["rate"])
+
+
+def _told_once(tokens: float) -> float:
+    """Of several ranks, all of which know all tokens, rank 0 reports them."""
+    return tokens if distributed.is_main() else 0
 
 
 def _given(answers: dict[tuple[int, ...], list[list[int]]], job: dict[str, Any]) -> Callable[..., list[Trajectory]]:

@@ -1,9 +1,10 @@
-"""Child processes that take turns: each loads, warms up and then waits, and only one of them works at a time."""
+"""Child processes that take turns: each loads, warms up and then waits, and only one side works at a time."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,32 +21,24 @@ class SideFailed(RuntimeError):
 
 
 class Side:
-    """One child.
+    """One side: a child, or several that are ranks of one process group and work at the same time.
 
     Args:
         name: for messages.
         command: its program; a job's file and a descriptor for reports are added.
         job: what it is told.
-        folder: for its job, its log and its cache files.
+        folder: for its job, its logs and its cache files.
+        processes: how many ranks.
     """
 
-    def __init__(self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path) -> None:
-        self.name, self.command, self.folder = name, list(command), folder
-        file = _job_file(job, folder)
-        self._log = (folder / "log.txt").open("w")
-        reads, writes = os.pipe()
-        self._child = subprocess.Popen(
-            [*command, str(file), str(writes)],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            pass_fds=(writes,),
-            cwd=REPOSITORY,
-            env=environment(folder),
-            text=True,
-        )
-        os.close(writes)
-        self._reports = os.fdopen(reads)
+    def __init__(
+        self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path, processes: int = 1
+    ) -> None:
+        self.name, self.command, self.processes = name, list(command), processes
+        file, port = _job_file(job, folder), _free_port() if processes > 1 else 0
+        self._children = [
+            _Child([*command, str(file)], folder, rank, ranks(rank, processes, port)) for rank in range(processes)
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -53,34 +46,31 @@ class Side:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the child; a second time nothing happens."""
-        self._child.kill()
-        self._child.wait()
-        assert self._child.stdin is not None, "opened as a pipe"
-        with suppress(BrokenPipeError):  # what it was told last and never read
-            self._child.stdin.close()
-        self._reports.close()
-        self._log.close()
+        """Ends the children; a second time nothing happens."""
+        for child in self._children:
+            child.end()
 
     def again(self, name: str, job: Mapping[str, Any], folder: Path) -> None:
-        """Gives a child that has ended its job another one; what it prints stays in its first folder."""
+        """Gives a side that has ended its job another one; what it prints stays in its first folder."""
         self.name = name
         self._say(str(_job_file(job, folder)))
 
     def next(self, key: str) -> dict[str, Any]:
-        """The next report, which must hold `key`.
+        """The next report, which must hold `key`: that of rank 0, with the tokens and peaks of all and the longest time.
 
         Raises:
-            SideFailed: the child ended, or said something else.
+            SideFailed: a child ended, or said something else.
         """
-        line = self._reports.readline()
-        report: dict[str, Any] = json.loads(line) if line else {}
-        if key not in report:
-            raise SideFailed(f"{self.name}: no '{key}' but {report or 'an end'}; it printed:\n{self._printed()}")
-        return report
-
-    def _printed(self) -> str:
-        return (self.folder / "log.txt").read_text("utf-8", "replace")[-2000:]
+        reports = []
+        for child in self._children:
+            report = child.hear()
+            if key not in report:
+                raise SideFailed(f"{self.name}: no '{key}' but {report or 'an end'}; it printed:\n{child.printed()}")
+            reports.append(report)
+        found = dict(reports[0])
+        found |= {k: sum(r[k] for r in reports) for k in ("tokens", "peak") if k in found}
+        found |= {k: max(r[k] for r in reports) for k in ("seconds",) if k in found}
+        return found
 
     def _turn(self, key: str) -> dict[str, Any]:
         self.next("ready")
@@ -88,12 +78,9 @@ class Side:
         return self.next(key)
 
     def _say(self, line: str) -> None:
-        assert self._child.stdin is not None, "opened as a pipe"
-        try:
-            self._child.stdin.write(line + "\n")
-            self._child.stdin.flush()
-        except BrokenPipeError:
-            raise SideFailed(f"{self.name}: it has ended; it printed:\n{self._printed()}") from None
+        for child in self._children:
+            if not child.say(line):
+                raise SideFailed(f"{self.name}: it has ended; it printed:\n{child.printed()}")
 
     def check(self) -> list[float]:
         """Lets it take the first steps; their losses."""
@@ -103,6 +90,53 @@ class Side:
     def go(self) -> dict[str, Any]:
         """Lets it work for one window."""
         return self._turn("seconds")
+
+
+class _Child:
+    def __init__(self, command: Sequence[str], folder: Path, rank: int, variables: Mapping[str, str]) -> None:
+        self._file = folder / ("log.txt" if rank == 0 else f"log-{rank}.txt")
+        self._log = self._file.open("w")
+        reads, writes = os.pipe()
+        self._process = subprocess.Popen(
+            [*command, str(writes)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(writes,),
+            cwd=REPOSITORY,
+            env={**environment(folder), **variables},
+            text=True,
+        )
+        os.close(writes)
+        self._reports = os.fdopen(reads)
+
+    def hear(self) -> dict[str, Any]:
+        """Its next report; empty when it has ended."""
+        line = self._reports.readline()
+        report: dict[str, Any] = json.loads(line) if line else {}
+        return report
+
+    def say(self, line: str) -> bool:
+        """Whether there was still somebody to hear it."""
+        assert self._process.stdin is not None, "opened as a pipe"
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def printed(self) -> str:
+        return self._file.read_text("utf-8", "replace")[-2000:]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None, "opened as a pipe"
+        with suppress(BrokenPipeError):  # what it was told last and never read
+            self._process.stdin.close()
+        self._reports.close()
+        self._log.close()
 
 
 def _job_file(job: Mapping[str, Any], folder: Path) -> Path:
@@ -126,14 +160,16 @@ class Sides:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def start(self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path) -> Side:
-        """A new child with this job, or one of the same command that has ended its own."""
+    def start(
+        self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path, processes: int = 1
+    ) -> Side:
+        """A new side with this job, or one of the same command that has ended its own."""
         for side in self._idle:
-            if side.command == list(command):
+            if side.command == list(command) and side.processes == processes:
                 self._idle.remove(side)
                 side.again(name, job, folder)
                 return side
-        return self._stack.enter_context(Side(name, command, job, folder))
+        return self._stack.enter_context(Side(name, command, job, folder, processes))
 
     def ended(self, sides: Sequence[Side], others: Sequence[Side]) -> None:
         """`sides` have ended their jobs; `others` wait in the middle of theirs and are stopped."""
@@ -158,6 +194,23 @@ def environment(folder: Path) -> dict[str, str]:
         "WANDB_DISABLED": "true",
     }
     return {**os.environ, **own}
+
+
+def ranks(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank; the cores are divided among them. Nothing for a process that is alone."""
+    if processes == 1:
+        return {}
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    words = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    return words | {k: str(v) for k, v in numbers.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def take_turns(sides: Sequence[Side], windows: int) -> list[list[dict[str, Any]]]:

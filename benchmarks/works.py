@@ -89,7 +89,12 @@ TRL_FAST = {"bf16": True, "gradient_checkpointing": False}
 LF_FAST = {"bf16": True, "disable_gradient_checkpointing": True, **GROUPED}
 
 
+# Two processes with a thread each, in place of one with two, as `danlu run` and `accelerate launch` start them.
+TWO = {"processes": 2}
+
+
 def _size(rows: int, accumulated: int = 1) -> dict[str, Any]:
+    """Rows of a process and micro-batch, and micro-batches of a process and step."""
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
 
 
@@ -141,8 +146,9 @@ def _ppo() -> Work:
         Peer(TRL_PPO, "default", _size(8, 8)),
         Peer(TRL_PPO, "best", TRL_FAST | _size(64)),
         Peer(TRL_PPO, "best", TRL_FAST | _size(16, 4), quick=False),
+        Peer(TRL_PPO, "best", TRL_FAST | _size(32) | TWO),
     ]
-    settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "ppo": PPO}
+    settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "ppo": PPO, **TWO}
     goals: dict[Setting, float] = {"default": 5, "best": 4}
     options: dict[str, Any] = {"compare": ("score",), "extra": EPISODES, "turns": (3, 1)}
     return Work(
@@ -192,8 +198,9 @@ def shortened(work: Work) -> Work:
 
 def _quick_size(peer: Peer, episodes: int) -> dict[str, Any]:
     """Rows of a micro-batch as before where so many are left, the rest accumulated."""
-    rows = min(peer.settings["per_device_train_batch_size"], episodes)
-    return _size(rows, episodes // rows)
+    own = episodes // peer.settings.get("processes", 1)
+    rows = min(peer.settings["per_device_train_batch_size"], own)
+    return _size(rows, own // rows)
 
 
 OURS = {"dtype": "bfloat16", "tokens_per_step": 4096, "micro_tokens": 4096}

@@ -119,11 +119,47 @@ def test_children_are_kept_for_the_next_work(tmp_path: Path) -> None:
             take_turns([done], 1)
             assert done.next("peak")["peak"] > 1e6
             children.ended([done], [dropped])
-            processes.append((done._child.pid, dropped._child.pid))
-            assert dropped._child.poll() is not None
+            children_of = [side._children[0]._process for side in (done, dropped)]
+            processes.append(tuple(child.pid for child in children_of))
+            assert children_of[1].poll() is not None
     assert processes[0][0] == processes[1][0]
     assert processes[0][1] != processes[1][1]
-    assert done._child.poll() is not None
+    assert done._children[0]._process.poll() is not None
+
+
+RANKED = """
+import os
+from benchmarks.peers.meter import run
+
+def work(job, meter):
+    meter.wait()
+    rank = int(os.environ["RANK"])
+    meter.checked([float(rank), float(os.environ["WORLD_SIZE"]), float(os.environ["OMP_NUM_THREADS"])])
+    meter.wait()
+    meter.report(tokens=10 + rank, steps=1)
+
+run(work)
+"""
+
+
+def test_ranks_of_a_side_take_their_turn_together(tmp_path: Path) -> None:
+    """Tokens and peaks of both, the longer time, everything else as rank 0 says it; and none goes on before its turn."""
+    script = tmp_path / "child.py"
+    script.write_text(RANKED, "utf-8")
+    with Side("both", [sys.executable, str(script)], {}, tmp_path / "both", processes=2) as both:
+        assert both.check()[:2] == [0.0, 2.0]
+        (window,) = take_turns([both], 1)[0]
+        assert window["tokens"] == 21 and window["steps"] == 1
+        assert both.next("peak")["peak"] > 10e6
+
+
+def test_the_end_of_a_rank_ends_its_side(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(RANKED.replace("meter.report", "if rank: raise SystemExit('no memory')\n    meter.report"), "utf-8")
+    with Side("both", [sys.executable, str(script)], {}, tmp_path / "both", processes=2) as both:
+        both.check()
+        with pytest.raises(SideFailed, match=r"both: no 'seconds'(?s:.*)no memory"):
+            both.go()
 
 
 def test_quick_answers_are_shorter_on_both_sides() -> None:

@@ -164,9 +164,8 @@ def raw_config(name: str, local: bool) -> Mapping[str, Any]:
             found, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"config.json cannot be read: {first}", file=name, hint="check the name, or copy it"
-        ) from error
+        hint = "copy it from the model" if local else "check the name; a folder with the model needs no network"
+        raise ModelError(f"config.json cannot be read: {first}", file=name, hint=hint) from error
     if not isinstance(found, dict):
         raise ModelError("config.json holds no object", file=name, hint="copy it from the model once more")
     return found

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from danlu.exceptions import ModelError
+from danlu.hub import notice_no_network
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -62,6 +63,7 @@ def resolve(model: str | Path) -> tuple[str, bool]:
     if not text:
         raise ModelError("no model is given", hint="--model FOLDER, or `model:` in the recipe")
     if text.startswith("hf:"):
+        notice_no_network()
         return text[3:], False
     if text.startswith("ms:"):
         return _from_modelscope(text[3:]), True
@@ -80,6 +82,7 @@ def resolve(model: str | Path) -> tuple[str, bool]:
             )
         return text, True
     if HUB_ID.match(text) and not text.startswith(("runs/", "out/", ".")) and not path.parent.is_dir():
+        notice_no_network()
         return text, False
     raise ModelError(
         "no such model folder", file=text, hint="give a folder, a run (runs/NAME) or a hub id (hf:owner/name)"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from danlu.exceptions import ModelError, SettingsError
+from danlu.hub import notice_no_network
 from danlu.text.own_tokenizers import tokenizer_class_of
 
 DOCUMENT = "<|endoftext|>"
@@ -126,6 +127,8 @@ def _opened(model: str | Path, *, local: bool) -> Any | None:
         return own
     if folder.is_dir() and not any((folder / n).is_file() for n in names):
         return None
+    if not local:
+        notice_no_network()
     try:
         return AutoTokenizer.from_pretrained(str(model), local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
