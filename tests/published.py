@@ -111,7 +111,7 @@ def _first_members(source: Path, target: Path) -> None:
 
 def overrides(path: Path, data: Path, *changes: str) -> list[str]:
     """`--set` for a tiny run."""
-    found = [f"data_root={data}", *changes]
+    found = [f"data_root={data}", "processes=1", *changes]
     for stage in load_recipe(path).stages:
         few = FEW[stage.kind] | ({} if stage.kind in ("tokenizer", "eval", "quantize") else {"dtype": "float32"})
         if stage.kind == "pretrain" and not getattr(stage.settings, "model", ""):

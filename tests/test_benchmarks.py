@@ -155,7 +155,9 @@ def test_ranks_of_a_side_take_their_turn_together(tmp_path: Path) -> None:
 
 def test_the_end_of_a_rank_ends_its_side(tmp_path: Path) -> None:
     script = tmp_path / "child.py"
-    script.write_text(RANKED.replace("meter.report", "if rank: raise SystemExit('no memory')\n    meter.report"), "utf-8")
+    script.write_text(
+        RANKED.replace("meter.report", "if rank: raise SystemExit('no memory')\n    meter.report"), "utf-8"
+    )
     with Side("both", [sys.executable, str(script)], {}, tmp_path / "both", processes=2) as both:
         both.check()
         with pytest.raises(SideFailed, match=r"both: no 'seconds'(?s:.*)no memory"):
