@@ -30,6 +30,7 @@ from danlu.generation.search import Search, search_of
 from danlu.generation.speculative import Drafter, Guessing
 from danlu.generation.step_plan import Read
 from danlu.generation.stepwise import Row, StepwiseEngine
+from danlu.models import prepacked
 from danlu.models.prefix import receive, room_of
 from danlu.models.root import prepare
 
@@ -158,6 +159,7 @@ class LocalEngine(StepwiseEngine[_Row]):
         with self._lock:
             if self._running or self._waiting:
                 raise EngineError("the engine cannot close while requests are running")
+            prepacked.disable(self.model)
             self.model = self._made = self.drafter = None
 
     def forget_prompts(self) -> None:

@@ -13,6 +13,7 @@ from danlu.generation.graphs import DecodeGraphs
 from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, arena_length
 from danlu.generation.prefixes import PrefixStore
 from danlu.generation.step_plan import Read, StepPlan
+from danlu.models import lean, prepacked
 from danlu.models.attention import PLAN_ARGUMENT
 from danlu.models.heads import logits_of
 from danlu.models.prefix import attached
@@ -42,8 +43,14 @@ class CachedRunner:
         self.rows = ROWS if self.shape.dtype == torch.float32 else 1
         self.cache = KeyValueCache(self.shape, int(memory * (1 - PREFIX_SHARE)))
         self.prefixes = PrefixStore(int(memory * PREFIX_SHARE))
+        self._prepack()
         self.graphs = DecodeGraphs(model, self.cache) if self.shape.device.type == "cuda" else None
         self._begin()
+
+    def _prepack(self) -> None:
+        products, head = lean.products(self.model.base_model), self.model.get_output_embeddings()
+        if products is not None and type(head) is torch.nn.Linear:
+            prepacked.enable([*products, (head, [head])])
 
     def _begin(self) -> None:
         """Reads what the model carries before every text, now that no lane is open."""
@@ -110,6 +117,7 @@ class CachedRunner:
             in_place: they lie where they lay.
         """
         self.prefixes.clear()
+        prepacked.forget(self.model)
         if self.graphs is not None and (self.cache.root is not None or not in_place):
             self.graphs.clear()
         self._begin()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
+from danlu.models import prepacked
 
 SCALAR_HEADS = ("score", "classifier")  # transformers' names for heads of one number, or of classes
 
@@ -43,7 +44,10 @@ class LogitRule:
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits `[..., V]` of a causal language model from hidden states `[..., D]` after its last norm."""
-    return LogitRule.of(model.config)(model.get_output_embeddings()(hidden))
+    head, rule = model.get_output_embeddings(), LogitRule.of(model.config)
+    if type(head) is nn.Linear and hidden.dim() == 2:
+        return rule(prepacked.linear(head, hidden, head.weight, head.bias, [head]))
+    return rule(head(hidden))
 
 
 def head_of(model: Any) -> Any:

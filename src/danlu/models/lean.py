@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from danlu.models import prepacked
 from danlu.models.attention import PLAN_ARGUMENT, TreePlan
 from danlu.models.packed import PackedLinear, joined
 
@@ -132,20 +133,41 @@ def _generate(layer: Any, x_TD: Tensor, plan: Any, cos: Tensor, sin: Tensor) -> 
     mixed = plan.attend(
         attention.layer_idx, turned[:heads], turned[heads:], value, attention.scaling, window=_window(layer)
     )
-    middle = attention.o_proj(mixed.flatten(1).to(dtype)).add_(x_TD)
+    middle = _product(attention.o_proj, mixed.flatten(1).to(dtype)).add_(x_TD)
     second = layer.post_attention_layernorm
     normed, _ = _norm(middle, second.weight, second.variance_epsilon, dtype)
     inner = feed_forward.gate_proj.out_features
     both = _together(feed_forward, [feed_forward.gate_proj, feed_forward.up_proj], normed)
     active = torch.nn.functional.silu(both[:, :inner]).mul_(both[:, inner:])
-    out: Tensor = feed_forward.down_proj(active).add_(middle)
+    out: Tensor = _product(feed_forward.down_proj, active).add_(middle)
     return out
+
+
+def products(trunk: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]] | None:
+    """Every product of generation with its owner and the layers that it takes together; None where a layer has another forward."""
+    layers: list[Any] = [m for m in trunk.modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]
+    if not layers or any(type(m).__mro__[1] not in LAYERS or _plain_layers(m) != "dense" for m in layers):
+        return None
+    found: list[tuple[nn.Module, list[nn.Linear]]] = []
+    for layer in layers:
+        attention, feed_forward = layer.self_attn, layer.mlp
+        found.append((attention, [attention.q_proj, attention.k_proj, attention.v_proj]))
+        found.append((feed_forward, [feed_forward.gate_proj, feed_forward.up_proj]))
+        found += [(part, [part]) for part in (attention.o_proj, feed_forward.down_proj)]
+    return found
+
+
+def _product(part: Any, rows: Tensor) -> Tensor:
+    if isinstance(part, PackedLinear):
+        out: Tensor = part(rows)
+        return out
+    return prepacked.linear(part, rows, part.weight, part.bias, [part])
 
 
 def _together(owner: Any, parts: list[Any], rows: Tensor) -> Tensor:
     """The products of several layers with the same rows, side by side `[T, sum of N]`."""
     if not isinstance(parts[0], PackedLinear):
-        return torch.nn.functional.linear(rows, *_side_by_side(parts))
+        return prepacked.linear(owner, rows, *_side_by_side(parts), parts)
     # Kept outside of the module's own attributes, so that it is neither saved nor counted; made again when a part was replaced.
     kept = owner.__dict__.get("danlu_joined")
     if kept is None or any(a is not b for a, b in zip(kept[0], (p.codes_as_stored() for p in parts), strict=True)):

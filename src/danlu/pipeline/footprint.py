@@ -25,6 +25,7 @@ from danlu.exceptions import ModelError
 from danlu.losses.logprobs import CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA
 from danlu.models import cpm, moss
 from danlu.models.adapters import ia3_targets, targets_of
+from danlu.models.prepacked import MOST_BYTES
 from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
@@ -413,6 +414,8 @@ def stage_memory(
     if isinstance(settings, PpoSettings | GrpoSettings):
         positions = settings.rollout.batch * (length + settings.rollout.max_new_tokens)
         cache = positions * shape.key_values * (2.0 if dtype == "bfloat16" else 4.0)
+        again = 2.0 * (shape.products + shape.head)  # the engine's weights once more (`models/prepacked.py`)
+        cache += again if dtype == "bfloat16" and not cuda and not quantised and again <= MOST_BYTES else 0.0
     merged = 0.0
     if strategy == "lora" and not cuda:
         # At the end, when engine, judges and activations have gone, the base is read again and the adapter added to it.
