@@ -144,8 +144,7 @@ def _grpo() -> Work:
 def _ppo() -> Work:
     peers = [
         Peer(TRL_PPO, "default", _size(8, 8)),
-        Peer(TRL_PPO, "best", TRL_FAST | _size(64)),
-        Peer(TRL_PPO, "best", TRL_FAST | _size(16, 4), quick=False),
+        Peer(TRL_PPO, "best", TRL_FAST | _size(16, 4), quick=False),  # 64 rows at once are slower
         Peer(TRL_PPO, "best", TRL_FAST | _size(32) | TWO),
     ]
     settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "ppo": PPO, **TWO}
