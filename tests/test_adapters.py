@@ -129,8 +129,12 @@ def test_a_trained_qlora_opens_without_its_whole_base(
     near(logits(load_adapted(out / "model", dense=False)), dense)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("stage", "bits"),
+    tiny.mostly_slow(
+        [("sft", 4), ("dpo", 8), ("ppo", 4), ("grpo", 8)], [("sft", 8), ("dpo", 4), ("ppo", 8), ("grpo", 4)]
+    ),
+)
 def test_a_base_that_is_packed_on_disk(stage: str, bits: int, tmp_path: Path, near: Any) -> None:
     base = save_quantized(quantize_model(load_model(tiny.model()), bits), tiny.tokenizer(), tmp_path / "packed")
     values = tiny.stage(stage, tmp_path / "out", model=str(base), adapter="qlora", base_bits=bits, max_steps=2)
@@ -288,12 +292,20 @@ def test_pissa_starts_at_the_base_with_its_principal_directions(family: str, nea
     near(rest, values[3:].square().sum().sqrt(), 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "ia3", "qlora", "freeze", "ptuning", "prompt"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "grpo"])
+KINDS_OF_STAGES = {
+    "sft": ("ptuning", "prompt"),
+    "reward": ("lora", "qlora", "ptuning"),
+    "dpo": ("dora", "adalora", "freeze"),
+    "ppo": ("lora", "qlora", "ptuning", "ia3"),
+    "grpo": ("lora", "freeze", "prompt"),
+}
+EVERY_KIND = ("lora", "dora", "adalora", "ia3", "qlora", "freeze", "ptuning", "prompt")
+CHOSEN = [(stage, kind) for stage, kinds in KINDS_OF_STAGES.items() for kind in kinds]
+OTHERS = [(stage, kind) for stage in KINDS_OF_STAGES for kind in EVERY_KIND if (stage, kind) not in CHOSEN]
+
+
+@pytest.mark.parametrize(("stage", "kind"), tiny.mostly_slow(CHOSEN, OTHERS))
 def test_every_stage_has_every_kind(stage: str, kind: str, tmp_path: Path) -> None:
-    told_elsewhere = stage == "sft" and kind not in ("ptuning", "prompt")
-    if told_elsewhere or (stage, kind) in {("reward", "dora"), ("grpo", "dora"), ("dpo", "ia3"), ("grpo", "adalora")}:
-        pytest.skip("the others say the same")
     changes = {"base_bits": 8} if kind == "qlora" else {}
     values = tiny.stage(stage, tmp_path, adapter=kind, max_steps=2, **changes)
     values |= {"adalora": {"initial_r": 3, "target_r": 2}, "prefix": {"tokens": 4}}

@@ -82,7 +82,7 @@ def test_votes_become_a_model_in_two_ways(
     monkeypatch.setenv("DANLU_RUNS", str(tmp_path / "runs"))
     path = RECIPES / "feedback.yaml"
     votes = published_data / "alpaca-eval-prefs"
-    given = [f"model={tiny.model()}", f"votes={votes}"]
+    given = [f"model={tiny.model()}", f"votes={votes}", "processes=1"]
     for kind in ("reward", "ppo", "dpo"):
         given += [f"{kind}.{key}={value}" for key, value in {**FEW[kind], "dtype": "float32"}.items()]
         given += [f"{kind}.max_length=128"]

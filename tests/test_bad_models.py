@@ -154,13 +154,15 @@ HARMS: tuple[Harm, ...] = (unknown_family, remote_code, missing_shard, other_sha
 def test_every_way_in_says_what_is_wrong(
     kind: str, harm: Harm, copy: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """`danlu.load` always; of the commands one, which is another for the next family and for the next harm."""
     folder = copy(kind)
     words = harm(folder)
     with pytest.raises(ModelError) as caught:
         danlu.load(folder)
     assert words in str(caught.value) and str(folder) in str(caught.value)
-    for verb, arguments in verbs(folder, tmp_path).items():
-        assert words in told(arguments, capfd), verb
+    commands = verbs(folder, tmp_path)
+    verb = list(commands)[(KINDS.index(kind) + HARMS.index(harm)) % len(commands)]
+    assert words in told(commands[verb], capfd), verb
     assert not (folder / "was-run").exists() and not (tmp_path / "plain").exists()
 
 

@@ -105,7 +105,7 @@ def test_an_encoder_decoder_has_no_gguf(tmp_path: Path, capfd: pytest.CaptureFix
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["ptuning", "prompt"])
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["ptuning"], ["prompt"]))
 def test_what_would_lose_a_prefix(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     values = tiny.stage("sft", tmp_path / "one", max_steps=1, adapter=kind, prefix={"tokens": 4})
     sft.train(parse(SftSettings, values))

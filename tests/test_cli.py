@@ -100,14 +100,19 @@ def test_the_block_does_block(no_network: dict[str, str]) -> None:
     assert python(code, **no_network).returncode == 77
 
 
-def test_a_whole_chain_without_network(tmp_path: Path, no_network: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("until", "compared"), tiny.mostly_slow([("sft", ["03-sft"])], [("quantize", ["03-sft", "05-ppo"])])
+)
+def test_a_chain_without_network(until: str, compared: list[str], tmp_path: Path, no_network: dict[str, str]) -> None:
     recipe = tiny.recipe(tmp_path)
-    code = f"from danlu.cli.main import main; main(['run', {str(recipe)!r}])"
+    code = f"from danlu.cli.main import main; main(['run', {str(recipe)!r}, '--until', {until!r}])"
     found = python(code, DANLU_RUNS=str(tmp_path / "runs"), **no_network)
     assert found.returncode == 0, found.stderr
     assert found.stdout == "", "people's output goes to stderr"
-    assert (tmp_path / "runs" / "tiny" / "07-quantize" / "model").is_dir()
-    assert tiny.weights(tmp_path / "runs" / "tiny" / "05-ppo" / "model") == tiny.weights(chain().model("ppo"))
+    folder = tmp_path / "runs" / "tiny"
+    assert next(folder.glob(f"*-{until}/model")).is_dir()
+    for stage in compared:
+        assert tiny.weights(folder / stage / "model") == tiny.weights(chain().model(stage[3:]))
 
 
 # -- results --------------------------------------------------------------------------------------------------------------

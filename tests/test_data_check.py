@@ -528,6 +528,7 @@ def peak(path: Path) -> int:
     return int(done.stderr.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Forty megabytes more of a file, compressed or not, cost a few megabytes of hashes."""
 

@@ -90,7 +90,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("strategy", TWO)
+@pytest.mark.parametrize("strategy", tiny.mostly_slow(["ddp", "fsdp2"], ["zero2"]))
 @pytest.mark.parametrize("name", COUNTS)
 def test_steps_of_two_processes_equal_those_of_one(name: str, strategy: str, adapter: bool, crew: Crew) -> None:
     expected = train_two_steps((name, "ddp", adapter))
@@ -228,13 +228,13 @@ def assert_same_stage(out: Path, expected: Path) -> None:
     assert_close(found, weights, 1e-4)
 
 
-@pytest.mark.parametrize("strategy", TWO)
+@pytest.mark.parametrize("strategy", tiny.mostly_slow(["ddp", "fsdp2"], ["zero2"]))
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_stage_of_two_processes_equals_one(kind: str, strategy: str, runner: Runner) -> None:
     assert_same_stage(finished(kind, TWO[strategy], runner), finished(kind, ONE, runner))
 
 
-@pytest.mark.parametrize("strategy", TWO)
+@pytest.mark.parametrize("strategy", tiny.mostly_slow(["zero2"], ["ddp", "fsdp2"]))
 def test_ppo_with_everything_in_two_processes(strategy: str, runner: Runner, tmp_path: Path) -> None:
     """Whitening, moments, PTX and averages are those of all ranks together."""
     shared = {"ppo-ddp": ONE, strategy: TWO[strategy]}

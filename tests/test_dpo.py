@@ -178,7 +178,7 @@ def test_the_saved_model_has_the_reported_rewards(tmp_path: Path) -> None:
             assert abs(expected) > 1e-3
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", small.mostly_slow(["lora"], ["full"]))
 def test_the_reference_before_training_and_at_every_step_are_one(adapter: str, tmp_path: Path) -> None:
     """Over two epochs, the second of which has other micro-batches than those the reference was read in."""
     rows = []
@@ -212,8 +212,8 @@ class KilledError(BaseException):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"adapter": "lora", "reference": "online"}, {"loss": "orpo"}, {"loss": "kto"}],
-    ids=["full", "lora", "orpo", "kto"],
+    small.mostly_slow([{"adapter": "lora", "reference": "online"}, {"loss": "kto"}], [{}, {"loss": "orpo"}]),
+    ids=["lora", "kto", "full", "orpo"],
 )
 def test_an_interrupted_stage_goes_on_bit_for_bit(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

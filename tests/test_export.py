@@ -198,7 +198,7 @@ def adapter_folder(folder: Path, kind: str, role: Any = "policy", **more: Any) -
     return save_adapter(roles, role, folder, None)
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("kind", small.mostly_slow(["qlora"], ["lora"]))
 def test_an_adapter_is_exported_merged(kind: str, tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path / "adapter", kind)
     export(order(tmp_path / "out", model=str(folder), kind="f32", check=True))

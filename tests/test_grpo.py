@@ -228,6 +228,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_it_raises_a_toy_reward_and_kl_holds_it_back(tmp_path: Path) -> None:
     found: dict[str, dict[str, float]] = {}
@@ -359,7 +360,7 @@ class KilledError(BaseException):
     """Stands for SIGKILL."""
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", small.mostly_slow(["lora"], ["full"]))
 def test_an_interrupted_stage_goes_on_bit_for_bit(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

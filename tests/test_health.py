@@ -359,8 +359,8 @@ class KilledError(BaseException):
 @pytest.mark.parametrize(
     ("kind", "action", "at"),
     [
-        ("grpo", "adapt", 11),
         ("ppo", "stop", 9),
+        pytest.param("grpo", "adapt", 11, marks=pytest.mark.slow),
         pytest.param("ppo", "adapt", 13, marks=pytest.mark.slow),
         pytest.param("grpo", "adapt", 2, marks=pytest.mark.slow),
     ],

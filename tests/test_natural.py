@@ -162,7 +162,7 @@ def test_moments_are_those_of_gradients_taken_one_by_one(taught: tuple[Any, Any,
     torch.testing.assert_close(found[name].outer.scaled(probe, 1.0), expected, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", tiny.mostly_slow(["llama"], ["gpt2"]))
 def test_a_lesson_is_its_factors_and_nothing_else(family: str, tmp_path: Path) -> None:
     folder = tiny.model() if family == "llama" else gpt2_folder(tmp_path)
     model, tokenizer = load_model(folder), load_tokenizer(folder)

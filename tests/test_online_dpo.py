@@ -81,6 +81,7 @@ def test_updates_are_those_of_dpo_on_its_pairs(loss: str, tmp_path: Path, monkey
     assert second["grad_norm"] == pytest.approx(norm, rel=1e-3) and second["pairs"] == len(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 8])
 def test_it_raises_a_toy_reward(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelReward, "score", toy_judge)

@@ -201,7 +201,7 @@ def test_a_saved_optimizer_goes_on_exactly(kind: str) -> None:
     assert losses(other, again, batches[10:]) == expected
 
 
-@pytest.mark.parametrize("kind", ["adamw8bit", "adamw_offload"])
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["adamw8bit"], ["adamw_offload"]))
 def test_a_stage_with_another_optimizer(kind: str, tmp_path: Path) -> None:
     """The loss curve of real fine-tuning is that of AdamW, within 2% of 8-bit averages."""
     model = tiny.model_folder(tmp_path / "model", hidden_size=64, heads=2, kv_heads=1)

@@ -94,6 +94,7 @@ def run_with_toy_judge(out: Path, patch: pytest.MonkeyPatch, *, steps: int = 8, 
     return rows_of(out)
 
 
+@pytest.mark.slow
 def test_kl_in_the_loss_holds_the_policy_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = {}
     for name, options in {
@@ -107,6 +108,7 @@ def test_kl_in_the_loss_holds_the_policy_back(tmp_path: Path, monkeypatch: pytes
     assert last["k2"]["kl_loss"] > 0
 
 
+@pytest.mark.slow
 def test_an_entropy_bonus_keeps_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_row = run_with_toy_judge(tmp_path / "plain", monkeypatch)[-1]
     kept = run_with_toy_judge(tmp_path / "kept", monkeypatch, entropy_coef=0.5)[-1]
@@ -330,7 +332,7 @@ def test_the_average_is_that_of_the_weights_after_every_update(tmp_path: Path) -
     assert isinstance(answer, str)
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", tiny.mostly_slow(["lora"], ["full"]))
 def test_the_average_is_a_model_folder(adapter: str, tmp_path: Path) -> None:
     """A decay of nearly 0 keeps the last weights, one of nearly 1 the first."""
     ids = torch.tensor([[5, 70, 81, 200, 3, 9, 300, 11]])

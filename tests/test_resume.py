@@ -67,7 +67,7 @@ def assert_all_steps(out: Path, kind: str) -> None:
 # -- SIGKILL ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["sft", "reward", "ppo"], ["pretrain", "dpo", "grpo"]))
 def test_a_killed_stage_goes_on_exactly(kind: str, tmp_path: Path) -> None:
     steps, every = LENGTHS[kind]
     step = random.Random(f"kill/{kind}").randint(every + 1, steps // 2)
@@ -116,7 +116,7 @@ def _killed_at_change(arguments: list[str], out: str, number: int, log: str) -> 
     tiny._in_child(arguments, log, {})
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["ppo"], ["sft", "reward"]))
 def test_killed_while_files_are_written(kind: str, tmp_path: Path) -> None:
     """Before any change to the stage's folder: manifest, metrics, in the middle of a checkpoint, of pruning, of the model."""
     call, out = command(kind, tmp_path / "out", save_every=2, keep_checkpoints=1), tmp_path / "out"
@@ -134,6 +134,7 @@ def test_killed_while_files_are_written(kind: str, tmp_path: Path) -> None:
     assert_same_stage(out, uninterrupted(kind))
 
 
+@pytest.mark.slow
 def test_killed_with_adapters_and_dropout(tmp_path: Path) -> None:
     """Dropout draws are a function of (seed, step), not of what was drawn before."""
     lora = {"adapter": "lora", "lora": {"r": 4, "dropout": 0.3}}
@@ -145,7 +146,7 @@ def test_killed_with_adapters_and_dropout(tmp_path: Path) -> None:
     assert_same_stage(tmp_path / "out", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", tiny.mostly_slow(["lora"], ["full"]))
 def test_ppo_with_everything_killed(adapter: str, tmp_path: Path) -> None:
     """Average of weights, PTX, an adaptive KL, scores so far, answers in files that are used twice, warm-up."""
     options = everything() | {"adapter": adapter, "rollout.per_update": 3}
@@ -171,6 +172,7 @@ def test_killed_before_the_first_checkpoint(tmp_path: Path) -> None:
     assert_same_stage(tmp_path / "out", uninterrupted("sft"))
 
 
+@pytest.mark.slow
 def test_killed_with_early_stopping(tmp_path: Path) -> None:
     """The best value so far, the patience left and the best weights survive."""
     rule = {"early_stopping": {"monitor": "eval_loss", "patience": 1}, "learning_rate": 0.2}

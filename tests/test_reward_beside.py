@@ -36,8 +36,10 @@ def merged_only(folder: Path) -> Path:
     return Path(shutil.copytree(trained(), folder / "judge" / "model"))
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    tiny.mostly_slow([("ppo", "bfloat16"), ("grpo", "float32")], [("ppo", "float32"), ("grpo", "bfloat16")]),
+)
 def test_an_adapter_judges_like_the_merged_model(kind: str, dtype: str, tmp_path: Path) -> None:
     run = ppo.train if kind == "ppo" else grpo.train
     for name, judge in (("beside", trained()), ("merged", merged_only(tmp_path))):

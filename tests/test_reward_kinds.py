@@ -157,6 +157,7 @@ def test_micro_batches_do_not_change_training(tmp_path: Path) -> None:
             assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_smoothing_keeps_the_margin_small(tmp_path: Path) -> None:
     margins = {}
     for smoothing in (0.0, 0.3):

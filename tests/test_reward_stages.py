@@ -423,7 +423,7 @@ def test_held_out_answers_without_a_score_are_counted_from_the_first_iteration(t
 # -- a server that dies ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", small.mostly_slow(["grpo"], ["ppo"]))
 def test_a_server_that_dies_midway_and_comes_back(kind: str, tmp_path: Path) -> None:
     """The second start goes on from the checkpoint, asks only what was never answered, and ends like an untroubled run."""
     options = {"max_steps": 6, "save_every": 2, "eval_every": 3, "learning_rate": 1e-2}

@@ -167,6 +167,7 @@ def test_what_is_said_of_a_source_counts_for_the_stage_key(tmp_path: Path) -> No
     assert key("hf:a/b") != key("hf:a/c")
 
 
+@pytest.mark.slow
 def test_objects_in_a_recipe_may_name_the_town(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
 

@@ -112,6 +112,7 @@ def test_bad_input(arguments: list[str], told: str, status: int, capfd: pytest.C
 RECIPE = Path(__file__).parents[1] / "recipes" / "knowledge-patch.yaml"
 
 
+@pytest.mark.slow
 def test_the_recipe_goes_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

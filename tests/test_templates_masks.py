@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_chat_template import a, byte_tokenizer, pieces, s, u
@@ -309,6 +310,7 @@ def test_marks_of_the_template_that_are_no_special_tokens() -> None:
 
 
 @functools.cache
+@functools.cache
 def real(kind: str, folder: Path) -> Any:
     if kind == "gpt2":
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -337,7 +339,7 @@ def real_template(kind: str, name: str, folder: Path) -> ChatTemplate:
     return ChatTemplate(copy.deepcopy(real(kind, folder)), name)
 
 
-@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["llama"], ["gpt2", "llama-legacy"]))
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_join_as_one_text(kind: str, name: str, shared_data: Path) -> None:
     """A text cut where an answer begins has no more spaces than the text in one piece."""

@@ -175,6 +175,7 @@ def test_wrong_requests(arguments: list[str], status: int, said: str, tmp_path: 
 # -- real tokenizers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_real_tokenizers(shared_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     names = ["gpt2", "llama/tokenizer.model", "chinese-llama"]
     folders = [str(shared_data / "tokenizers" / name) for name in names]

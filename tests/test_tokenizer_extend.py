@@ -490,7 +490,7 @@ def test_quantised_models_are_refused(tmp_path: Path, corpus: Path, capfd: pytes
 # -- real tokenizers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "chinese-llama"])
+@pytest.mark.parametrize("name", tiny.mostly_slow(["llama"], ["gpt2", "chinese-llama"]))
 def test_real_tokenizers(name: str, shared_data: Path) -> None:
     old = open_tokenizer(shared_data / "tokenizers" / name)
     poems = json.loads((shared_data / "pretrain-zh/poetry/全唐诗/poet.tang.0.json").read_text("utf-8"))
@@ -511,6 +511,7 @@ def test_real_tokenizers(name: str, shared_data: Path) -> None:
         assert all(back(new, text) == text for text in heldout)
 
 
+@pytest.mark.slow
 def test_a_real_gpt2_learns_chinese(shared_data: Path, tmp_path: Path, tiny: Callable[..., Any]) -> None:
     tokenizer = open_tokenizer(shared_data / "tokenizers/gpt2")
     model = tiny("gpt2", vocab_size=len(tokenizer))

@@ -137,6 +137,7 @@ def toy_judge(self: ModelReward, episodes: Sequence[Episode], **_: Any) -> list[
     return [Score(2 * share - 1) for share in shares]
 
 
+@pytest.mark.slow
 def test_ppo_raises_a_toy_reward_and_kl_holds_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelReward, "score", toy_judge)
     found: dict[str, dict[str, float]] = {}
@@ -197,7 +198,7 @@ def test_the_critic_begins_with_the_judge_s_own_scale(tmp_path: Path) -> None:
 # -- what they leave ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["sft", "reward", "ppo"], ["pretrain", "dpo", "grpo"]))
 def test_a_trained_folder_reads_the_same_in_plain_transformers(kind: str, tmp_path: Path) -> None:
     """Full weights and a merged adapter: an ordinary folder either way, changed by training."""
     for adapter in ("full", "lora"):
@@ -394,7 +395,7 @@ def test_bfloat16_trains_too(tmp_path: Path) -> None:
 # -- how much is trained at a time makes no difference --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "dpo"])
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["sft", "reward"], ["pretrain", "dpo"]))
 def test_micro_batches_do_not_change_training(kind: str, tmp_path: Path) -> None:
     """One normaliser: a step cut into two or eight micro-batches has the same loss and gradient."""
     rows = []

@@ -158,9 +158,12 @@ def test_both_engines_agree_greedily(tiny: Tiny, models: dict[str, Any], calls: 
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize(
-    ("kind", "cls", "train"), [("ppo", PpoSettings, ppo.train), ("grpo", GrpoSettings, grpo.train)]
+    ("kind", "cls", "train", "adapter"),
+    small.mostly_slow(
+        [("ppo", PpoSettings, ppo.train, "lora"), ("grpo", GrpoSettings, grpo.train, "full")],
+        [("ppo", PpoSettings, ppo.train, "full"), ("grpo", GrpoSettings, grpo.train, "lora")],
+    ),
 )
 def test_roll_outs_by_vllm_are_those_of_danlu(
     kind: str, cls: Any, train: Any, adapter: str, models: dict[str, Any], calls: Any, tmp_path: Path

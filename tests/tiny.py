@@ -186,6 +186,11 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+def mostly_slow(kept: Iterable[Any], rest: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: those that `make test` runs, and the rest, which `make slow` adds."""
+    return [*kept, *(pytest.param(*(p if isinstance(p, tuple) else (p,)), marks=pytest.mark.slow) for p in rest)]
+
+
 # -- other processes -----------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +198,8 @@ def weights(folder: Path) -> bytes:
 def _server() -> Any:
     """Forks children that have danlu imported already; importing torch takes longer than a whole tiny stage."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["danlu.pipeline.run", "danlu.cli.main"])
+    trainers = [f"danlu.trainers.{name}" for name in ("pretrain", "sft", "reward_model", "dpo", "kto", "ppo", "grpo")]
+    context.set_forkserver_preload(["danlu.pipeline.run", "danlu.cli.main", "danlu.models.starters", *trainers])
     return context
 
 
