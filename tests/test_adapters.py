@@ -33,7 +33,6 @@ from danlu.training.setup import load_policy
 from danlu.tree import TreeBatch, branches
 
 IDS = torch.tensor([[5, 9, 30, 7, 8, 44, 12]])
-WEIGHT_KINDS = ("lora", "rslora", "dora", "adalora", "ia3")
 
 
 def trained(out: Path, kind: str, **changes: Any) -> Path:
@@ -54,7 +53,9 @@ def logits(model: Any) -> Tensor:
     "ignore:Model has `tie_word_embeddings:UserWarning",
     "ignore:The following rank_pattern keys:RuntimeWarning",
 )
-@pytest.mark.parametrize("kind", [*WEIGHT_KINDS, "pissa", "embeddings", "pissa-embeddings"])
+@pytest.mark.parametrize(
+    "kind", tiny.mostly_slow(["lora", "dora", "adalora", "pissa-embeddings"], ["rslora", "ia3", "pissa", "embeddings"])
+)
 def test_what_a_stage_saves_is_one_model_to_peft_danlu_and_transformers(kind: str, tmp_path: Path, near: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -199,6 +200,7 @@ def test_a_base_in_nf4(stage: str, bitsandbytes: None, tmp_path: Path, near: Any
     near(logits(packed), logits(dense), 1e-4)
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_quiet_where_nobody_asked_for_it(bitsandbytes: None) -> None:
     done = subprocess.run([sys.executable, "-c", "import danlu, peft"], capture_output=True, text=True, check=True)
     assert "Failed to load" not in done.stderr

@@ -76,6 +76,7 @@ def test_the_recipes_of_others_go_through(
         assert [o["phase"] for o in options] == ["sft of 2,4,4", "reward of 2,4,4", "rl of 2,4,4"]
 
 
+@pytest.mark.slow
 def test_votes_become_a_model_in_two_ways(
     published_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,7 +120,7 @@ def test_it_learns_a_separable_preference(tmp_path: Path) -> None:
 FIRST = {"robust": math.log(2), "ipo": 25.0, "hinge": 1.0}
 
 
-@pytest.mark.parametrize("loss", ["robust", "ipo", "hinge", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", small.mostly_slow(["ipo", "simpo", "orpo"], ["robust", "hinge"]))
 def test_its_relatives_learn_it_too(loss: str, tmp_path: Path) -> None:
     options = {"label_smoothing": 0.05} if loss == "robust" else {}
     result = train(tmp_path, loss=loss, **options, **STEPS)

@@ -154,7 +154,7 @@ def judges(folder: Path, count: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", small.mostly_slow(["grpo"], ["ppo"]))
 def test_training_follows_an_ensemble(kind: str, tmp_path: Path) -> None:
     named = judges(tmp_path, 2)
     rows, begun = {}, {}

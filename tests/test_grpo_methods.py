@@ -431,6 +431,7 @@ def test_every_method_raises_a_toy_reward(method: str, tmp_path: Path) -> None:
     assert first["advantage_std"] > 0 and first["ratio_max"] >= first["ratio_mean"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_kl_in_the_reward_holds_the_policy_back(tmp_path: Path) -> None:
     found = {}

@@ -129,6 +129,7 @@ def test_the_reference_before_training_and_at_every_step_are_one(adapter: str, t
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_training(tmp_path: Path) -> None:
     rows = []
     for micro in (64, 1024):

@@ -98,6 +98,7 @@ def fail_on_rank_1(text: str) -> int:
     return distributed.most(rank)  # waits for the other in vain
 
 
+@pytest.mark.slow
 def test_a_ranks_own_error_is_what_is_raised(capfd: pytest.CaptureFixture[str]) -> None:
     """Rank 0's answer would be that rank 1 is gone."""
     with Crew(2) as crew, pytest.raises(DataError) as caught:

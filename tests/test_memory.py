@@ -62,6 +62,7 @@ def test_out_of_memory_is_a_sentence(tmp_path: Path) -> None:
     assert not (out / "model").exists()
 
 
+@pytest.mark.slow
 def test_halving_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     call = big_step(out, tmp_path, on_oom="halve")

@@ -251,6 +251,7 @@ def test_weights_are_those_of_a_stage_that_never_saw_the_batch(tmp_path: Path) -
     assert tiny.weights(out / "model") == tiny.weights(tmp_path / "other" / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poison")
 def test_killed_in_the_cooldown(tmp_path: Path) -> None:
     data, whole, out = poisoned(tmp_path), tmp_path / "whole", tmp_path / "out"

@@ -118,6 +118,7 @@ def test_nothing_but_ties_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert [(r["pairs"], r["loss"], r["grad_norm"]) for r in updates(tmp_path)] == [(0.0, 0.0, 0.0)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_interrupted_stage_goes_on_bit_for_bit(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +128,7 @@ def test_an_interrupted_stage_goes_on_bit_for_bit(
     assert again.metrics == whole.metrics and again.gates == whole.gates and again.facts == whole.facts
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_training(tmp_path: Path) -> None:
     rows = []
     for micro in (64, 1024):

@@ -142,6 +142,7 @@ def test_nothing_good_enough_changes_nothing(tmp_path: Path) -> None:
     assert [(r["kept"], r["loss"], r["grad_norm"]) for r in updates(tmp_path)] == [(0.0, 0.0, 0.0)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_interrupted_stage_goes_on_bit_for_bit(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -201,7 +201,7 @@ def test_saving_more_often_changes_nothing(tmp_path: Path) -> None:
 # -- Ctrl-C -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", tiny.mostly_slow([signal.SIGINT], [signal.SIGTERM]))
 def test_ctrl_c_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> None:
     call, out = command("sft", tmp_path / "out", save_every=1000), tmp_path / "out"
     child = kill_at(11, call, out, number)
@@ -217,6 +217,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> None
     assert_same_stage(out, uninterrupted("sft"))
 
 
+@pytest.mark.slow
 def test_seconds_of_an_interrupted_stage_add_up(tmp_path: Path) -> None:
     call, out = command("sft", tmp_path / "out"), tmp_path / "out"
     kill_at(20, call, out, signal.SIGINT)
@@ -356,7 +357,8 @@ def test_the_best_weights_are_kept(restore: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("monitor", "mode", "pick"), [("eval_accuracy", "max", max), ("eval_margin", "min", min), ("grad_norm", "min", min)]
+    ("monitor", "mode", "pick"),
+    tiny.mostly_slow([("eval_accuracy", "max", max)], [("eval_margin", "min", min), ("grad_norm", "min", min)]),
 )
 def test_the_best_by_any_metric(monitor: str, mode: str, pick: Callable[..., float], tmp_path: Path) -> None:
     """Of the held-out evaluation, or of the training step before it."""
@@ -367,6 +369,7 @@ def test_the_best_by_any_metric(monitor: str, mode: str, pick: Callable[..., flo
     assert [p.name for p in (tmp_path / "checkpoints").glob("best-*")] == [f"best-{best:08d}"]
 
 
+@pytest.mark.slow
 def test_killed_with_best_weights(tmp_path: Path) -> None:
     rule = {**RESTLESS, "checkpoint_best": {"keep": 2}}
     assert run(command("sft", tmp_path / "whole", **rule)) == 0

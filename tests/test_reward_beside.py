@@ -88,7 +88,9 @@ def test_the_base_is_held_once(dtype: str, gathered: list[Players], tmp_path: Pa
     assert weight.dtype == getattr(torch, dtype) and not weight.requires_grad
 
 
-@pytest.mark.parametrize("why", ["all weights learn", "another base", "a base of 4 bits", "no adapter"])
+@pytest.mark.parametrize(
+    "why", tiny.mostly_slow(["another base", "a base of 4 bits"], ["all weights learn", "no adapter"])
+)
 def test_otherwise_it_has_weights_of_its_own(why: str, gathered: list[Players], tmp_path: Path) -> None:
     judge = merged_only(tmp_path) if why == "no adapter" else trained()
     changes: dict[str, Any] = {} if why == "all weights learn" else {"adapter": "lora"}

@@ -90,6 +90,7 @@ def test_the_token_level_learns_and_is_judged_by_the_last_token(tmp_path: Path) 
     assert first["loss"] == pytest.approx(math.log(2), abs=0.05)
 
 
+@pytest.mark.slow
 def test_scores_are_learnt_on_their_scale(tmp_path: Path) -> None:
     data = scored(tmp_path)
     lines = data.read_text("utf-8").splitlines()

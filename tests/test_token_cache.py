@@ -180,7 +180,7 @@ def test_the_error_is_that_of_one_process(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing half done is left"
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward"])
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["sft"], ["pretrain", "reward"]))
 def test_the_trainers_numbers_do_not_change(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoded, encoded and kept, and read back: the same weights, bit for bit, and the same metrics."""
     found = []

@@ -265,6 +265,7 @@ def test_lora_trains_adapters_only(tmp_path: Path) -> None:
 # -- settings of training -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_early_stopping_stops_and_keeps_the_best_weights(tmp_path: Path) -> None:
     """Trained on shuffled answers, the held-out loss soon rises: what is saved must be the model of its lowest point."""
     rows = [json.loads(line) for line in tiny.data()["conversations"].read_text("utf-8").splitlines()]
