@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from danlu.training.launch import free_port, threads_each, told_to_rank
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -35,7 +36,7 @@ class Side:
         self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path, processes: int = 1
     ) -> None:
         self.name, self.command, self.processes = name, list(command), processes
-        file, port = _job_file(job, folder), _free_port() if processes > 1 else 0
+        file, port = _job_file(job, folder), free_port() if processes > 1 else 0
         self._children = [
             _Child([*command, str(file)], folder, rank, ranks(rank, processes, port)) for rank in range(processes)
         ]
@@ -197,20 +198,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def ranks(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a rank; the cores are divided among them. Nothing for a process that is alone."""
+    """What a rank is told, transformers' peers too; nothing where a process is alone."""
     if processes == 1:
         return {}
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads}
-    words = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
-    return words | {k: str(v) for k, v in numbers.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return told_to_rank(rank, processes, port, threads_each(processes)) | {"ACCELERATE_USE_CPU": "true"}
 
 
 def take_turns(sides: Sequence[Side], windows: int) -> list[list[dict[str, Any]]]:

@@ -349,7 +349,7 @@ def test_every_problem_is_right_and_held_out_by_its_numbers(tmp_path: Path) -> N
 
 def test_problem_as_it_stands_in_the_file() -> None:
     found = arithmetic.problem((3, 4, 2), "+-", "en", Random(0))
-    assert found.row["answer"] == "3+4=7\n7-2=5\n#### 5"
+    assert found.row["answer"] == "3+4=<<3+4=7>>7\n7-2=<<7-2=5>>5\n#### 5"
     assert not arithmetic.possible((1, 2, 4), "+-") and not arithmetic.possible((1, 2, 4), "-+")
 
 

@@ -310,7 +310,6 @@ def test_marks_of_the_template_that_are_no_special_tokens() -> None:
 
 
 @functools.cache
-@functools.cache
 def real(kind: str, folder: Path) -> Any:
     if kind == "gpt2":
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -56,16 +56,14 @@ class Problem:
 
 
 def problem(numbers: tuple[int, int, int], signs: str, language: str, rng: Random) -> Problem:
-    """One wording of a problem, in the shape of GSM8K's rows: the steps, then `#### number`.
-
-    Steps are written once. GSM8K's `<<a+b=c>>` in each of them would only make an answer twice as long.
-    """
+    """One wording of a problem, as GSM8K writes its rows: steps with `<<a+b=c>>`, then `#### number`."""
     a, b, c = numbers
     middle = a + b if signs[0] == "+" else a - b
     end = middle + c if signs[1] == "+" else middle - c
     person, thing = rng.choice(NAMES[language]), rng.choice(THINGS[language])
     question = WORDINGS[language][signs].format(n=person, t=thing, a=a, b=b, c=c)
-    answer = f"{a}{signs[0]}{b}={middle}\n{middle}{signs[1]}{c}={end}\n#### {end}"
+    first, second = f"{a}{signs[0]}{b}={middle}", f"{middle}{signs[1]}{c}={end}"
+    answer = f"{a}{signs[0]}{b}=<<{first}>>{middle}\n{middle}{signs[1]}{c}=<<{second}>>{end}\n#### {end}"
     return Problem(numbers, signs, {"question": question, "answer": answer})
 
 

@@ -12,16 +12,18 @@ PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"
 def notice_no_network() -> None:
     """Before the hub is asked for a model: where its name cannot be looked up, only its cache is read, as with HF_HUB_OFFLINE=1.
 
-    Behind a proxy names need not be known here, so then it is asked as ever.
+    Behind a proxy names need not be known here, so then it is asked as ever; so it is with HF_HUB_OFFLINE=0.
     """
     from huggingface_hub import constants
 
     if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or any(map(os.environ.get, PROXIES)):
         return
-    url = urlsplit(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = not _is_known(urlsplit(constants.ENDPOINT).hostname)
+
+
+def _is_known(host: str | None) -> bool:
     try:
-        socket.getaddrinfo(url.hostname, url.port or 443)
+        socket.getaddrinfo(host, None)
     except OSError:
-        constants.HF_HUB_OFFLINE = True
-    else:
-        constants.HF_HUB_OFFLINE = False
+        return False
+    return True

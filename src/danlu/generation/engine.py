@@ -159,7 +159,8 @@ class LocalEngine(StepwiseEngine[_Row]):
         with self._lock:
             if self._running or self._waiting:
                 raise EngineError("the engine cannot close while requests are running")
-            prepacked.disable(self.model)
+            if self.model is not None:  # else it is closed already
+                prepacked.disable(self.model)
             self.model = self._made = self.drafter = None
 
     def forget_prompts(self) -> None:

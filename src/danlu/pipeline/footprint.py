@@ -414,7 +414,7 @@ def stage_memory(
     if isinstance(settings, PpoSettings | GrpoSettings):
         positions = settings.rollout.batch * (length + settings.rollout.max_new_tokens)
         cache = positions * shape.key_values * (2.0 if dtype == "bfloat16" else 4.0)
-        again = 2.0 * (shape.products + shape.head)  # the engine's weights once more (`models/prepacked.py`)
+        again = 2.0 * shape.products  # the engine's weights once more (`models/prepacked.py`)
         cache += again if dtype == "bfloat16" and not cuda and not quantised and again <= MOST_BYTES else 0.0
     merged = 0.0
     if strategy == "lora" and not cuda:

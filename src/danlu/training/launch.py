@@ -75,8 +75,7 @@ class Crew:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        port = _free_port()
-        threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or physical_cores()) // size)
+        port, threads = free_port(), threads_each(size)
         self._heard: _Heard = SimpleQueue()
         self._ranks = [_Rank(rank, size, port, threads, self._heard) for rank in range(size)]
 
@@ -151,11 +150,7 @@ class _Died(TrainingError):
 
 class _Rank:
     def __init__(self, rank: int, size: int, port: int, threads: int, heard: _Heard) -> None:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads}
-        environment = {"MASTER_ADDR": "127.0.0.1"} | {k: str(v) for k, v in numbers.items()}
-        if sys.platform == "linux":
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        environment = told_to_rank(rank, size, port, threads)
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(p).absolute()) for p in sys.path)
         self.rank = rank
         # What rank 1 and up print would be said twice; kept for the case that one of them dies.
@@ -233,7 +228,21 @@ class _Rank:
         return f"; its last words: {lines[-1].strip()}" if lines else ""
 
 
-def _free_port() -> int:
+def threads_each(size: int) -> int:
+    """Threads of each of so many processes that share this machine."""
+    return max(1, int(os.environ.get("OMP_NUM_THREADS") or physical_cores()) // size)
+
+
+def told_to_rank(rank: int, size: int, port: int, threads: int) -> dict[str, str]:
+    """The variables by which a process of this machine knows its place among others, as torchrun names them."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    found = {"MASTER_ADDR": "127.0.0.1"} | {k: str(v) for k, v in numbers.items()}
+    return found | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
