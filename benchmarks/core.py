@@ -107,7 +107,7 @@ def _work(work: Work, inputs: Inputs, folder: Path, quick: bool, children: Sides
     if work.name == "sft":
         sides.append(("gemm", OURS, {}))
     labels = {name: (peer.name, peer.setting) for name, peer in names.items()}
-    found = _measure(children, sides, job, folder, windows, labels)
+    found = _measure(children, sides, job, folder, (1, work.trials, windows - 1 - work.trials), labels)
     return _rows(work, found, names, job)
 
 
@@ -116,12 +116,16 @@ def _measure(
     sides: Sequence[tuple[str, list[str], dict[str, Any]]],
     job: dict[str, Any],
     folder: Path,
-    windows: int,
+    windows: tuple[int, int, int],
     labels: dict[str, tuple[str, str]],
 ) -> dict[str, Measured]:
-    """Every side's reports. The first window warms up; of sides with one label only the one that was fastest in it goes on.
+    """Every side's reports of what came after the warm-up, or of that where nothing came.
 
     A side that fails is named and left out.
+
+    Args:
+        windows: of the warm-up, of all sides' trials, and of the rest: of sides with one label only the one that was fastest in
+            the trials (in the warm-up, if there are none) takes part in it.
     """
     started: list[Side] = []
     losses: dict[str, list[float]] = {}
@@ -138,19 +142,24 @@ def _measure(
             started.remove(side)
             left_out.append(side)
             print(f"  {error}", file=sys.stderr, flush=True)
-    reports = take_turns(started, 1)
-    if windows > 1:
-        first = {side.name: found for side, found in zip(started, reports, strict=True)}
-        kept = _survivors(first, labels)
+    warm_up, trials, rest = windows
+    reports = _reports(started, warm_up)
+    tried = _reports(started, trials)
+    if rest > 0:
+        kept = _survivors(tried if trials else reports, labels)
         left_out += [side for side in started if side.name not in kept]
         started = [side for side in started if side.name in kept]
-        reports = take_turns(started, windows - 1)
-    measured = {
-        side.name: Measured(losses[side.name], found, side.next("peak")["peak"])
-        for side, found in zip(started, reports, strict=True)
-    }
+    if trials or rest:
+        later = _reports(started, rest)
+        reports = {side.name: tried[side.name] + later[side.name] for side in started}
+    measured = {s.name: Measured(losses[s.name], reports[s.name], s.next("peak")["peak"]) for s in started}
     children.ended(started, left_out)
     return measured
+
+
+def _reports(sides: Sequence[Side], windows: int) -> dict[str, list[Report]]:
+    found = take_turns(sides, windows)
+    return {side.name: reports for side, reports in zip(sides, found, strict=True)}
 
 
 def _survivors(first: dict[str, list[Report]], labels: dict[str, tuple[str, str]]) -> set[str]:

@@ -50,6 +50,7 @@ class Work:
         rows: timed rows of a window, of the full and of the quick run.
         check: rows of the steps whose losses are compared, and turns: timed windows; of the full and of the quick run.
         goals: ratios to reach, by the peer's setting.
+        trials: timed windows that every setting takes; then only the fastest of a peer goes on. 0: the warm-up decides.
         tolerance: of the losses of both sides.
         compare: metrics that stand in for losses (where answers are given to both sides).
         quick: whether the quick run has it.
@@ -64,6 +65,7 @@ class Work:
     goals: dict[Setting, float]
     check: tuple[int, int] = (8, 4)
     turns: tuple[int, int] = (3, 2)
+    trials: int = 0
     tolerance: float = 0.02
     compare: tuple[str, ...] = ()
     quick: bool = True
@@ -147,9 +149,16 @@ def _ppo() -> Work:
         Peer(TRL_PPO, "best", TRL_FAST | _size(16, 4), quick=False),  # 64 rows at once are slower
         Peer(TRL_PPO, "best", TRL_FAST | _size(32) | TWO),
     ]
-    settings = {"dtype": "bfloat16", "micro_tokens": 4096, "rollout": ROLLOUT, "ppo": PPO, **TWO}
+    settings = {
+        "dtype": "bfloat16",
+        "micro_tokens": 4096,
+        "rollout": ROLLOUT,
+        "ppo": PPO | {"keep_graphs": True},
+        **TWO,
+    }
     goals: dict[Setting, float] = {"default": 5, "best": 4}
-    options: dict[str, Any] = {"compare": ("score",), "extra": EPISODES, "turns": (3, 1)}
+    # Each iteration draws answers of its own lengths: one says little.
+    options: dict[str, Any] = {"compare": ("score",), "extra": EPISODES, "turns": (3, 1), "trials": 1}
     return Work(
         "ppo", "7M", "completion tokens/s", {"bfloat16": settings}, peers, (64, QUICK_EPISODES["ppo"]), goals, **options
     )

@@ -88,6 +88,20 @@ run(work)
 """
 
 
+PACED_CHILD = """
+from benchmarks.peers.meter import run
+
+def work(job, meter):
+    meter.wait()
+    meter.checked([1.0])
+    for tokens in job["settings"]["tokens"]:
+        meter.wait()
+        meter.say(seconds=1.0, tokens=tokens, steps=1)
+
+run(work)
+"""
+
+
 def side(folder: Path, name: str, **job: Any) -> Side:
     script = folder / "child.py"
     script.write_text(CHILD, "utf-8")
@@ -239,6 +253,29 @@ def test_the_first_turn_chooses_among_settings() -> None:
         "a2",
         "b",
     }
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ((1, 0, 0), {"ours": [2], "a1": [1], "a2": [3]}),  # nothing comes after the warm-up
+        ((1, 0, 2), {"ours": [2, 2], "a2": [3, 3]}),
+        ((1, 1, 1), {"ours": [2, 2], "a1": [9, 9]}),  # fast from its second window on
+        ((1, 1, 0), {"ours": [2], "a1": [9], "a2": [3]}),
+    ],
+)
+def test_trials_choose_among_settings(
+    turns: tuple[int, int, int], expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(PACED_CHILD, "utf-8")
+    paces = {"ours": [2] * 3, "a1": [1, 9, 9], "a2": [3] * 3}
+    command = [sys.executable, str(script)]
+    sides = [(name, command, {"tokens": paces[name][: sum(turns)]}) for name in paces]
+    labels = {"a1": ("A", "best"), "a2": ("A", "best")}
+    with Sides(keep=False) as children:
+        found = core._measure(children, sides, {"work": "ppo"}, tmp_path, turns, labels)
+    assert {name: [w["tokens"] for w in m.windows] for name, m in found.items()} == expected
 
 
 def test_parameters_and_shapes_are_those_of_the_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from test_trainers import plain, toy_judge, train
 
 import danlu
 from danlu.exceptions import RewardError, SettingsError
+from danlu.models.root import RootModel
 from danlu.rewards.model import ModelReward
 from danlu.rewards.protocol import Episode, Score
 from danlu.trainers import ppo
@@ -45,6 +47,7 @@ EVERYTHING: dict[str, Any] = {
         "critic_warmup": 1,
         "critic_init": "policy",
         "critic_learning_rate": 1e-3,
+        "keep_graphs": True,
     },
     "rollout": {"batch": 8, "max_new_tokens": 8, "reuse": 2, "buffer": "disk"},
     "ema": 0.9,
@@ -249,6 +252,44 @@ def test_answers_that_are_used_later(options: dict[str, int], tmp_path: Path, mo
     assert len(listened) == count and len({n for n, _ in listened}) == count
     asked = [p for _, prompts in listened for p in prompts]
     assert len({tuple(p) for p in asked}) == 8 * count, "no prompt twice before all had their turn"
+
+
+LORA = {"adapter": "lora", "activation_checkpointing": True}
+IN_PARTS = {"ppo": {"critic_warmup": 1, "minibatches": 1, "update_kl": 1e-9}, "micro_tokens": 64}
+
+
+@pytest.mark.parametrize(
+    "options, saved",
+    [
+        pytest.param({}, range(3, 4), id="full"),  # one micro-batch, in the second to the fourth iteration
+        pytest.param(LORA, range(3, 4), id="lora", marks=pytest.mark.slow),
+        pytest.param(IN_PARTS, range(4, 50), id="parts", marks=pytest.mark.slow),
+    ],
+)
+def test_updates_through_the_readings_change_nothing(
+    options: dict[str, Any], saved: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, forward = Counter[str](), RootModel.forward
+
+    def counted(self: RootModel, tree: Any, role: Any, *args: Any, **told: Any) -> Any:
+        passes[role] += 1
+        return forward(self, tree, role, *args, **told)
+
+    monkeypatch.setattr(RootModel, "forward", counted)
+    found: dict[bool, Counter[str]] = {}
+    for keep in (False, True):
+        passes.clear()
+        own = {"epochs": 2, "minibatches": 2, "keep_graphs": keep} | options.get("ppo", {})
+        rates = {"max_steps": 4, "learning_rate": 1e-2, "rollout": short()}
+        train("ppo", tmp_path / str(keep), **rates | options | {"ppo": own})
+        found[keep] = passes.copy()
+    kept, plain = tmp_path / "True", tmp_path / "False"
+    assert rows_of(kept) == rows_of(plain)
+    name = "adapter/adapter_model.safetensors" if "adapter" in options else "model/model.safetensors"
+    expected = load_file(plain / name)
+    assert all(torch.equal(w, expected[n]) for n, w in load_file(kept / name).items())
+    fewer = found[False] - found[True]
+    assert fewer["policy"] == fewer["critic"] in saved and set(fewer) == {"policy", "critic"}
 
 
 def test_one_epoch_of_prompts_that_are_used_twice(tmp_path: Path) -> None:

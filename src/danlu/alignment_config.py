@@ -265,6 +265,11 @@ class Ppo(Settings):
     entropy_coef: float = Field(0.0, ge=0, description="what a nat of entropy per token takes from the loss")
     epochs: int = Field(2, ge=1, description="passes over each batch of episodes")
     minibatches: int = Field(2, ge=1, description="optimizer steps per pass")
+    keep_graphs: bool = Field(
+        False,
+        description="the first update goes back through the readings of policy and critic and has no forward pass of its own; its "
+        "mini-batch's activations stay in memory, of both",
+    )
     update_kl: float | None = Field(
         None,
         gt=0,

@@ -404,6 +404,9 @@ def stage_memory(
     layers = count.layer * shape.layers
     if settings.activation_checkpointing:
         layers = 4.0 * shape.width * shape.layers + count.layer
+    if isinstance(settings, PpoSettings) and settings.ppo.keep_graphs and strategy not in ("zero2", "zero3"):
+        answers = settings.rollout.batch / settings.ppo.minibatches / processes
+        tokens = max(tokens, round(2 * answers * (length + settings.rollout.max_new_tokens)))  # of policy and critic
     activations = (OVERHEAD_CUDA if cuda else OVERHEAD[dtype]) * tokens * (layers + count.rest)
     logits = 0.0
     if not isinstance(settings, RewardSettings):

@@ -51,6 +51,7 @@ from danlu.training.rollouts import (
 from danlu.training.runs import resolve_model
 from danlu.training.session import Session
 from danlu.training.setup import load_policy, own_models, placed, shared_roles
+from danlu.training.sharding import is_sharded
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of, tokenizer_of
 from danlu.training.watch import Watch
@@ -112,7 +113,10 @@ def train(settings: PpoSettings) -> TrainResult:
             finished = [a.trajectory.finished for a in answers]
             scores = shaped_scores([a.score for a in answers], finished, options, options.score_norm, seen)
             kl_coef = controller.coef * corrections["kl_coef"]
-            parts, stats = experience_of(root, answers, scores, settings, compute, kl_coef=kl_coef, version=step)
+            keep = _roles_kept(root, settings, session, step)
+            parts, stats = experience_of(
+                root, answers, scores, settings, compute, kl_coef=kl_coef, version=step, keep=keep
+            )
 
             policy_loss = policy_loss_of(settings, kl_coef, ptx.policy_weight if ptx is not None else 1.0)
             value_loss = value_loss_of(settings)
@@ -121,8 +125,9 @@ def train(settings: PpoSettings) -> TrainResult:
             critic_updates: list[dict[str, float]] = []
             for number, minibatch in _passes(parts, settings, step):
                 actions = float(sum(e.actions for e in minibatch))
-                batches = distributed.mine([(e.tree, (e, actions)) for e in minibatch])
+                own = distributed.mine([(e, (e, actions)) for e in minibatch])
                 if step >= options.critic_warmup:
+                    batches = [(e.read("policy"), extra) for e, extra in own]
                     sums = accumulate(root, "policy", batches, policy_loss, compute, reads=TreeBatch.before_actions)
                     if first_ratio_error is None:
                         first_ratio_error = sums["ratio_error"]
@@ -136,6 +141,7 @@ def train(settings: PpoSettings) -> TrainResult:
                     updates += [{**sums, "grad_norm": norm}] if made else []
                     if made and ema is not None:
                         ema.update()
+                batches = [(e.read("critic"), extra) for e, extra in own]
                 value = accumulate(root, "critic", batches, value_loss, compute, reads=TreeBatch.before_actions)
                 norm, made = critic.update(session, value["loss"])
                 row = {"value_loss": value["loss"], "value_error": value["value_error"], "critic_grad_norm": norm}
@@ -296,6 +302,14 @@ def _scores(
 
 
 # -- updates ------------------------------------------------------------------------------------------------------------
+
+
+def _roles_kept(root: RootModel, settings: PpoSettings, session: Session, step: int) -> list[RoleName]:
+    """Whose graphs of the readings serve the first update: nobody's before the first ratios are measured (G-RATIO), which takes
+    a second forward pass, nor where layers are gathered for each pass."""
+    if not settings.ppo.keep_graphs or "first" not in session.extra or is_sharded(root):
+        return []
+    return ["policy", "critic"] if step >= settings.ppo.critic_warmup else ["critic"]
 
 
 def _passes(

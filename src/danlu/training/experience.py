@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from danlu.data.packing import micro_batches
 from danlu.losses.advantages import gae, token_rewards, whiten
 from danlu.losses.policy import importance, kl_estimate, kl_k3
 from danlu.losses.value import explained_variance
-from danlu.models.root import RootModel, TrunkOutput
+from danlu.models.root import RoleName, RootModel, TrunkOutput
 from danlu.training import distributed
 from danlu.training.buffer import ScoredAnswer
 from danlu.training.compute import Compute
-from danlu.training.rollouts import engine_gap, read_actions
+from danlu.training.rollouts import engine_gap, read_actions, read_head
 from danlu.training.sharding import share_forwards
 from danlu.tree import Trajectory, TreeBatch, forest
 
@@ -27,7 +27,8 @@ from danlu.tree import Trajectory, TreeBatch, forest
 class Experience:
     """A micro-batch of trajectories with what the losses need; tensors hold one number per action token, in tree order.
 
-    importance: None where tokens count alike.
+    importance: None where tokens count alike; kept: what the trunks made of the micro-batch, with their graphs, by role; `read`
+    takes it away.
     """
 
     tree: TreeBatch
@@ -38,10 +39,15 @@ class Experience:
     returns: Tensor
     importance: Tensor | None
     lengths: list[int]
+    kept: dict[RoleName, TrunkOutput] = field(default_factory=dict)
 
     @property
     def actions(self) -> int:
         return sum(self.lengths)
+
+    def read(self, role: RoleName) -> TreeBatch | TrunkOutput:
+        """What the role's next update begins with: the trunk's output where it was kept, once; else the micro-batch."""
+        return self.kept.pop(role, self.tree)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class _Reading:
     entropies: Tensor
     ref: Tensor
     values: Tensor
+    kept: dict[RoleName, TrunkOutput]
 
     def parts(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[int, slice]]:
         """Each answer with the place of its tokens."""
@@ -73,6 +80,7 @@ def experience_of(
     *,
     kl_coef: float,
     version: int,
+    keep: Sequence[RoleName] = (),
 ) -> tuple[list[list[Experience]], dict[str, float]]:
     """Answers as mini-batches of micro-batches with advantages, and the iteration's statistics, the same on every rank.
 
@@ -81,10 +89,11 @@ def experience_of(
         scores: the answers' rewards, normalised and clipped.
         kl_coef: weight of the KL.
         version: of the policy as it is now.
+        keep: roles (of policy and critic) whose graphs of the first mini-batch wait for its update.
     """
     options = settings.ppo
     trajectories = [a.trajectory for a in answers]
-    groups = _read(root, trajectories, settings, compute)
+    groups = _read(root, trajectories, settings, compute, keep)
     readings = [reading for group in groups for reading in group]
     sampled = [torch.tensor(t.logprobs) for t in trajectories]
 
@@ -112,6 +121,7 @@ def experience_of(
             returns=torch.cat([returns[i] for i in reading.indices]).to(device),
             importance=weights,
             lengths=[white[i].numel() for i in reading.indices],
+            kept=reading.kept,
         )
 
     tokens = torch.cat(advantages)
@@ -134,16 +144,23 @@ def experience_of(
 
 
 def _read(
-    root: RootModel, trajectories: Sequence[Trajectory], settings: PpoSettings, compute: Compute
+    root: RootModel,
+    trajectories: Sequence[Trajectory],
+    settings: PpoSettings,
+    compute: Compute,
+    keep: Sequence[RoleName] = (),
 ) -> list[list[_Reading]]:
     """What policy, reference and critic say of every action token, by mini-batch and micro-batch."""
     heat = settings.rollout.temperature
     sizes = [sum(len(s.ids) for s in t.segments) for t in trajectories]
+    kept: dict[int, dict[RoleName, TrunkOutput]] = {}
 
     def read_tree(tree: TreeBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        old, entropies = read_actions(root, "policy", tree, compute, temperature=heat, entropy=True)
+        graphs = kept.setdefault(id(tree), {}) if keep and not groups else None  # of the first mini-batch
+        learns = [graphs if role in keep else None for role in ("policy", "critic")]
+        old, entropies = read_actions(root, "policy", tree, compute, temperature=heat, entropy=True, kept=learns[0])
         ref, _ = read_actions(root, "ref", tree, compute, temperature=heat)
-        return old, entropies, ref, _read_values(root, tree, compute)
+        return old, entropies, ref, _read_values(root, tree, compute, learns[1])
 
     groups: list[list[_Reading]] = []
     for share in (s.tolist() for s in np.array_split(np.arange(len(trajectories)), settings.ppo.minibatches)):
@@ -152,19 +169,16 @@ def _read(
         cut = micro_batches(share, [sizes[i] for i in share], settings.micro_tokens, ranks=distributed.world()[1])
         trees = [TreeBatch.of(forest(trajectories[i].nodes() for i in indices)) for indices in cut]
         found = share_forwards(root, ["policy", "ref", "critic"], trees, read_tree, compute)
-        groups.append([_Reading(indices, tree, *read) for indices, tree, read in zip(cut, trees, found, strict=True)])
+        read = zip(cut, trees, found, strict=True)
+        groups.append([_Reading(i, tree, *said, kept=kept.get(id(tree), {})) for i, tree, said in read])
     return groups
 
 
-@torch.no_grad()
-def _read_values(root: RootModel, tree: TreeBatch, compute: Compute) -> Tensor:
+def _read_values(
+    root: RootModel, tree: TreeBatch, compute: Compute, kept: dict[RoleName, TrunkOutput] | None
+) -> Tensor:
     """The critic's value before each action, on the CPU."""
-
-    def values_of(out: TrunkOutput) -> Tensor:
-        return out.values(out.tree.action_index())
-
-    with compute.autocast():
-        values: Tensor = root(tree.to(compute.device), "critic", values_of, reads=TreeBatch.before_actions)
+    values = read_head(root, "critic", tree, compute, lambda out: out.values(out.tree.action_index()), kept)
     return values.cpu()
 
 

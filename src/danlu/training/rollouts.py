@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from danlu.training.setup import limits_of, records_of
 from danlu.training.sharding import whole_of
 from danlu.tree import Trajectory, TreeBatch
 
+Result = TypeVar("Result")
 HELDOUT_PROMPTS = 128
 # How far the engine's log-probabilities of what it has just sampled may be from the trainer's, nats per token in the mean. What
 # rounding in another order of sums makes of it stays a tenth of the bound, see docs/log.md; the greatest of thousands of tokens
@@ -90,18 +91,52 @@ def share_rollout(
     )
 
 
-@torch.no_grad()
 def read_actions(
-    root: RootModel, role: RoleName, tree: TreeBatch, compute: Compute, *, temperature: float, entropy: bool = False
+    root: RootModel,
+    role: RoleName,
+    tree: TreeBatch,
+    compute: Compute,
+    *,
+    temperature: float,
+    entropy: bool = False,
+    kept: dict[RoleName, TrunkOutput] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of a tree's action tokens under a role, and the entropies there (else zeros), on the CPU."""
+    """Log-probabilities of a tree's action tokens under a role, and the entropies there (else zeros), on the CPU.
+
+    Args:
+        kept: see `read_head`.
+    """
 
     def head(out: TrunkOutput) -> tuple[Tensor, Tensor]:
         return logprobs(out, out.tree.action_index(), temperature, entropy=entropy)
 
-    with compute.autocast():
-        logp, entropies = root(tree.to(compute.device), role, head, reads=TreeBatch.before_actions)
+    logp, entropies = read_head(root, role, tree, compute, head, kept)
     return logp.cpu(), entropies.cpu()
+
+
+def read_head(
+    root: RootModel,
+    role: RoleName,
+    tree: TreeBatch,
+    compute: Compute,
+    head_fn: Callable[[TrunkOutput], Result],
+    kept: dict[RoleName, TrunkOutput] | None = None,
+) -> Result:
+    """What `head_fn` reads before a tree's action tokens, without a graph.
+
+    Args:
+        kept: gets the trunk's output, with its graph, under the role's name. None: there is no graph.
+    """
+
+    def head(out: TrunkOutput) -> Result:
+        if kept is not None:
+            kept[role] = out
+        with torch.no_grad():
+            return head_fn(out)
+
+    with torch.set_grad_enabled(kept is not None), compute.autocast():
+        found: Result = root(tree.to(compute.device), role, head, reads=TreeBatch.before_actions)
+    return found
 
 
 def engine_gap(fresh: Sequence[tuple[Tensor, Tensor]], dtype: Dtype) -> dict[str, float]:

@@ -47,7 +47,7 @@ class TrainResult:
 def accumulate(
     root: nn.Module,
     role: RoleName,
-    batches: Sequence[tuple[TreeBatch | RowBatch, Extra]],
+    batches: Sequence[tuple[TreeBatch | RowBatch | TrunkOutput, Extra]],
     loss_fn: Callable[[Any, Extra], tuple[Tensor, dict[str, float]]],
     compute: Compute,
     *,
@@ -56,7 +56,8 @@ def accumulate(
     """Forward and backward of this rank's micro-batches; gradients are added up over micro-batches and ranks.
 
     Args:
-        batches: micro-batches with whatever else their loss needs. A rank without any takes part with zero gradients.
+        batches: micro-batches with whatever else their loss needs. A rank without any takes part with zero gradients. In place
+            of a micro-batch what the trunk made of it, with its graph.
         loss_fn: divides by the step's global denominator, so that sums of losses are the step's loss.
         reads: of token trees, the hidden states that it reads (`RootModel.forward`).
 
@@ -68,7 +69,10 @@ def accumulate(
     told = {"reads": reads} if reads is not None else {}
     for tree, extra in batches:
         with compute.autocast():
-            loss, metrics = root(tree.to(compute.device), role, lambda out, e=extra: loss_fn(out, e), **told)
+            if isinstance(tree, TrunkOutput):
+                loss, metrics = loss_fn(tree, extra)
+            else:
+                loss, metrics = root(tree.to(compute.device), role, lambda out, e=extra: loss_fn(out, e), **told)
         (loss * compute.loss_scale).backward()
         sums["loss"] += float(loss.detach())
         for key, value in metrics.items():
