@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -186,10 +187,23 @@ def _rows(work: Work, found: dict[str, Measured], names: dict[str, Peer], job: d
             peaks = [[{"tokens": m.peak, "seconds": 1.0}] for m in (ours, found[name])]
             rows.append(row(*peaks, losses=losses, tolerance=work.tolerance, **facts))
         else:
-            rows.append(row(ours.windows, found[name].windows, losses=losses, tolerance=work.tolerance, **facts))
+            compared = row(ours.windows, found[name].windows, losses=losses, tolerance=work.tolerance, **facts)
+            rows.append(compared | _beside(work, ours, found[name], job))
     if "gemm" in found and "danlu bfloat16" in found:
         rows.append(_share(work, found["danlu bfloat16"], found["gemm"], job))
     return rows
+
+
+def _beside(work: Work, ours: Measured, peer: Measured, job: dict[str, Any]) -> dict[str, Any]:
+    """What the table tells beside the ratio: both sides' peak memory in bytes, and pairs or episodes per second."""
+    told: dict[str, Any] = {"ours_peak": ours.peak, "peer_peak": peer.peak}
+    if work.name in ("reward", "dpo"):
+        each = [job["pairs"] / job["tokens"] * statistics.median(rates(m.windows)) for m in (ours, peer)]
+        return told | {"item": "pair", "ours_items": each[0], "peer_items": each[1]}
+    if work.name in ("grpo", "ppo"):
+        each = [job["episodes"] / statistics.median(w["seconds"] for w in m.windows) for m in (ours, peer)]
+        return told | {"item": "episode", "ours_items": each[0], "peer_items": each[1]}
+    return told
 
 
 def _share(work: Work, ours: Measured, gemm: Measured, job: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +244,7 @@ def _job(work: Work, inputs: Inputs, folder: Path, counts: tuple[int, int], wind
     job["check"] = rows.write(folder / "check.jsonl", 0, check)
     job["rows"] = rows.write(folder / "rows.jsonl", check, count)
     job["tokens"] = sum(_tokens(r) for r in rows.ids[check : check + count])
+    job["pairs"] = count
     if work.name == "reward":
         job |= {"model": str(models / "reward"), "value_head": str(models / "value-head")}
     if work.name == "sft":

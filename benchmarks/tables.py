@@ -31,15 +31,16 @@ def machine() -> str:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of `benchmarks/core.py`."""
     lines = [
-        "| work | size | peer, setting | danlu | peer | unit | ratio (lowest to highest) | goal | loss difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| work | size | peer, setting | danlu | peer | unit | ratio (lowest to highest) | goal | loss difference "
+        "| pairs or episodes/s | peak, GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         # Of memory less is better, of all else more.
         goal = "" if r["goal"] is None else f"{'<=' if r['work'] == 'memory' else '>='} {r['goal']:g}"
         lines.append(
             f"| {r['work']} | {r['size']} | {r['peer']}, {r['peer_setting']} | {_number(r['ours'])} "
-            f"| {_number(r['peer_value'])} | {r['unit']} | {_ratio(r)} | {goal} | {_difference(r)} |"
+            f"| {_number(r['peer_value'])} | {r['unit']} | {_ratio(r)} | {goal} | {_difference(r)} | {_items(r)} | {_peaks(r)} |"
         )
     return "\n".join(lines)
 
@@ -54,6 +55,14 @@ def _ratio(r: dict[str, Any]) -> str:
 
 def _difference(r: dict[str, Any]) -> str:
     return "other steps" if r["loss_difference"] is None else f"{r['loss_difference']:.1e}"
+
+
+def _items(r: dict[str, Any]) -> str:
+    return f"{r['ours_items']:.3g}, {r['peer_items']:.3g} {r['item']}s" if "item" in r else ""
+
+
+def _peaks(r: dict[str, Any]) -> str:
+    return f"{r['ours_peak'] / 1e9:.2f}, {r['peer_peak'] / 1e9:.2f}" if "ours_peak" in r else ""
 
 
 def write_section(path: Path, title: str, text: str) -> None:

@@ -38,6 +38,17 @@ def test_a_ratio_is_taken_within_a_turn() -> None:
     assert set(found) == KEYS | {"loss_difference"}
 
 
+def test_pairs_episodes_and_peaks_stand_beside_the_ratio() -> None:
+    ours, peer = (Measured([1.0], windows(2, 4, 8, tokens=100), peak) for peak in (5e8, 1.5e9))
+    reward, ppo = (next(w for w in WORKS if w.name == name) for name in ("reward", "ppo"))
+    pairs = core._beside(reward, ours, peer, {"pairs": 10, "tokens": 100})
+    assert pairs == {"item": "pair", "ours_items": 2.5, "peer_items": 2.5, "ours_peak": 5e8, "peer_peak": 1.5e9}
+    episodes = core._beside(ppo, ours, peer, {"episodes": 64})
+    assert (episodes["item"], episodes["ours_items"]) == ("episode", 16.0)
+    compared = ratios.row(ours.windows, peer.windows, losses=([1.0], [1.0]), tolerance=0.02, **FACTS) | episodes
+    assert tables.markdown([compared]).splitlines()[2].endswith("| 16, 16 episodes | 0.50, 1.50 |")
+
+
 def test_tokens_are_counted_per_side() -> None:
     found = ratios.row(windows(2), windows(2, tokens=30), losses=([1.0], [1.0]), tolerance=0.02, **FACTS)
     assert found["ratio"] == 4.0
@@ -242,7 +253,8 @@ def test_rows_of_a_work_with_several_settings_of_a_peer() -> None:
         (p.name, p.setting): 2 + i for i, p in reversed(list(enumerate(work.peers)))
     }  # the first one is the fastest
     assert best == {**slow, ("bare bf16 products", "best"): pytest.approx(90.0)}  # 60 of 1 and of 2, over 120 and 60
-    assert all(set(r) == KEYS | {"loss_difference"} for r in rows)
+    shares = {"ours_peak", "peer_peak"}
+    assert all(set(r) == KEYS | {"loss_difference"} | (shares if r["work"] == "sft" else set()) for r in rows)
     assert json.loads(json.dumps(rows)) == rows
 
 

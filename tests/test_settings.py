@@ -72,8 +72,8 @@ FROZEN = {
     "Rollout": "batch max_new_tokens temperature engine vllm_memory",
     "PpoRollout": "batch max_new_tokens temperature engine vllm_memory per_update reuse buffer",
     "Ppo": "kl_coef kl_estimator kl_in kl_controller kl_target kl_horizon gamma gae_lambda critic_lambda whiten_rewards "
-    "clip_range clip_range_high dual_clip importance_clip value_clip_range entropy_coef epochs minibatches update_kl score_norm "
-    "score_clip missing_stop_penalty critic_learning_rate critic_warmup critic_init max_kl",
+    "clip_range clip_range_high dual_clip importance_clip value_clip_range entropy_coef epochs minibatches keep_graphs update_kl "
+    "score_norm score_clip missing_stop_penalty critic_learning_rate critic_warmup critic_init max_kl",
     "Ptx": "data form coef tokens",
     "RewardTerm": TERM,
     "Endpoint": f"{TERM} {ENDPOINT}",
