@@ -393,7 +393,8 @@ RULES: Final[dict[str, Rule]] = {
         "warning",
         f"the share of answers that end by themselves fell by {STOP_FALL:.0%}",
         "an answer that goes on is scored no worse than one that ends",
-        "raise missing_stop_penalty, or rollout.max_new_tokens if good answers are cut off",
+        "raise missing_stop_penalty, or rollout.max_new_tokens if good answers are cut off; in PPO let the critic learn first what "
+        "a cut answer costs (critic_warmup), since a reward model that becomes it does not know",
     ),
     "P-ENTROPY-LOST": Rule(
         entropy_lost,
