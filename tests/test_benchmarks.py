@@ -253,8 +253,8 @@ def test_rows_of_a_work_with_several_settings_of_a_peer() -> None:
         (p.name, p.setting): 2 + i for i, p in reversed(list(enumerate(work.peers)))
     }  # the first one is the fastest
     assert best == {**slow, ("bare bf16 products", "best"): pytest.approx(90.0)}  # 60 of 1 and of 2, over 120 and 60
-    shares = {"ours_peak", "peer_peak"}
-    assert all(set(r) == KEYS | {"loss_difference"} | (shares if r["work"] == "sft" else set()) for r in rows)
+    peaks = {"ours_peak", "peer_peak"}
+    assert all(set(r) == KEYS | {"loss_difference"} | (peaks if r["work"] == "sft" else set()) for r in rows)
     assert json.loads(json.dumps(rows)) == rows
 
 

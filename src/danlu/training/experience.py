@@ -157,10 +157,10 @@ def _read(
 
     def read_tree(tree: TreeBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         graphs = kept.setdefault(id(tree), {}) if keep and not groups else None  # of the first mini-batch
-        learns = [graphs if role in keep else None for role in ("policy", "critic")]
-        old, entropies = read_actions(root, "policy", tree, compute, temperature=heat, entropy=True, kept=learns[0])
+        policy, critic = (graphs if role in keep else None for role in ("policy", "critic"))
+        old, entropies = read_actions(root, "policy", tree, compute, temperature=heat, entropy=True, kept=policy)
         ref, _ = read_actions(root, "ref", tree, compute, temperature=heat)
-        return old, entropies, ref, _read_values(root, tree, compute, learns[1])
+        return old, entropies, ref, _read_values(root, tree, compute, critic)
 
     groups: list[list[_Reading]] = []
     for share in (s.tolist() for s in np.array_split(np.arange(len(trajectories)), settings.ppo.minibatches)):
