@@ -143,7 +143,7 @@ def test_nothing_good_enough_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_an_interrupted_stage_goes_on_bit_for_bit(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
