@@ -38,6 +38,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     ),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "attention_dropout": 0.0, "hidden_dropout": 0.0}),
+    "gpt_neo": (
+        "GPTNeo",
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": CONTEXT, "window_size": 5}
+        | {"attention_types": [[["global", "local"], 1]], "resid_dropout": 0.0, "embed_dropout": 0.0},
+    ),
     "codegen": (
         "CodeGen",
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 4}

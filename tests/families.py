@@ -60,16 +60,21 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     ),
-    # Not among `families.TESTED`: compared with transformers when they are loaded.
-    "cohere2": ("Cohere2", GROUPED | {"logit_scale": 0.5, "sliding_window": 6}),
-    "nemotron": ("Nemotron", GROUPED),
-}
-PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4} | NO_DROPOUT),
     "codegen": ("CodeGen", GPT | {"rotary_dim": 4}),
     "gptj": ("GPTJ", GPT | {"rotary_dim": 4}),
     "falcon": ("Falcon", HEADS | NO_DROPOUT | {"multi_query": True, "new_decoder_architecture": False}),
     "falcon_alibi": ("Falcon", HEADS | NO_DROPOUT | {"alibi": True, "new_decoder_architecture": False}),
+    "falcon_groups": ("Falcon", HEADS | NO_DROPOUT | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_alibi_groups": (
+        "Falcon",
+        HEADS | NO_DROPOUT | {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    # Not among `families.TESTED`: compared with transformers when they are loaded.
+    "cohere2": ("Cohere2", GROUPED | {"logit_scale": 0.5, "sliding_window": 6}),
+    "nemotron": ("Nemotron", GROUPED),
+}
+PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": (
         "GPTNeo",
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64, "window_size": 5}
@@ -79,6 +84,18 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = FAST | PADDED
 
 
+def own_attention(config: Any) -> str:
+    """transformers' that is right: its eager attention of Falcon adds ALiBi to the mask and then once more to the scores."""
+    return "sdpa" if getattr(config, "alibi", False) else "eager"
+
+
+def padded(model: Any) -> None:
+    """Makes a prepared model take the path of families whose attention takes no plan."""
+    model.set_attn_implementation(own_attention(model.config))
+    model.config._attn_implementation = own_attention(model.config)  # some families let nobody choose
+    model.base_model.danlu_fast_path = False
+
+
 def make(family: str, *, seed: int = 0, **options: Any) -> Any:
     """A causal language model of the family with large random weights: a wrong mask or position shows."""
     import transformers
@@ -86,7 +103,7 @@ def make(family: str, *, seed: int = 0, **options: Any) -> Any:
     prefix, shape = FAMILIES[family]
     kind = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
     config = getattr(transformers, kind)(**(shape | IDS | options))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=own_attention(config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):

@@ -393,7 +393,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
     assert len(rate) == len(trained) and optimizer.param_groups[0]["lr"] == 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
 def test_neftune_noise_is_bounded_seeded_and_for_training_alone(family: str) -> None:
     from danlu.models.roles import SeparateModels
     from danlu.training.noise import EmbeddingNoise, lengths_of

@@ -27,7 +27,7 @@ Near = Callable[..., None]
 PROMPTS = [[5, 6, 7], [8], list(range(3, 43)), [9, 9], [30, 31, 32, 33]]
 
 
-@pytest.fixture(params=["llama", "bloom"], ids=["own cache", "transformers' cache"])
+@pytest.fixture(params=["llama", "gpt_neo"], ids=["own cache", "transformers' cache"])
 def model(request: pytest.FixtureRequest, tiny: Tiny) -> Any:
     return tiny(request.param)
 

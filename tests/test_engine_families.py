@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from families import make
 
 import danlu.assistant
 from danlu.config import EngineSettings
@@ -19,36 +19,12 @@ from danlu.models.load import save_model
 from danlu.text.tokenizer import train_tokenizer
 
 Tiny = Callable[..., Any]
-IDS = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+# Families whose attention danlu lets take a plan.
+PLANNED = ["bloom", "codegen", "gptj", "falcon", "falcon_alibi", "falcon_groups", "falcon_alibi_groups"]
 
 
-def gptj() -> Any:
-    config = transformers.GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4, **IDS)
-    return transformers.GPTJForCausalLM(config)
-
-
-def falcon(alibi: bool) -> Any:
-    config = transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=alibi, **IDS)
-    return transformers.FalconForCausalLM(config)
-
-
-def large(model: Any) -> Any:
-    """Weights with which a wrong mask or position shows."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
-    return model.eval()
-
-
-FALLBACK: dict[str, Callable[[Tiny], Any]] = {
-    "bloom": lambda tiny: tiny("bloom"),
-    "codegen": lambda tiny: tiny("codegen"),
-    "gptj": lambda tiny: large(gptj()),
-    "falcon-alibi": lambda tiny: large(falcon(True)),
-    "falcon-rotary": lambda tiny: large(falcon(False)),
-}
+def request(prompt: list[int], count: int, temperature: float = 0.0, seed: int = 0) -> Request:
+    return Request(prompt, SamplingParams(max_new_tokens=count, temperature=temperature, seed=seed))
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -60,10 +36,9 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", FALLBACK)
-def test_own_attention_decodes_in_one_batch(family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_without_a_plan_decodes_in_one_batch(tiny: Tiny) -> None:
     """Rows of different lengths that join and leave; a forward for each length of new prompts, and one for all others."""
-    model = FALLBACK[family](tiny)
+    model = tiny("gpt_neo")
     prompts = [[5, 6, 7], [9], [8, 8, 8, 9], [10, 11, 12], [13] * 9]
     counts = [9, 14, 4, 12, 8]
     expected = [greedy(model, p, c) for p, c in zip(prompts, counts, strict=True)]
@@ -71,10 +46,7 @@ def test_own_attention_decodes_in_one_batch(family: str, tiny: Tiny, monkeypatch
     assert not model.base_model.danlu_fast_path
     forwards: list[int] = []
     model.base_model.register_forward_hook(lambda module, args, output: forwards.append(len(output[0])))
-    requests = [
-        Request(p, SamplingParams(max_new_tokens=c, temperature=0)) for p, c in zip(prompts, counts, strict=True)
-    ]
-    ids = [engine.submit(r) for r in requests]
+    ids = [engine.submit(request(p, c)) for p, c in zip(prompts, counts, strict=True)]
     forwards.clear()
     steps = 0
     while engine._running or engine._waiting:
@@ -83,6 +55,47 @@ def test_own_attention_decodes_in_one_batch(family: str, tiny: Tiny, monkeypatch
     assert [list(engine.result(i).ids) for i in ids] == expected
     assert steps <= len(forwards) <= steps + len(prompts)
     assert max(forwards) == 3
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_attention_without_a_plan_reads_what_prompts_share_once(beams: int, tiny: Tiny) -> None:
+    model = tiny("gpt_neo")
+    first = [3 + (7 * n) % 58 for n in range(40)]
+    prompts = [first, [*first[:25], *range(20, 29)], [*first, 5, 6], first]
+    params = SamplingParams(max_new_tokens=6, temperature=0, num_beams=beams)
+    expected = [generate(LocalEngine(model), [Request(p, params)])[0].ids for p in prompts]
+    engine = LocalEngine(model)
+    engine._runner()  # reads a token to find out what the model keeps
+    read: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = []
+    for prompt in prompts:
+        read.clear()
+        found.append((generate(engine, [Request(prompt, params)])[0].ids, read[0]))
+    assert [f for f, _ in found] == expected
+    assert [r for _, r in found] == [40, 9, 2, 1]
+    engine.forget_prompts()
+    read.clear()
+    generate(engine, [Request(first, params)])
+    assert read[0] == 40
+
+
+@pytest.mark.parametrize("family", PLANNED)
+def test_bits_do_not_depend_on_the_batch(family: str) -> None:
+    """Nor on what was read before; sampled and greedy, prompts that share their beginnings, answers past a block of the cache."""
+    sizes = {"codegen": {"n_positions": 256}, "gptj": {"n_positions": 256}, "bloom": {}}
+    model = make(family, **sizes.get(family, {"max_position_embeddings": 256}))
+    prompts = [[3 + (n * n + 5 * k) % 58 for k in range(11 + 40 * n)] for n in range(3)]
+    prompts += [[*prompts[2][:70], 9, 10], prompts[2]]
+    requests = [request(p, 9 + n, temperature=float(n % 3 > 0), seed=n) for n, p in enumerate(prompts)]
+    expected = [generate(LocalEngine(model), [r])[0] for r in requests]
+    engine = LocalEngine(model, max_slots=3)
+    assert model.base_model.danlu_fast_path
+    for _ in range(2):
+        for done, wanted in zip(generate(engine, requests), expected, strict=True):
+            assert (done.ids, done.logprobs) == (wanted.ids, wanted.logprobs)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -16,7 +16,7 @@ from danlu.generation.protocol import Completion, Request, SamplingParams, gener
 from danlu.generation.speculative import Drafter, Guessing, ModelDrafter, NgramDrafter
 
 Tiny = Callable[..., Any]
-FAMILIES = ["llama", "gpt2", "bloom"]
+FAMILIES = ["llama", "gpt2", "bloom", "gpt_neo"]
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17, 18]]
 
 
@@ -246,5 +246,5 @@ def test_ngrams_continue_the_last_occurrence() -> None:
 def test_a_draft_model_needs_the_same_vocabulary(tiny: Tiny) -> None:
     with pytest.raises(EngineError, match="70 tokens, the model 61"):
         ModelDrafter(tiny("llama", vocab_size=70), vocab_size=61)
-    with pytest.raises(EngineError, match="BloomForCausalLM cannot be a draft model"):
-        ModelDrafter(tiny("bloom"), vocab_size=61)
+    with pytest.raises(EngineError, match="GPTNeoForCausalLM cannot be a draft model"):
+        ModelDrafter(tiny("gpt_neo"), vocab_size=61)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, FAST, PADDED, make
+from families import FAMILIES, FAST, PADDED, make, padded
 from torch import Tensor
 
 from danlu.exceptions import ModelError
@@ -120,8 +120,7 @@ def test_packed_equals_alone_and_equals_padded(family: str, near: Near) -> None:
     root = root_of(model)
     packed = logits_TV(root, NODES)
     near(packed, torch.cat([logits_TV(root, tree) for tree in trees()]))
-    model.set_attn_implementation("eager")
-    model.base_model.danlu_fast_path = False
+    padded(model)
     near(logits_TV(root, NODES), packed)
 
 

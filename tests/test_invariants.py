@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import padded
 from torch import Tensor
 
 from danlu.exceptions import ModelError
@@ -20,8 +21,8 @@ from danlu.training.logprobs import logprobs
 from danlu.training.step import accumulate, language_loss
 from danlu.tree import Node, TreeBatch, branches, forest
 
-FAST = ("llama", "gpt2", "qwen3")
-OWN_ATTENTION = ("bloom", "codegen")
+FAST = ("llama", "gpt2", "qwen3", "bloom", "codegen")
+OWN_ATTENTION = ("gpt_neo",)
 CPU = Compute("cpu", "float32", 1)
 Near = Callable[..., None]
 Tiny = Callable[..., Any]
@@ -56,8 +57,7 @@ def root_of(model: Any) -> RootModel:
 def padded_root(model: Any) -> RootModel:
     """The same model, made to take the path of families whose attention takes no plan."""
     root = root_of(model)
-    model.set_attn_implementation("eager")
-    model.base_model.danlu_fast_path = False
+    padded(model)
     return root
 
 
@@ -156,7 +156,7 @@ def test_padded_fallback_equals_the_fast_path(family: str, tiny: Tiny, near: Nea
 
 def test_the_fast_path_is_checked_and_not_assumed(tiny: Tiny) -> None:
     """A family whose attention takes no plan keeps transformers' own attention and still works there."""
-    model = prepare(tiny("bloom"))
+    model = prepare(tiny("gpt_neo"))
     assert model.base_model.danlu_fast_path is False
     assert model.config._attn_implementation != "danlu"
     assert model(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, 61)

@@ -426,14 +426,14 @@ def test_refusals() -> None:
 
 def test_a_family_that_does_not_look_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prefix without effect must not be trained in silence, as where layers drop their cache."""
-    roles = roles_of("codegen")
+    roles = roles_of("gpt_neo")
     forward = type(roles.base.base_model.h[0].attn).forward
 
     def deaf(self: Any, *args: Any, layer_past: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         return forward(self, *args, attention_mask=attention_mask[..., TOKENS:], **kwargs)
 
     monkeypatch.setattr(type(roles.base.base_model.h[0].attn), "forward", deaf)
-    with pytest.raises(ModelError, match="2 layers of CodeGenModel do not read"):
+    with pytest.raises(ModelError, match="2 layers of GPTNeoModel do not read"):
         RootModel(roles)(TREE, "policy", lambda out: out.hidden_TD)
 
 

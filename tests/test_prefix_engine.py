@@ -123,7 +123,7 @@ def test_a_model_drafter_guesses_behind_its_own_prefix() -> None:
     assert [result(c) for c in generate(LocalEngine(model, drafter=drafter), requests)] == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neo"])
 @pytest.mark.parametrize("search", [{"num_beams": 3}, {"penalty_alpha": 0.6, "top_k": 4}])
 def test_searches_behind_a_prefix(family: str, search: dict[str, Any]) -> None:
     """The beams of transformers' own search over rows that hold the prefix in their cache; contrastive search ends alike alone."""
@@ -162,12 +162,12 @@ def test_positions_context_and_memory() -> None:
     stay = carrying("llama", shift=False)
     assert LocalEngine(stay).context == 64
     assert not torch.allclose(tree_logits(stay, ids(1, 9)), tree_logits(carrying("llama"), ids(1, 9)), atol=1e-2)
-    small = LocalEngine(carrying("bloom"), memory=100 * 2 * 2 * 32 * 4)
+    small = LocalEngine(carrying("gpt_neo"), memory=100 * 2 * 2 * 32 * 4)
     with pytest.raises(EngineError, match="the request needs 128 positions"):  # 60 + 5 do not fit into 64
         small.submit(Request(ids(1, 50), SamplingParams(max_new_tokens=10)))
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neo"])
 @pytest.mark.parametrize("kind", ["ptuning", "prompt"])
 def test_roll_outs_follow_the_policy(family: str, kind: Any, near: Near) -> None:
     """An engine with the bare base gets a role's prefix as an update of weights, again and again."""
@@ -223,7 +223,7 @@ def peft_logits(family: str, folder: Path, text: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["ptuning", "prompt"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma", "bloom", "codegen"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma", "bloom", "codegen", "falcon_alibi", "gpt_neo"])
 def test_peft_loads_what_danlu_saved_and_the_other_way(family: str, kind: Any, near: Near, tmp_path: Path) -> None:
     """Equal logits, with grouped heads and head widths of their own; a projection is saved as what it says."""
     roles = PrefixRoles(make(family), ["policy"], tokens=TOKENS, kind=kind, projection=kind == "ptuning")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from danlu.generation.kv_cache import Arena, KeyValueCache
 from danlu.generation.step_plan import StepPlan
-from danlu.models.attention import PLAN_ARGUMENT
+from danlu.models.attention import planned_call
 
 SLOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MOST = 64  # graphs that are kept; the least recently used one goes first
@@ -92,9 +92,8 @@ class DecodeGraphs:
 
         def work() -> Tensor:
             plan = StepPlan.fixed(self.cache, arenas, slots, inputs[1])
-            output = self.model.base_model(
-                input_ids=inputs[:1], position_ids=inputs[1:] + before, use_cache=False, **{PLAN_ARGUMENT: plan}
-            )
+            ids, positions = inputs[:1], inputs[1:] + before
+            output = planned_call(self.model.base_model, plan, input_ids=ids, position_ids=positions)
             hidden: Tensor = output.last_hidden_state[0]
             return hidden
 

@@ -68,6 +68,18 @@ class Lane:
     past: Any = None
     ids: list[int] = field(default_factory=list)
 
+    def states(self, at: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[layer, kv_head, count, head]` that it holds from position `at` on."""
+        assert self.arena is not None, "the lane is open"
+        part = (slice(None), self.slot, slice(None), slice(at, at + count))
+        return self.arena.keys[part], self.arena.values[part]
+
+    def put(self, at: int, keys: Tensor, values: Tensor) -> None:
+        """Writes what another lane held at these positions; its length stays what it is."""
+        own_keys, own_values = self.states(at, keys.shape[2])
+        own_keys.copy_(keys)
+        own_values.copy_(values)
+
 
 class Arena:
     """Lanes of up to `positions` tokens. Slots 0 .. n-1 are taken, in the order of `lanes`."""
@@ -98,13 +110,14 @@ class Root:
 
     Attributes:
         keys, values: `[layer, kv_head, position, head]`, filled up to `ROOT_MULTIPLE` positions.
+        tokens: positions without what fills them up.
         mask_11P: 0 at the root's positions, -inf where it is filled up.
         offset: what is added to a text's positions.
     """
 
     def __init__(self, root: VirtualRoot, shape: CacheShape) -> None:
         fill = -root.tokens % ROOT_MULTIPLE
-        self.offset = root.offset
+        self.offset, self.tokens = root.offset, root.tokens
         self.keys, self.values = (
             torch.nn.functional.pad(torch.stack([x.to(shape.device, shape.dtype) for x in side]), (0, 0, 0, fill))
             for side in (root.keys, root.values)

@@ -1,7 +1,8 @@
 """Runs a model whose attention takes no plan, with transformers' own cache.
 
 Lanes that decode together are one batch padded on the left, kept from step to step and made anew when lanes join or leave.
-Prompts of one length are read together. Results equal those of one lane at a time up to rounding.
+Prompts of one length are read together. Results equal those of one lane at a time up to rounding, and so do those of a prompt whose
+beginning was read before.
 
 A trunk may say more of itself (ChatGLM's do):
     prefix_length       virtual tokens that it puts in front of the cache, and that masks and positions leave out
@@ -12,6 +13,7 @@ A trunk may say more of itself (ChatGLM's do):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from danlu.exceptions import EngineError
 from danlu.generation.kv_cache import Lane, arena_length
+from danlu.generation.prefixes import SHARE, PrefixStore
 from danlu.generation.step_plan import Read
 from danlu.models.attention import VirtualRoot
 from danlu.models.heads import logits_of
@@ -31,14 +34,12 @@ States = list[tuple[Tensor, Tensor]]  # keys and values `[1, heads, length, K]` 
 
 
 class PastRunner:
-    """See `CachedRunner`; nothing is remembered of earlier prompts.
+    """See `CachedRunner`.
 
     Args:
         model: any causal language model.
         memory: bytes for keys and values of running lanes.
     """
-
-    recalls = False
 
     def __init__(self, model: Any, memory: int) -> None:
         self.model = model
@@ -47,7 +48,9 @@ class PastRunner:
         self.whole_prompts = derives_positions(model.base_model)
         self._batch: tuple[list[Lane], Any] = ([], None)
         self._reserved = 0
-        self._limit = memory // self._bytes_per_position()
+        bytes_each, self._alike = self._per_position()
+        self._limit = int(memory * (1 - SHARE)) // bytes_each
+        self.prefixes = PrefixStore(int(memory * SHARE))
         self._root: VirtualRoot | None = None
         self._begin()
 
@@ -120,15 +123,30 @@ class PastRunner:
     def reset(self) -> None:
         """See `CachedRunner.reset`."""
         self._batch, self._reserved = ([], None), 0
+        self.prefixes.clear()
+
+    @property
+    def recalls(self) -> bool:
+        """Whether prompts are kept: not where a token's keys depend on what follows it, layers keep unlike states, or the model
+        puts keys of its own in front.
+        """
+        return self._alike and not self.whole_prompts and not self._front and self.prefixes.memory > 0
 
     def recall(self, lane: Lane, ids: Sequence[int]) -> None:
-        """Nothing is recalled."""
+        """See `CachedRunner.recall`."""
+        if self.recalls:
+            self._spread()
+            lane.length = self.prefixes.load(ids, _Held(lane))
 
     def remember(self, lane: Lane, ids: Sequence[int]) -> None:
-        """Nothing is remembered."""
+        """See `CachedRunner.remember`."""
+        if self.recalls:
+            self._spread()
+            self.prefixes.save(ids, _Held(lane))
 
     def forget_prompts(self, *, in_place: bool = False) -> None:
-        """See `CachedRunner.forget_prompts`; nothing else is remembered than what stands before every text."""
+        """See `CachedRunner.forget_prompts`."""
+        self.prefixes.clear()
         self._begin()
 
     def room(self, lane: Lane) -> int:
@@ -213,11 +231,36 @@ class PastRunner:
         past = self._batch[1] if lane in self._batch[0] else lane.past
         return past is None or all(type(layer) is DynamicLayer for layer in past.layers)
 
-    def _bytes_per_position(self) -> int:
+    def _per_position(self) -> tuple[int, bool]:
+        """Bytes, and whether all layers keep all positions, and alike."""
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        past = self.model.base_model(input_ids=tokens, use_cache=True).past_key_values
-        states = [x for layer in past.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
-        return max(1, sum(x.nbytes // x.shape[2] for x in states))
+        layers = self.model.base_model(input_ids=tokens, use_cache=True).past_key_values.layers
+        states = [x for layer in layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
+        kinds = {(type(x), x.keys.shape, x.values.shape) if isinstance(x, DynamicLayer) else type(x) for x in layers}
+        alike = len(kinds) == 1 and all(type(layer) is DynamicLayer for layer in layers)
+        return max(1, sum(x.nbytes // x.shape[2] for x in states)), alike
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a lane that is in no batch holds; see `prefixes.Holder`."""
+
+    lane: Lane
+
+    @property
+    def length(self) -> int:
+        return self.lane.length
+
+    def states(self, at: int, count: int) -> tuple[Tensor, Tensor]:
+        layers = self.lane.past.layers
+        begin = layers[0].keys.shape[2] - self.length + at  # what stands in front is no part of the text
+        part = (0, slice(None), slice(begin, begin + count))
+        return torch.stack([x.keys[part] for x in layers]), torch.stack([x.values[part] for x in layers])
+
+    def put(self, at: int, keys: Tensor, values: Tensor) -> None:
+        self.lane.past = self.lane.past if self.lane.past is not None else DynamicCache()
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            self.lane.past.update(key[None], value[None], layer)
 
 
 def _cache(states: States) -> DynamicCache:

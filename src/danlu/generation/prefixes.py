@@ -10,12 +10,29 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
-from danlu.generation.kv_cache import BLOCK, Lane
+from danlu.generation.kv_cache import BLOCK
 
+SHARE = 0.25  # of an engine's memory for keys and values
 SHORTEST = 8  # tokens of a partly equal block that are worth copying
+
+
+class Holder(Protocol):
+    """Somewhere that keys and values `[layer, kv_head, position, head]` of a text's first `length` positions are held."""
+
+    @property
+    def length(self) -> int: ...
+
+    def states(self, at: int, count: int) -> tuple[Tensor, Tensor]:
+        """Those of `count` positions from `at` on."""
+        ...
+
+    def put(self, at: int, keys: Tensor, values: Tensor) -> None:
+        """Adds those of the positions from `at` on, which comes after all it holds; its length stays what it is."""
+        ...
 
 
 @dataclass(eq=False)
@@ -69,28 +86,27 @@ class PrefixStore:
         self._recent.clear()
         self.bytes = 0
 
-    def load(self, ids: Sequence[int], lane: Lane) -> int:
+    def load(self, ids: Sequence[int], lane: Holder) -> int:
         """Copies the longest known beginning of `ids` that is longer than what the lane holds into it.
 
         Returns:
-            How many positions the lane holds now.
+            How many positions it holds now: its new length.
         """
         found = self._find(ids)
         known = sum(n for _, n in found)
-        if known <= lane.length or lane.arena is None:
+        if known <= lane.length:
             return lane.length
         at = 0
         for kept, n in found:
-            if at + n > lane.length:
+            skip = max(0, lane.length - at)
+            if skip < n:
                 assert kept.keys is not None and kept.values is not None
-                lane.arena.keys[:, lane.slot, :, at : at + n] = kept.keys[:, :, :n]
-                lane.arena.values[:, lane.slot, :, at : at + n] = kept.values[:, :, :n]
+                lane.put(at + skip, kept.keys[:, :, skip:n], kept.values[:, :, skip:n])
             at += n
         self._touch(found[-1][0])
-        lane.length = known
         return known
 
-    def save(self, ids: Sequence[int], lane: Lane) -> None:
+    def save(self, ids: Sequence[int], lane: Holder) -> None:
         """Keeps the blocks of `ids`, all of which the lane has read."""
         node = self._root
         for at in range(0, len(ids), BLOCK):
@@ -122,10 +138,9 @@ class PrefixStore:
             node, at = child, at + len(part)
         return found
 
-    def _keep(self, parent: _Kept, ids: tuple[int, ...], lane: Lane, at: int) -> bool:
-        assert lane.arena is not None
-        part = (slice(None), lane.slot, slice(None), slice(at, at + len(ids)))
-        kept = _Kept(ids, parent, lane.arena.keys[part].clone(), lane.arena.values[part].clone())
+    def _keep(self, parent: _Kept, ids: tuple[int, ...], lane: Holder, at: int) -> bool:
+        keys, values = lane.states(at, len(ids))
+        kept = _Kept(ids, parent, keys.clone(), values.clone())
         if parent is not self._root:
             self._touch(parent)  # making room must not take what this block hangs on
         while self.bytes + kept.bytes > self.memory and self._recent and next(iter(self._recent)) is not parent:

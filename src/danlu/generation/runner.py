@@ -11,10 +11,10 @@ from torch import Tensor
 from danlu.exceptions import EngineError
 from danlu.generation.graphs import DecodeGraphs
 from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, arena_length
-from danlu.generation.prefixes import PrefixStore
+from danlu.generation.prefixes import SHARE, PrefixStore
 from danlu.generation.step_plan import Read, StepPlan
 from danlu.models import lean, prepacked
-from danlu.models.attention import PLAN_ARGUMENT
+from danlu.models.attention import planned_call
 from danlu.models.heads import logits_of
 from danlu.models.prefix import attached
 
@@ -22,7 +22,6 @@ from danlu.models.prefix import attached
 # fill whole vector registers, which a multiple of it sees to (measured in fp32 on CPUs; for layers wider than 64 with MKL's strict
 # mode, which `danlu/__init__.py` asks for).
 ROWS = 4
-PREFIX_SHARE = 0.25  # of the memory, for prompts that were read before
 
 
 class CachedRunner:
@@ -41,8 +40,8 @@ class CachedRunner:
         self.shape = _shape(model)
         # Bits are promised in float32; in other dtypes a single row is worth a single row's time.
         self.rows = ROWS if self.shape.dtype == torch.float32 else 1
-        self.cache = KeyValueCache(self.shape, int(memory * (1 - PREFIX_SHARE)))
-        self.prefixes = PrefixStore(int(memory * PREFIX_SHARE))
+        self.cache = KeyValueCache(self.shape, int(memory * (1 - SHARE)))
+        self.prefixes = PrefixStore(int(memory * SHARE))
         self._prepack()
         self.graphs = DecodeGraphs(model, self.cache) if self.shape.device.type == "cuda" else None
         self._begin()
@@ -104,7 +103,7 @@ class CachedRunner:
 
     def recall(self, lane: Lane, ids: Sequence[int]) -> None:
         """Lets a lane that has read less hold as much of the beginning of `ids` as an earlier prompt shares with it."""
-        self.prefixes.load(ids, lane)
+        lane.length = self.prefixes.load(ids, lane)
 
     def remember(self, lane: Lane, ids: Sequence[int]) -> None:
         """Keeps a prompt's first ids, all of which the lane has read."""
@@ -139,12 +138,8 @@ class CachedRunner:
         padding = [0] * (-len(plan.ids) % self.rows)
         offset = self.cache.root.offset if self.cache.root is not None else 0
         positions = [p + offset for p in plan.positions]
-        output = self.model.base_model(
-            input_ids=torch.tensor([[*plan.ids, *padding]], device=device),
-            position_ids=torch.tensor([[*positions, *padding]], device=device),
-            use_cache=False,
-            **{PLAN_ARGUMENT: plan},
-        )
+        ids_2T = torch.tensor([[*plan.ids, *padding], [*positions, *padding]], device=device)
+        output = planned_call(self.model.base_model, plan, input_ids=ids_2T[:1], position_ids=ids_2T[1:])
         hidden: Tensor = output.last_hidden_state[0]
         return hidden.index_select(0, torch.tensor(wanted, dtype=torch.int64, device=device))
 
@@ -172,7 +167,7 @@ class _Probe:
 def _shape(model: Any) -> CacheShape:
     device = next(model.base_model.parameters()).device
     probe, tokens = _Probe(), torch.zeros(1, 1, dtype=torch.int64, device=device)
-    model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, **{PLAN_ARGUMENT: probe})
+    planned_call(model.base_model, probe, input_ids=tokens, position_ids=tokens)
     if len(set(probe.found)) > 1:
         raise EngineError(f"the layers of {type(model).__name__} keep keys and values of different shapes")
     heads, key_width, value_width, dtype = probe.found[0]

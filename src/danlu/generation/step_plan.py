@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from danlu.generation.kv_cache import Arena, CacheShape, KeyValueCache, Lane, Root
+from danlu.models.attention import KeyBias
 
 
 @dataclass
@@ -30,6 +31,17 @@ class _Decode:
     slots_S: Tensor | None  # None: all of these, in order
     seen_S: Tensor  # [slots * G]: the last position that each slot sees
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    biases: dict[KeyBias, Tensor] = field(default_factory=dict)
+
+    def bias(self, bias: KeyBias, before: int) -> Tensor:
+        """[slots * G, R, before + positions]: of each key for the heads that read it, less that of the last position seen."""
+        if bias not in self.biases:
+            groups = self.arena.keys.shape[2]
+            own = bias.of(torch.arange(before + self.arena.positions, device=self.seen_S.device))
+            last = own[:, before + self.seen_S[::groups]].T[:, :, None]
+            shifted = (own[None] - last).reshape(self.slots * groups, -1, own.shape[1])
+            self.biases[bias] = shifted.to(self.arena.keys.dtype)
+        return self.biases[bias]
 
     def mask(self, window: int | None) -> Tensor:
         """[slots * G, 1, positions]: 0 where a slot sees a position, -inf elsewhere; `window` positions at most."""
@@ -199,9 +211,10 @@ class StepPlan:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        bias: KeyBias | None = None,
     ) -> Tensor:
         """query [H, T, K], key and value [G, T, K] -> [T, H, K]; see `models.attention.AttentionPlan`."""
-        rule = _Rule(scale, None if window is None or window >= self.longest else window, softcap, self.root)
+        rule = _Rule(scale, None if window is None or window >= self.longest else window, softcap, self.root, bias)
         for write in self._writes:
             for kept, new in ((write.arena.keys, key), (write.arena.values, value)):
                 rows = new[:, write.start : write.end].transpose(0, 1).reshape(-1, new.shape[2]).to(kept.dtype)
@@ -228,13 +241,27 @@ class _Rule:
     window: int | None
     softcap: float | None
     root: Root | None = None
+    bias: KeyBias | None = None
 
-    def mix(self, layer: int, slots: int, q: Tensor, scores: Tensor, values: Tensor) -> Tensor:
-        """q [slots * G, n, K], scores [.., n, P], values [.., P, K] -> [.., n, K]: the softmax is over root and positions."""
+    @property
+    def before(self) -> int:
+        """Positions of the root."""
+        return self.root.tokens if self.root is not None else 0
+
+    def mix(
+        self, layer: int, slots: int, q: Tensor, scores: Tensor, values: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """q [slots * G, n, K], scores [.., n, P], values [.., P, K] -> [.., n, K]: the softmax is over root and positions.
+
+        Args:
+            bias: `[.., n, before + P]`, which the scores have already, and the root's have not.
+        """
         if self.root is None:
             return torch.bmm(torch.softmax(scores, dim=-1), values)
         first_keys, first_values = self.root.of(layer, slots)
         first = self.scores(q, first_keys, self.root.mask_11P)
+        if bias is not None:
+            first[..., : self.before] += bias[..., : self.before]
         probs = torch.softmax(torch.cat([first, scores], dim=-1), dim=-1)
         end = first.shape[-1]
         return torch.bmm(probs[..., :end], first_values).add_(torch.bmm(probs[..., end:], values))
@@ -259,8 +286,12 @@ def _attend_one(decode: _Decode, layer: int, query: Tensor, rule: _Rule) -> Tens
     if decode.slots_S is not None:
         q = q.new_zeros(slots, *q.shape[1:]).index_copy_(0, decode.slots_S, q)
     q = q.reshape(keys.shape[0], -1, keys.shape[2])
-    scores = rule.scores(q, keys, decode.mask(rule.window))
-    mixed = rule.mix(layer, slots, q, scores, values).view(slots, query.shape[0], -1)
+    mask, bias = decode.mask(rule.window), None
+    if rule.bias is not None:
+        bias = decode.bias(rule.bias, rule.before)
+        mask = mask + bias[..., rule.before :]
+    scores = rule.scores(q, keys, mask)
+    mixed = rule.mix(layer, slots, q, scores, values, bias).view(slots, query.shape[0], -1)
     if decode.slots_S is not None:
         mixed = mixed.index_select(0, decode.slots_S)
     return mixed.to(query.dtype)
@@ -284,5 +315,11 @@ def _attend_block(block: _Block, layer: int, query: Tensor, rule: _Rule, causal_
     if rule.window is not None:
         place = torch.arange(begin + grid, device=keys.device)
         by_head.masked_fill_(place[:end] <= place[begin:, None] - rule.window, float("-inf"))
-    mixed = rule.mix(layer, 1, q, scores, values)
+    bias = None
+    if rule.bias is not None:
+        own = rule.bias.of(torch.arange(rule.before + end, device=keys.device))
+        own = (own - own[:, -1:]).to(scores.dtype)[:, None].expand(-1, grid, -1)
+        by_head += own[:, :, rule.before :]
+        bias = own.reshape(keys.shape[0], -1, own.shape[2])
+    mixed = rule.mix(layer, 1, q, scores, values, bias)
     return mixed.view(heads, grid, -1)[:, first : first + count].transpose(0, 1).to(query.dtype)

@@ -8,7 +8,8 @@ drop call arguments are made to keep this one (`carry`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ class AttentionPlan(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        bias: KeyBias | None = None,
     ) -> Tensor:
         """query [H, T, K], key and value [G, T, K] -> [T, H, K].
 
@@ -47,8 +49,29 @@ class AttentionPlan(Protocol):
             scale: of the products of queries and keys.
             window: a token sees itself and the `window - 1` positions before it; None: everything before it.
             softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2); None: as they are.
+            bias: is added to the scores by the position of the key (ALiBi); keys before every text have the first positions.
         """
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBias:
+    """What is added to the scores of a key, by its position: `factor * slope * position` for each head (Press et al. 2022).
+
+    Attributes:
+        slopes_H1: one for each query head, fp32.
+        factor: of all of them.
+        rounded: the dtype in which the family computes `slope * position`.
+    """
+
+    slopes_H1: Tensor
+    factor: float = 1.0
+    rounded: torch.dtype = torch.float32
+
+    def of(self, positions_S: Tensor) -> Tensor:
+        """`[H, S]`, fp32."""
+        product = self.slopes_H1.to(positions_S.device, self.rounded) * positions_S
+        return product.to(self.rounded).float() * self.factor
 
 
 @dataclass(frozen=True)
@@ -101,6 +124,7 @@ class TreePlan:
         self.longest = int(tree.position_ids_T.max()) + 1
         self._blocks: dict[tuple[int | None, bool], blocks.Blocks] = {}
         self._sequences: varlen.Sequences | None = None
+        self._tables: dict[KeyBias, Tensor] = {}
         # Called with (layer, key [G, T, K], value) by prefill, which keeps them; training leaves it empty.
         self.on_key_value: Callable[[int, Tensor, Tensor], None] | None = None
 
@@ -113,6 +137,7 @@ class TreePlan:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        bias: KeyBias | None = None,
         *,
         last: bool = False,
     ) -> Tensor:
@@ -121,12 +146,14 @@ class TreePlan:
             self.on_key_value(layer, key, value)
         if window is not None and window >= self.longest:
             window = None
+        if bias is not None and window is not None:
+            raise ModelError("a sliding window with a bias by position is not supported on token trees")
         before = 0
         if self.root is not None:
             before = self.root.tokens
             key, value = self.root.in_front(layer, key, value)
         # The kernel's window would hide the root.
-        if varlen.fits(value, softcap) and not (before and window is not None):
+        if bias is None and varlen.fits(value, softcap) and not (before and window is not None):
             if self._sequences is None:
                 self._sequences = varlen.Sequences.of(self.tree, before)
             return varlen.attend(query, key, value, self._sequences, scale, window)
@@ -134,7 +161,16 @@ class TreePlan:
         kind = (window, reads is not None)
         if kind not in self._blocks:
             self._blocks[kind] = blocks.Blocks(self.tree, window, before=before, reads=reads)
-        return blocks.attend(query, key, value, self._blocks[kind], scale, softcap)
+        return blocks.attend(query, key, value, self._blocks[kind], scale, softcap, self._table(bias))
+
+    def _table(self, bias: KeyBias | None) -> Tensor | None:
+        """`[H, S]` for all positions of the batch and those before it."""
+        if bias is None:
+            return None
+        if bias not in self._tables:
+            end = self.longest + (self.root.tokens if self.root is not None else 0)
+            self._tables[bias] = bias.of(torch.arange(end, device=self.tree.input_ids_T.device))
+        return self._tables[bias]
 
 
 def tree_attention(
@@ -164,7 +200,7 @@ def tree_attention(
     for name in ("s_aux", "sinks", "position_bias"):
         if kwargs.get(name) is not None:
             raise ModelError(f"attention option '{name}' of {type(module).__name__} is not supported on token trees")
-    options = {"window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap")}
+    options = {"window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap"), "bias": kwargs.get("key_bias")}
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = getattr(module, "layer_idx", 0)
     given = {name: value for name, value in options.items() if value is not None}
@@ -175,6 +211,25 @@ class Carrier:
     """Holds what the layers of a trunk are called with, for as long as a forward pass takes."""
 
     plan: Any = None
+
+
+def planned_call(trunk: Any, plan: Any, **inputs: Any) -> Any:
+    """What a trunk on the fast path returns for its inputs, every layer of which attends by the plan."""
+    with carrying(trunk, plan):
+        return trunk(use_cache=False, **inputs, **{PLAN_ARGUMENT: plan})
+
+
+@contextmanager
+def carrying(trunk: Any, plan: Any) -> Iterator[None]:
+    """The trunk's `Carrier`, where it has one, holds a plan meanwhile."""
+    carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)
+    if carrier is not None:
+        carrier.plan = plan
+    try:
+        yield
+    finally:
+        if carrier is not None:
+            carrier.plan = None
 
 
 def carry(trunk: nn.Module) -> None:

@@ -100,10 +100,12 @@ class Block:
     Attributes:
         query_NQ, key_NS: indices of tokens and of keys; where padded, the number of them.
         mask_NQS: 0 where a query sees a key, -inf elsewhere; a padded query sees key 0.
+        last_N: where a piece's last key stands on its path, the root's keys before it counted too.
     """
 
-    def __init__(self, query_NQ: Tensor, key_NS: Tensor, mask_NQS: Tensor) -> None:
+    def __init__(self, query_NQ: Tensor, key_NS: Tensor, mask_NQS: Tensor, last_N: Tensor) -> None:
         self.query_NQ, self.key_NS, self.mask_NQS = query_NQ, key_NS, mask_NQS
+        self.last_N = last_N
         self._rows: dict[tuple[str, int], Tensor] = {}
 
     def queries(self, heads: int) -> Tensor:
@@ -127,6 +129,15 @@ class Block:
         if self.mask_NQS.dtype != dtype:
             self.mask_NQS = self.mask_NQS.to(dtype)
         return self.mask_NQS[:, None]
+
+    def bias(self, table_HS: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[N, H, 1, S]`: what the table adds to each key, less what it adds to a piece's last one: a softmax sees differences.
+
+        So the keys that count have small numbers, in 16 bits too. Keys are the first ones of their paths: without a window.
+        """
+        own = table_HS[:, : self.key_NS.shape[1]]
+        own = torch.nn.functional.pad(own, (0, self.key_NS.shape[1] - own.shape[1]))
+        return (own[None] - table_HS[:, self.last_N].T[:, :, None])[:, :, None].to(dtype)
 
 
 class Blocks:
@@ -201,27 +212,42 @@ def _block(group: Sequence[Piece], tokens: int, window: int | None, device: torc
     real = query[:, :, None] < tokens
     seen = torch.where(real, seen, torch.arange(spans) == 0)
     mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    return Block(query.to(device), key.to(device), mask.to(device))
+    last_N = torch.tensor([before + p.position + p.queries - 1 for p in group] + [0] * (count - len(group)))
+    return Block(query.to(device), key.to(device), mask.to(device), last_N.to(device))
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Blocks,
+    scale: float,
+    softcap: float | None = None,
+    bias_HS: Tensor | None = None,
 ) -> Tensor:
     """query [H, T, K], key and value [G, before + T, K] -> [T, H, K] in the values' dtype.
 
     Query head h reads key head h // (H / G).
-    Scores are `scale * q k`, with a cap `softcap * tanh(scale * q k / softcap)` (Gemma 2). Products run in the values' dtype:
-    under autocast rotary positions leave queries and keys in fp32.
+    Scores are `scale * q k`, with a cap `softcap * tanh(scale * q k / softcap)` (Gemma 2), plus `bias_HS` by the place of the key
+    on its path (ALiBi; without a window). Products run in the values' dtype: under autocast rotary positions leave queries and
+    keys in fp32.
     """
     with torch.autocast(query.device.type, enabled=False):
-        out: Tensor = _BlockAttention.apply(query, key, value, blocks, scale, softcap)
+        out: Tensor = _BlockAttention.apply(query, key, value, blocks, scale, softcap, bias_HS)
     return out
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float, softcap: float | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: Blocks,
+        scale: float,
+        softcap: float | None,
+        bias: Tensor | None,
     ) -> Tensor:
         heads, groups = query.shape[0], key.shape[0]
         # The scale goes into the queries, once, instead of into every score.
@@ -233,13 +259,14 @@ class _BlockAttention(torch.autograd.Function):
         kept: list[Tensor | None] = []
         for block in blocks.items:
             q, k, v = _gather(flat, block, heads, groups)
-            probs, _ = _weights(q, k, block, softcap)
+            probs, _ = _weights(q, k, block, softcap, bias)
             mixed = torch.bmm(probs, v)
             out.index_copy_(0, block.queries(heads), mixed.view(-1, mixed.shape[2]))
             kept.append(probs if graded and block.key_NS.shape[1] <= KEPT_KEYS and softcap is None else None)
         if graded:
             ctx.save_for_backward(*flat, *kept)
             ctx.blocks, ctx.factor, ctx.softcap, ctx.heads, ctx.groups = blocks, factor, softcap, heads, groups
+            ctx.bias = bias
             ctx.dtypes = query.dtype, key.dtype, value.dtype
         return out[: blocks.tokens * heads].view(blocks.tokens, heads, -1)
 
@@ -256,7 +283,7 @@ class _BlockAttention(torch.autograd.Function):
             q, k, v = _gather(flat, block, heads, groups)
             slope = None
             if probs is None:
-                probs, slope = _weights(q, k, block, ctx.softcap, slope=True)
+                probs, slope = _weights(q, k, block, ctx.softcap, ctx.bias, slope=True)
             do = grad_out.index_select(0, block.queries(heads)).view(*q.shape[:2], -1)
             ds = torch._softmax_backward_data(torch.bmm(do, v.transpose(1, 2)), probs, -1, probs.dtype)
             if slope is not None:
@@ -273,7 +300,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_key, grad_value = (
             _heads(g, groups).to(d) for g, d in zip((grad_key, grad_value), ctx.dtypes[1:], strict=True)
         )
-        return grad_query, grad_key, grad_value, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
 def _rows(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
@@ -304,7 +331,7 @@ def _gather(flat: Sequence[Tensor], block: Block, heads: int, groups: int) -> tu
 
 
 def _weights(
-    q: Tensor, k: Tensor, block: Block, softcap: float | None, *, slope: bool = False
+    q: Tensor, k: Tensor, block: Block, softcap: float | None, bias_HS: Tensor | None = None, *, slope: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention weights [N * G, R * Q, S]; with a cap and `slope` also the derivative of the scores by the products."""
     scores = torch.bmm(q, k.transpose(1, 2))
@@ -314,5 +341,7 @@ def _weights(
         slopes = (1 - scores.square()).mul_(softcap) if slope else None
         scores.mul_(softcap)
     count, length = block.query_NQ.shape
-    scores.view(count, -1, length, scores.shape[2]).add_(block.mask(scores.dtype))
+    by_head = scores.view(count, -1, length, scores.shape[2]).add_(block.mask(scores.dtype))
+    if bias_HS is not None:
+        by_head.add_(block.bias(bias_HS, scores.dtype))
     return torch.softmax(scores, dim=-1), slopes

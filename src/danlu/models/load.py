@@ -76,7 +76,7 @@ def _from_transformers(name: str, local: bool, *, scalar: bool, dtype: torch.dty
 
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     config = _config(name, local)
-    if config.model_type == "gpt2":
+    if hasattr(config, "attn_pdrop"):
         config.attn_pdrop = 0.0  # published ones have 0.1, and token trees know no dropout of attention
     if scalar:
         config.num_labels = 1

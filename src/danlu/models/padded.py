@@ -1,4 +1,4 @@
-"""Token trees on a padded batch, for families whose attention takes no plan (BLOOM, CodeGen, GPT-J, ...).
+"""Token trees on a padded batch, for families whose attention takes no plan (GPT-Neo, GLM, ...).
 
 Every path from a root to a leaf becomes a row, so a shared prompt is computed once per branch. Same results, more work.
 """

@@ -315,7 +315,7 @@ def _skeleton(folder: Path) -> Any | None:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # danlu unpacks
-        if config.model_type == "gpt2":
+        if hasattr(config, "attn_pdrop"):
             config.attn_pdrop = 0.0  # as `load_model` has it
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

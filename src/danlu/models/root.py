@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
-from danlu.models import attention, lean, padded
-from danlu.models.attention import Carrier, TreePlan
+from danlu.models import attention, lean, padded, planned
+from danlu.models.attention import TreePlan
 from danlu.models.families import TESTED, check_length, check_table, refuse
 from danlu.models.heads import LogitRule, head_weights, logits_of
 from danlu.models.resting import products, rests
@@ -143,14 +143,10 @@ def run_trunk(
     if padding:
         tree = tree.filled(rounded(tokens) - tokens)
     plan = TreePlan(tree, role, root, _rows_read(reads, tree.tokens, padding) if fast and reads is not None else None)
-    carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)
-    if carrier is not None:
-        carrier.plan = plan
-    try:
-        return _run_fast(trunk, tree, plan)[:tokens] if fast else padded.run_trunk(trunk, tree, root)
-    finally:
-        if carrier is not None:
-            carrier.plan = None
+    if fast:
+        return _run_fast(trunk, tree, plan)[:tokens]
+    with attention.carrying(trunk, plan):  # roles are found by it
+        return padded.run_trunk(trunk, tree, root)
 
 
 def _rows_read(reads: Tensor, tokens: int, padding: bool) -> Tensor | None:
@@ -167,12 +163,8 @@ def _rows_read(reads: Tensor, tokens: int, padding: bool) -> Tensor | None:
 
 def _run_fast(trunk: Any, tree: TreeBatch, plan: TreePlan) -> Tensor:
     offset = plan.root.offset if plan.root is not None else 0
-    output = trunk(
-        input_ids=tree.input_ids_T[None],
-        position_ids=tree.position_ids_T[None] + offset,
-        use_cache=False,
-        **{attention.PLAN_ARGUMENT: plan},
-    )
+    positions_1T = tree.position_ids_T[None] + offset
+    output = attention.planned_call(trunk, plan, input_ids=tree.input_ids_T[None], position_ids=positions_1T)
     hidden: Tensor = output.last_hidden_state[0]
     if len(hidden) == tree.tokens:
         return hidden
@@ -210,6 +202,7 @@ def _takes_plan(model: Any, trunk: Any) -> bool:
                 expected = padded.run_trunk(trunk, probe)
                 _check_head(model, probe, expected)
             model.set_attn_implementation(attention.NAME)
+            planned.install(trunk)
             found = _try(trunk, probe)
             if found is None:  # perhaps its layers drop the argument; roles are found by it on the padded path too
                 attention.carry(trunk)

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from danlu.exceptions import ModelError
-from danlu.models.attention import PLAN_ARGUMENT, Carrier, TreePlan, VirtualRoot
+from danlu.models.attention import TreePlan, VirtualRoot, planned_call
 from danlu.models.resting import embedded_dtype
 from danlu.tree import Node, TreeBatch
 
@@ -173,14 +173,7 @@ def _read_planned(trunk: Any, states_PD: Tensor, places: Tensor, role: str | Non
 
     plan = TreePlan(TreeBatch.of([Node([0] * tokens, [0.0] * tokens)]).to(places.device), role)
     plan.on_key_value = keep
-    carrier: Carrier | None = getattr(trunk, "danlu_carrier", None)
-    if carrier is not None:
-        carrier.plan = plan
-    try:
-        trunk(inputs_embeds=states_PD[None], position_ids=places, use_cache=False, **{PLAN_ARGUMENT: plan})
-    finally:
-        if carrier is not None:
-            carrier.plan = None
+    planned_call(trunk, plan, inputs_embeds=states_PD[None], position_ids=places)
     layers = [found[n] for n in range(len(found))]
     return VirtualRoot([k for k, _ in layers], [v for _, v in layers], tokens)
 
