@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from danlu.exceptions import ModelError
 from danlu.models import blocks, varlen
-from danlu.models.attention import TreePlan
+from danlu.models.attention import KeyBias, TreePlan, VirtualRoot
 from danlu.models.blocks import Blocks, attend, pieces
 from danlu.tree import Node, TreeBatch
 
@@ -53,12 +54,14 @@ def inputs(tokens: int, heads: int, groups: int, seed: int = 0) -> list[Tensor]:
     return [x.requires_grad_() for x in made]
 
 
-def reference(qkv: list[Tensor], allowed: Tensor, softcap: float | None) -> Tensor:
+def reference(qkv: list[Tensor], allowed: Tensor, softcap: float | None, bias: Tensor | float = 0.0) -> Tensor:
+    """One row of scores per token; bias: `[H, keys]`."""
     query, key, value = qkv
     share = query.shape[0] // key.shape[0]
     scores = query @ key.repeat_interleave(share, 0).transpose(1, 2) * SCALE
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + (bias[:, None] if isinstance(bias, Tensor) else bias)
     probs = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1)
     return (probs @ value.repeat_interleave(share, 0)).transpose(0, 1)
 
@@ -96,6 +99,40 @@ def test_blocks_equal_one_row_of_scores_per_token(
         lambda qkv: reference(qkv, allowed, softcap),
         inputs(tree.tokens, *heads),
     )
+
+
+@settings(max_examples=40, deadline=None)
+@given(forests(), st.sampled_from([0, 5]), st.sampled_from([(2, 2), (4, 1)]), st.booleans())
+def test_a_bias_by_the_place_of_a_key(tree: TreeBatch, before: int, heads: tuple[int, int], kept: bool) -> None:
+    """ALiBi's slopes behind a virtual root; with weights kept for the backward pass, and made again."""
+    allowed = torch.cat([torch.ones(tree.tokens, before, dtype=torch.bool), sees(tree, None)], 1)
+    places = torch.cat([torch.arange(before), before + tree.position_ids_T])
+    bias = KeyBias(torch.tensor([[0.5], [0.1], [0.03], [0.2]])[: heads[0]], factor=0.7)
+    query, key, value = inputs(tree.tokens, *heads)
+    first = [torch.randn(heads[1], before, WIDTH).requires_grad_() for _ in range(2)]
+    plan = TreePlan(tree, root=VirtualRoot([first[0]], [first[1]], 0) if before else None)
+
+    def found(leaves: list[Tensor]) -> Tensor:
+        return plan.attend(0, *leaves[:3], SCALE, bias=bias)
+
+    def expected(leaves: list[Tensor]) -> Tensor:
+        keys, values = (torch.cat([a, b], dim=1) for a, b in zip(leaves[3:], leaves[1:3], strict=True))
+        return reference([leaves[0], keys, values], allowed, None, bias.of(places))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not kept:
+            patch.setattr(blocks, "KEPT_KEYS", 0)
+        leaves = [query, key, value, *first]
+        if before:
+            compare(found, expected, leaves)
+        else:
+            assert torch.allclose(found(leaves), expected(leaves), atol=1e-5)
+
+
+def test_a_bias_and_a_window_are_refused() -> None:
+    plan = TreePlan(TreeBatch.of([Node([1] * 9, [0.0] * 9)]))
+    with pytest.raises(ModelError, match="a sliding window with a bias by position"):
+        plan.attend(0, *inputs(9, 2, 2), SCALE, window=3, bias=KeyBias(torch.ones(2, 1)))
 
 
 @settings(max_examples=60, deadline=None)
