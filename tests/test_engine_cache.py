@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -362,21 +363,34 @@ def test_every_request_gets_what_it_gets_alone(
             assert done == wanted
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_bits_do_not_depend_on_the_batch_in_other_families(family: str, tiny: Tiny) -> None:
+@pytest.mark.parametrize("family", families.FAST)
+def test_bits_do_not_depend_on_what_else_runs_or_ran(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, with others, and again behind a remembered prefix: each of three beginnings once greedily, once sampled."""
     size = {"n_positions": CONTEXT} if family == "gpt2" else {"max_position_embeddings": CONTEXT}
-    model = tiny(family, **size)
-    requests = [ask(ids(n % 3, 20 + 45 * n), seed=n, max_new_tokens=10 + n) for n in range(6)]
+    model = families.make(family, **size)
+    requests = [ask(ids(n % 3, 20 + 27 * n), seed=n, max_new_tokens=5 + n, temperature=float(n % 2)) for n in range(6)]
     expected = [alone(model, r) for r in requests]
-    assert [result(c) for c in generate(LocalEngine(model, max_slots=4), requests)] == expected
+    engine = LocalEngine(model, max_slots=4, memory=1 << 24)
+    assert [result(c) for c in generate(engine, requests)] == expected
+    runner = engine._runner()
+    read: list[int] = []
+    plain = runner.read
+
+    def counted(reads: Any) -> Any:
+        read.extend(len(r.ids) for r in reads if r.prompt)
+        return plain(reads)
+
+    monkeypatch.setattr(runner, "read", counted)
+    assert [result(generate(engine, [r])[0]) for r in requests] == expected
+    assert read == [1] * len(requests), "all of a prompt but its last token was remembered"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_bits_do_not_depend_on_the_batch_in_wide_models(family: str, tiny: Tiny) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_bits_do_not_depend_on_the_batch_in_wide_models(family: str) -> None:
     """From a width of 128 on MKL would take another kernel for few rows than for many (see `danlu/__init__.py`)."""
     wide = {"n_embd": 256, "n_positions": CONTEXT} if family == "gpt2" else {"max_position_embeddings": CONTEXT}
     wide |= {} if family == "gpt2" else {"hidden_size": 256, "intermediate_size": 384}
-    model = tiny(family, **wide)
+    model = families.make(family, **wide)
     requests = [ask(ids(n % 3, 7 + 30 * n), seed=n, max_new_tokens=4 + n) for n in range(7)]
     expected = [alone(model, r) for r in requests]
     assert [result(c) for c in generate(LocalEngine(model, max_slots=5), requests)] == expected

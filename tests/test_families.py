@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, FAST, PADDED, make, padded
+from test_invariants import assert_same_gradients, gradients, ids, root_of
 from torch import Tensor
 
 from danlu.exceptions import ModelError
@@ -17,16 +18,11 @@ from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import Request, SamplingParams, generate
 from danlu.models.families import context_of, refuse
 from danlu.models.recompute import recompute_layers
-from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, prepare
 from danlu.training.step import language_loss
 from danlu.tree import Node, TreeBatch, branches, conversation, forest
 
 Near = Callable[..., None]
-
-
-def ids(seed: int, length: int) -> list[int]:
-    return torch.randint(3, 61, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def trees() -> list[list[Node]]:
@@ -67,10 +63,6 @@ def plain(model: Any, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), loss / TOTAL
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @functools.cache
 def expected(family: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What plain transformers finds: logits, loss and gradients."""
@@ -78,10 +70,6 @@ def expected(family: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     logits, loss = plain(model, NODES)
     loss.backward()
     return logits.detach(), loss.detach(), gradients(model)
-
-
-def root_of(model: Any) -> RootModel:
-    return RootModel(SeparateModels({"policy": model}, ["policy"]))
 
 
 def logits_TV(root: RootModel, nodes: Sequence[Node]) -> Tensor:
@@ -102,14 +90,7 @@ def test_tree_equals_rows_in_plain_transformers(family: str, checkpointing: bool
     found, _ = root(TREE, "policy", lambda out: language_loss(out, TOTAL))
     found.backward()
     near(found, loss)
-    own = gradients(model)
-    assert own.keys() == grads.keys() and grads
-    largest = max(float(g.abs().max()) for g in grads.values())
-    for name, gradient in grads.items():
-        if float(gradient.abs().max()) > 1e-6 * largest:
-            near(own[name], gradient)
-        else:  # zero but for rounding: without rotary positions a key's bias moves all scores of a query alike
-            assert float(own[name].abs().max()) <= 1e-6 * largest, name
+    assert_same_gradients(near, gradients(model), grads)
     if not checkpointing:
         near(logits_TV(root, NODES), logits)
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import families
 import pytest
 import torch
 from families import padded
@@ -106,10 +107,15 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(near: Near, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Some are zero but for rounding: without rotary positions a key's bias moves all scores of a query alike."""
     assert found.keys() == expected.keys() and expected
-    for name in expected:
+    least = 1e-6 * max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
         try:
-            near(found[name], expected[name])
+            if float(gradient.abs().max()) > least:
+                near(found[name], gradient)
+            else:
+                assert float(found[name].abs().max()) <= least, "not zero"
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
@@ -172,12 +178,12 @@ def test_packed_equals_unpacked(family: str, tiny: Tiny, near: Near) -> None:
     near(packed, torch.cat([logits_TV(root, tree) for tree in batch_of_trees()]))
 
 
-@pytest.mark.parametrize("family", FAST)
-def test_one_batch_of_eight_equals_eight_of_one(family: str, tiny: Tiny, near: Near) -> None:
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_one_batch_of_eight_equals_eight_of_one(family: str, near: Near) -> None:
     trees = [branches(ids(n, 2 + n), [ids(20 + n, 9 - n), ids(40 + n, 1 + n)]) for n in range(8)]
     total = denominator(forest(trees))
-    loss, whole = trained(tiny(family), [trees], total)
-    summed, parts = trained(tiny(family), [[tree] for tree in trees], total)
+    loss, whole = trained(families.make(family), [trees], total)
+    summed, parts = trained(families.make(family), [[tree] for tree in trees], total)
     near(torch.tensor(summed), torch.tensor(loss))
     assert_same_gradients(near, parts, whole)
 
@@ -185,10 +191,10 @@ def test_one_batch_of_eight_equals_eight_of_one(family: str, tiny: Tiny, near: N
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAST + OWN_ATTENTION)
+@pytest.mark.parametrize("family", families.FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_engine_logprobs_equal_the_trainers(family: str, temperature: float, tiny: Tiny, near: Near) -> None:
-    model = tiny(family)
+def test_engine_logprobs_equal_the_trainers(family: str, temperature: float, near: Near) -> None:
+    model = families.make(family)
     engine = LocalEngine(copy.deepcopy(model), max_slots=3)
     prompts = [ids(n, length) for n, length in enumerate((1, 7, 30, 4, 4))]
     params = [

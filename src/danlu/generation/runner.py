@@ -13,7 +13,7 @@ from danlu.generation.graphs import DecodeGraphs
 from danlu.generation.kv_cache import CacheShape, KeyValueCache, Lane, arena_length
 from danlu.generation.prefixes import SHARE, PrefixStore
 from danlu.generation.step_plan import Read, StepPlan
-from danlu.models import lean, prepacked
+from danlu.models import experts, lean, prepacked
 from danlu.models.attention import planned_call
 from danlu.models.heads import logits_of
 from danlu.models.prefix import attached
@@ -40,6 +40,8 @@ class CachedRunner:
         self.shape = _shape(model)
         # Bits are promised in float32; in other dtypes a single row is worth a single row's time.
         self.rows = ROWS if self.shape.dtype == torch.float32 else 1
+        if self.rows > 1 and self.shape.device.type == "cpu":
+            experts.fill(model, self.rows)
         self.cache = KeyValueCache(self.shape, int(memory * (1 - SHARE)))
         self.prefixes = PrefixStore(int(memory * SHARE))
         self._prepack()
