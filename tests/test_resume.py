@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seq2seq_models
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -27,13 +28,48 @@ from danlu.training import checkpoint
 
 # Steps of a whole stage, and between checkpoints: no divisor of it, so that a kill falls between two of them.
 LENGTHS = {"pretrain": (60, 7), "sft": (60, 7), "reward": (60, 7), "dpo": (40, 7), "ppo": (12, 2), "grpo": (16, 2)}
+LENGTHS |= {"kto": (40, 7), "classify": (60, 7), "mask_sft": (40, 7), "seq2seq": (40, 7)}
+LENGTHS |= {"raft": (12, 2), "online-dpo": (12, 2)}
 KINDS = tuple(LENGTHS)
+
+
+@functools.cache
+def labelled() -> str:
+    """Notes of `toy` data, each with the colour that it tells of."""
+    rows = [json.loads(line) for line in tiny.data()["documents"].read_text("utf-8").splitlines()]
+    labels = [next(c for c in tiny.COLOURS if c in row["text"]) for row in rows]
+    path = tiny.home() / "labelled.jsonl"
+    return str(tiny.write_rows(path, [{**row, "label": c} for row, c in zip(rows, labels, strict=True)]))
+
+
+@functools.cache
+def unilm() -> str:
+    out = tiny.home() / "unilm"
+    assert run(tiny.arguments("pretrain", tiny.stage("pretrain", out, objective="unilm", max_steps=1))) == 0
+    return str(out / "model")
+
+
+@functools.cache
+def encoder_decoder() -> str:
+    return str(seq2seq_models.folder(tiny.home() / "t5", "t5", scale=0.1))
+
+
+# Stages that a setting or a kind of model makes of another one: what they are called on the command line, and with what.
+RELATIVES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "kto": ("dpo", lambda: {"loss": "kto"}),
+    "classify": ("sft", lambda: {"task": "classify", "data": labelled()}),
+    "mask_sft": ("sft", lambda: {"model": unilm()}),
+    "seq2seq": ("sft", lambda: {"model": encoder_decoder()}),
+    "raft": ("grpo", lambda: {"method": "raft", "raft": {"unfinished": True}}),
+    "online-dpo": ("grpo", lambda: {"method": "online-dpo"}),
+}
 
 
 def command(kind: str, out: Path, **changes: Any) -> list[str]:
     steps, every = LENGTHS[kind]
-    options = {"max_steps": steps, "save_every": every, "eval_every": every + 2, **changes}
-    return tiny.arguments(kind, tiny.stage(kind, out, **options))
+    verb, own = RELATIVES.get(kind, (kind, dict[str, Any]))
+    options = {"max_steps": steps, "save_every": every, "eval_every": every + 2, **own(), **changes}
+    return tiny.arguments(verb, tiny.stage(verb, out, **options))
 
 
 @functools.cache
@@ -58,6 +94,9 @@ def assert_same_stage(out: Path, whole: Path) -> None:
     assert (out / "metrics.jsonl").read_text("utf-8") == (whole / "metrics.jsonl").read_text("utf-8")
     found, expected = (json.loads((f / "manifest.json").read_text("utf-8")) for f in (out, whole))
     assert found["metrics"] == expected["metrics"] and found["gates"] == expected["gates"]
+    for name in ("selected.jsonl", "health.jsonl", "samples.jsonl"):  # what some stages write beside
+        told = [(f / name).read_text("utf-8") if (f / name).is_file() else "" for f in (out, whole)]
+        assert told[0] == told[1], name
 
 
 def assert_all_steps(out: Path, kind: str) -> None:
@@ -67,7 +106,10 @@ def assert_all_steps(out: Path, kind: str) -> None:
 # -- SIGKILL ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", tiny.mostly_slow(["sft", "reward", "ppo"], ["pretrain", "dpo", "grpo"]))
+OFTEN = ("sft", "reward", "ppo", "raft")
+
+
+@pytest.mark.parametrize("kind", tiny.mostly_slow(OFTEN, [k for k in KINDS if k not in OFTEN]))
 def test_a_killed_stage_goes_on_exactly(kind: str, tmp_path: Path) -> None:
     steps, every = LENGTHS[kind]
     step = random.Random(f"kill/{kind}").randint(every + 1, steps // 2)
@@ -116,7 +158,7 @@ def _killed_at_change(arguments: list[str], out: str, number: int, log: str) -> 
     tiny._in_child(arguments, log, {})
 
 
-@pytest.mark.parametrize("kind", tiny.mostly_slow(["ppo"], ["sft", "reward"]))
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["ppo"], ["sft", "reward", "kto", "raft"]))
 def test_killed_while_files_are_written(kind: str, tmp_path: Path) -> None:
     """Before any change to the stage's folder: manifest, metrics, in the middle of a checkpoint, of pruning, of the model."""
     call, out = command(kind, tmp_path / "out", save_every=2, keep_checkpoints=1), tmp_path / "out"
