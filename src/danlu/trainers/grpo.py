@@ -95,6 +95,8 @@ def train(settings: GrpoSettings) -> TrainResult:
     with Session(settings, "grpo", total=total, module=root, optimizers={"optimizer": optimizer}) as session:
         watch = watch_of(players, heldout, scorer, settings, session)
         for step in session.steps():
+            if session.cannot_draw(step):
+                continue
             corrections = watch.corrections
             set_rate(optimizer, settings.learning_rate * session.rate_factor(step) * corrections["learning_rate"])
             held_back = replace(method, kl_coef=method.kl_coef * corrections["kl_coef"])

@@ -104,6 +104,8 @@ def train(settings: PpoSettings) -> TrainResult:
         heldout = Heldout(held_prompts, engine, root, settings, template, scorer, gold, players.reward.metrics)
         watch = Watch(session, heldout, template)
         for step in session.steps():
+            if session.cannot_draw(step):
+                continue
             corrections = watch.corrections
             for learner in (policy, critic):
                 set_rate(learner.optimizer, learner.rate * session.rate_factor(step) * corrections["learning_rate"])

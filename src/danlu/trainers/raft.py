@@ -63,6 +63,8 @@ def train(settings: GrpoSettings) -> TrainResult:
         selected = Selected(Path(settings.out), session.start)
         watch = watch_of(players, heldout, scorer, settings, session)
         for step in session.steps():
+            if session.cannot_draw(step):
+                continue
             rate = settings.learning_rate * session.rate_factor(step) * watch.corrections["learning_rate"]
             set_rate(optimizer, rate)
             push_weights(engine, root, step)

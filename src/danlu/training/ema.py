@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from danlu.training.sharding import part_of, whole_on_main
+from danlu.training.sharding import own_part, part_of, whole_on_main
 
 
 class Ema:
@@ -30,13 +29,13 @@ class Ema:
     def update(self) -> None:
         """After an update of the weights."""
         for name, average in self.averages.items():
-            _own(average).lerp_(_own(self.parameters[name]), 1.0 - self.decay)
+            own_part(average).lerp_(own_part(self.parameters[name]), 1.0 - self.decay)
 
     @torch.no_grad()
     def put(self) -> None:
         """Puts the averages in the place of the weights, for what is saved when training is over."""
         for name, average in self.averages.items():
-            _own(self.parameters[name]).copy_(_own(average))
+            own_part(self.parameters[name]).copy_(own_part(average))
 
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors by name."""
@@ -49,8 +48,3 @@ class Ema:
             raise ValueError(f"parameter {sorted(state.keys() ^ self.averages.keys())[0]} is on one side only")
         for name, average in self.averages.items():
             average.copy_(part_of(state[name], average))
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -39,6 +39,7 @@ class Monitor:
     Attributes:
         state: plain values: windows, skipped steps, returns to a checkpoint, the lowered rate.
         bad: why an update of the current step was refused, or "".
+        damaged: whether that is because the weights are no numbers any more.
         updates: made in the current step.
     """
 
@@ -55,12 +56,13 @@ class Monitor:
         }
         self.state: dict[str, Any] = fresh | (state or {})
         self.bad = ""
+        self.damaged = False
         self.updates = 0
         self.step = 0
 
     def begin_step(self, step: int) -> None:
         """A 0-based step begins (again)."""
-        self.step, self.bad, self.updates = step, "", 0
+        self.step, self.bad, self.damaged, self.updates = step, "", False, 0
         if step >= self.state["cooldown_until"]:
             self.state["cooldowns"] = 0
 
@@ -95,6 +97,10 @@ class Monitor:
         self.updates += 1
         return True
 
+    def give_up_weights(self) -> None:
+        """What was learnt is no numbers any more: no step more is made with it."""
+        self.bad, self.damaged = self.bad or "weights are not numbers", True
+
     def _reason(self, label: str, shown: float, value: float) -> str:
         if not math.isfinite(value):
             return f"{label} is {shown}"
@@ -116,7 +122,7 @@ class Monitor:
         self.state["in_a_row"] += 1
         self.state["cooldowns"] = max(1, self.state["cooldowns"])
         self.state["cooldown_until"] = self.step + 1 + self.settings.cooldown_steps
-        wanted: bool = self.state["in_a_row"] >= self.settings.patience
+        wanted: bool = self.damaged or self.state["in_a_row"] >= self.settings.patience
         return wanted
 
     @property

@@ -27,6 +27,7 @@ from danlu.training.noise import EmbeddingNoise
 from danlu.training.optim import rate_factor
 from danlu.training.progress import Bar
 from danlu.training.rank_allocation import allocation_of
+from danlu.training.sharding import own_part
 from danlu.training.tracking import Tracker
 
 
@@ -149,6 +150,8 @@ class Session:
                 self.noise.begin_step(step)
             self._remember()
             yield step
+            if step + 1 == self.total:
+                self.damaged()
             suspect = self.monitor.end_step()
             self.extra["monitor"] = self.monitor.state
             if self.monitor.exhausted:
@@ -182,6 +185,23 @@ class Session:
             name: of the trained role, if several learn.
         """
         return functools.partial(self.monitor.check, name, loss)
+
+    def damaged(self) -> bool:
+        """Whether the weights are no numbers any more; then the step is a bad one, and the last checkpoint is loaded after it.
+
+        A loss tells it in the next step, but not before something is drawn from the weights, nor after the last step.
+        """
+        if self.settings.defence.on and not self.monitor.damaged:
+            learn = (p for p in self.module.parameters() if p.requires_grad)
+            if distributed.anyone(not all(bool(own_part(p).isfinite().all()) for p in learn)):
+                self.monitor.give_up_weights()
+        return self.monitor.damaged
+
+    def cannot_draw(self, step: int) -> bool:
+        """Whether a 0-based step that begins with answers of the policy ends before it, since its weights are no numbers."""
+        if self.damaged():
+            self.log(step, {}, tokens=0, note="")
+        return self.monitor.damaged
 
     def _roll_back(self) -> int:
         """Loads the last checkpoint, or the one before it if no step after the last was any good; returns its step."""

@@ -87,6 +87,11 @@ def whole_on_main(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, to be changed in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def part_of(full: Tensor, like: Tensor) -> Tensor:
     """What a rank holds of a whole tensor when it holds `like` of another one of the same shape; no messages are sent."""
     if not isinstance(like, DTensor):

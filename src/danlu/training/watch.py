@@ -61,7 +61,7 @@ class Watch:
 
     def evaluate(self, step: int) -> None:
         """The held-out evaluation, if there is something held out and one is due after this 0-based iteration."""
-        if not self.heldout.prompts or not self.session.eval_due(step):
+        if not self.heldout.prompts or not self.session.eval_due(step) or self.session.damaged():
             return
         held = self.heldout.evaluate(self.session, step)
         self.session.extra["held"] = held
