@@ -87,12 +87,29 @@ def test_a_reward_model_that_was_not_evaluated_does_not_pass(loss: Any, metrics:
     [(0.0, 0.0, True), (9e-5, 9e-5, True), (2e-4, 0.0, False), (0.0, 2e-4, False)],
 )
 def test_ratio(error: float, kl: float, passed: bool) -> None:
-    gate = gates.ratio({"first": {"ratio_error": error, "kl": kl}})
+    gate = gates.ratio({"first": {"ratio_error": error, "kl": kl}}, PpoSettings())
     assert (gate.code, gate.passed, gate.value, gate.threshold) == ("G-RATIO", passed, max(error, kl), 1e-4)
 
 
 def test_ratio_without_a_first_pass() -> None:
-    assert not gates.ratio({}).passed and not gates.ratio({"first": {}}).passed
+    assert not gates.ratio({}, PpoSettings()).passed and not gates.ratio({"first": {}}, PpoSettings()).passed
+
+
+@pytest.mark.parametrize(
+    ("error", "kl", "adapter", "passed"),
+    [
+        (0.0, 0.2, "full", True),  # 20 tokens of 0.01 nats
+        (0.0, 0.2002, "full", False),
+        (2e-4, 0.0, "full", False),  # the ratio is the trainer's own
+        (0.0, 0.2, "lora", False),  # the reference is the base itself
+        (0.0, math.nan, "full", False),
+    ],
+)
+def test_ratio_with_a_rounded_reference(error: float, kl: float, adapter: str, passed: bool) -> None:
+    settings = PpoSettings(ref_bits=8, adapter=adapter)
+    gate = gates.ratio({"first": {"ratio_error": error, "kl": kl, "length": 20.0}}, settings)
+    assert gate.passed == passed
+    assert ("8 bits may cost 2.0e-01" in gate.sentence) == (adapter == "full")
 
 
 START = {"eval_score": 0.5, "eval_length": 30.0, "eval_stop_rate": 0.9, "spread": 0.4}
@@ -158,8 +175,8 @@ def test_quantized(before: float, after: float, passed: bool) -> None:
 
 def test_no_gate_holds_on_what_is_no_number() -> None:
     nan = math.nan
-    assert not gates.ratio({"first": {"ratio_error": nan, "kl": 0.0}}).passed
-    assert not gates.ratio({"first": {"ratio_error": 0.0, "kl": nan}}).passed
+    assert not gates.ratio({"first": {"ratio_error": nan, "kl": 0.0}}, PpoSettings()).passed
+    assert not gates.ratio({"first": {"ratio_error": 0.0, "kl": nan}}, PpoSettings()).passed
     assert not gates.quantized(10.0, nan, QuantizeSettings()).passed
     assert not gates.reward_model({"eval_accuracy": nan}, RewardSettings())[0].passed
     for name in ("kl", "eval_win_rate_high", "eval_length", "eval_stop_rate", "eval_score"):

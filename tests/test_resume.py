@@ -106,7 +106,7 @@ def assert_all_steps(out: Path, kind: str) -> None:
 # -- SIGKILL ------------------------------------------------------------------------------------------------------------
 
 
-OFTEN = ("sft", "reward", "ppo", "raft")
+OFTEN = ("sft", "reward", "ppo")
 
 
 @pytest.mark.parametrize("kind", tiny.mostly_slow(OFTEN, [k for k in KINDS if k not in OFTEN]))
@@ -203,6 +203,33 @@ def test_ppo_with_everything_killed(adapter: str, tmp_path: Path) -> None:
     assert_all_steps(tmp_path / "out", "ppo")
     assert_same_stage(tmp_path / "out", tmp_path / "whole")
     assert tiny.weights(tmp_path / "out" / "ema") == tiny.weights(tmp_path / "whole" / "ema")
+
+
+REFERENCE = {
+    "dpo": ("margin", {"reference": "online"}),
+    "ppo": ("kl", {}),
+    "grpo": ("kl", {}),
+    "online-dpo": ("kl", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", REFERENCE)
+def test_a_reference_of_eight_bits(kind: str, tmp_path: Path) -> None:
+    """A stage with it goes as one with the whole reference but for rounding, holds its gates, and goes on when it was killed."""
+    name, options = REFERENCE[kind]
+    options = {**options, "max_steps": 10, "save_every": 2}
+    found = []
+    for bits in (8, 32):
+        out = tmp_path / str(bits)
+        assert run(command(kind, out, ref_bits=bits, **options)) == 0
+        found.append([r[name] for r in tiny.metrics_of(out) if name in r])
+    assert found[0] == pytest.approx(found[1], abs=0.01) and found[0] != found[1]
+    assert max(map(abs, found[1])) > 0.1, "policy and reference have parted"
+    call = command(kind, tmp_path / "out", ref_bits=8, **options)
+    assert kill_at(5, call, tmp_path / "out").exitcode == -signal.SIGKILL
+    assert run(call) == 0
+    assert_same_stage(tmp_path / "out", tmp_path / "8")
 
 
 def test_killed_before_the_first_checkpoint(tmp_path: Path) -> None:

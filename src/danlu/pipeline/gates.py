@@ -15,6 +15,7 @@ from danlu.types import Conversation
 STOP_SHARE = 0.99
 TRUNCATED_SHARE = 0.05
 RATIO_TOLERANCE = 1e-4
+ROUNDED_KL = 0.01  # nats a token by which a reference of 8 bits may be off: what G-QUANT lets int8 cost
 # G-PPO asks whether a policy is fit for use, not whether it is the best one: each limit lies well beyond what chance does.
 WIN_SHARE = 0.5
 KL_LOWEST = -1.0  # nats per answer: k1 of one iteration may be a little below 0
@@ -104,15 +105,19 @@ def reward_model(metrics: Mapping[str, float], settings: RewardSettings) -> list
     return [Gate("G-RM", right and fair, accuracy, settings.min_accuracy, sentence)]
 
 
-def ratio(facts: Mapping[str, Any]) -> Gate:
-    """G-RATIO: on the first PPO pass the ratio is 1 and the KL to the reference is 0."""
+def ratio(facts: Mapping[str, Any], settings: PpoSettings | GrpoSettings) -> Gate:
+    """G-RATIO: on the first PPO pass the ratio is 1 and the KL to the reference is 0, but for what rounding costs a reference."""
     first = facts.get("first") or {}
-    found = (first.get("ratio_error", float("inf")), first.get("kl", float("inf")))
+    rounded = settings.ref_bits == 8 and not settings.adapted
+    allowed = ROUNDED_KL * first.get("length", 0.0) if rounded else 0.0
+    found = (first.get("ratio_error", float("inf")), first.get("kl", float("inf")) - allowed)
     error = float("nan") if any(v != v for v in found) else max(found)  # max() may lose a NaN, and NaN <= x is false
     sentence = (
         f"on the first pass the ratio is off by {first.get('ratio_error', float('nan')):.1e}, KL to the reference is "
     )
     sentence += f"{first.get('kl', float('nan')):.1e}"
+    if rounded:
+        sentence += f", of which 8 bits may cost {allowed:.1e}"
     return Gate("G-RATIO", error <= RATIO_TOLERANCE, error, RATIO_TOLERANCE, sentence)
 
 

@@ -225,7 +225,7 @@ def _to(bar: Bar, done: int, what: str = "answers") -> None:
 def run_ppo(settings: PpoSettings) -> Outcome:
     """See `trainers/ppo.py`; decides G-RATIO and G-PPO."""
     result = ppo.train(settings)
-    verdicts = [gates.ratio(result.facts), gates.policy(result.metrics, result.facts, settings)]
+    verdicts = [gates.ratio(result.facts, settings), gates.policy(result.metrics, result.facts, settings)]
     return Outcome(result.metrics, result.facts, verdicts)
 
 
@@ -233,7 +233,7 @@ def run_grpo(settings: GrpoSettings) -> Outcome:
     """See `trainers/grpo.py`, `trainers/online_dpo.py`, `trainers/raft.py`; decides G-PPO, and G-RATIO if there is a reference."""
     trainer = {"raft": raft, "online-dpo": online_dpo}.get(settings.method, grpo)
     result = trainer.train(settings)
-    verdicts = [] if settings.method == "raft" else [gates.ratio(result.facts)]
+    verdicts = [] if settings.method == "raft" else [gates.ratio(result.facts, settings)]
     return Outcome(result.metrics, result.facts, [*verdicts, gates.policy(result.metrics, result.facts, settings)])
 
 

@@ -31,7 +31,7 @@ from danlu.training.memory import within_limits
 from danlu.training.methods import Method, method_of
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.result import save_result
-from danlu.training.rollouts import prompts_of, push_weights, refuse_runaway
+from danlu.training.rollouts import first_pass, prompts_of, push_weights, refuse_runaway
 from danlu.training.session import Session
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
@@ -119,7 +119,7 @@ def train(settings: GrpoSettings) -> TrainResult:
 
             metrics = {**stats, **_over_updates(updates), "ratio_error_first": updates[0]["ratio_error"]}
             if step == 0:
-                session.extra["first"] = {"ratio_error": updates[0]["ratio_error"], "kl": abs(stats["kl"])}
+                session.extra["first"] = first_pass(updates[0]["ratio_error"], stats)
             metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories, drawn.scores)
             note = f"score {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)

@@ -24,7 +24,7 @@ from danlu.training.methods import method_of
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.pairs import means, pair_logprobs, read_answers, reference_loss
 from danlu.training.result import save_result
-from danlu.training.rollouts import prompts_of, push_weights, refuse_runaway
+from danlu.training.rollouts import first_pass, prompts_of, push_weights, refuse_runaway
 from danlu.training.session import Session
 from danlu.training.step import TrainResult, accumulate, apply
 from danlu.training.templates import template_facts, template_of
@@ -102,8 +102,8 @@ def train(settings: GrpoSettings) -> TrainResult:
 
             metrics = {**stats, **({k: fmean(u[k] for u in updates) for k in NO_PAIR} if updates else NO_PAIR)}
             if step == 0:  # policy and reference are one model still
-                error = abs(updates[0]["margin"]) / rule.beta if updates else 0.0
-                session.extra["first"] = {"ratio_error": error, "kl": abs(stats["kl"])}
+                apart = abs(updates[0]["margin"]) / rule.beta if updates else 0.0
+                session.extra["first"] = first_pass(0.0, {**stats, "kl": max(apart, abs(stats["kl"]))})
             metrics = watch.step(step, metrics | players.reward.metrics, drawn.trajectories, drawn.scores)
             note = f"score {stats['score']:.2f} kl {stats['kl']:.2f} acc {metrics['accuracy']:.2f}"
             session.log(step, metrics, tokens=int(stats["tokens"]), note=note)

@@ -41,6 +41,7 @@ from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.ptx import PtxLoss
 from danlu.training.result import save_result
 from danlu.training.rollouts import (
+    first_pass,
     prompt_order,
     prompts_of,
     push_weights,
@@ -153,7 +154,7 @@ def train(settings: PpoSettings) -> TrainResult:
             metrics["passes"] = float(max(len(updates), len(critic_updates)))
             if first_ratio_error is not None:
                 metrics["ratio_error_first"] = first_ratio_error
-                session.extra.setdefault("first", {"ratio_error": first_ratio_error, "kl": abs(stats["kl"])})
+                session.extra.setdefault("first", first_pass(first_ratio_error, stats))
                 controller.update(stats["kl"], size)
             metrics = watch.step(step, metrics, [a.trajectory for a in answers], scores)
             note = f"reward {stats['score']:.2f} kl {stats['kl']:.2f} len {stats['length']:.0f}"

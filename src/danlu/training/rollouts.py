@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -156,6 +156,11 @@ def engine_gap(fresh: Sequence[tuple[Tensor, Tensor]], dtype: Dtype) -> dict[str
     mean = float(gaps.mean())
     found = {"engine_gap": mean, "engine_gap_max": float(gaps.max())}
     return found if mean <= ENGINE_GAP[dtype] else found | {"engine_gap_high": 1.0}
+
+
+def first_pass(ratio_error: float, stats: Mapping[str, float]) -> dict[str, float]:
+    """What G-RATIO is decided by: numbers of the iteration before whose first update nothing had changed."""
+    return {"ratio_error": ratio_error, "kl": abs(stats["kl"]), "length": stats["length"]}
 
 
 def refuse_runaway(kl: float, max_kl: float, step: int, *, group: str, setting: str = "kl_coef") -> None:
