@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_trainers import plain, toy_judge, train
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import danlu
 from danlu.exceptions import RewardError, SettingsError
+from danlu.models.load import save_model
 from danlu.models.root import RootModel
 from danlu.rewards.model import ModelReward
 from danlu.rewards.protocol import Episode, Score
+from danlu.text.chat_template import shipped_template
+from danlu.text.tokenizer import train_tokenizer
 from danlu.trainers import ppo
 from danlu.training import objectives
 from danlu.training.monitor import Monitor
@@ -183,6 +188,56 @@ def test_a_reward_model_with_other_words_is_no_critic(tmp_path: Path) -> None:
     assert caught.value.field == "ppo.critic_init"
     train("ppo", tmp_path / "auto", reward_model=str(judge), max_steps=1)
     assert rows_of(tmp_path / "auto")[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+
+
+def foreign_judge(folder: Path) -> Path:
+    """A trained reward model of another family, with words and turns of its own."""
+    text = train_tokenizer(["Gladly. No idea. white black"] * 4, 300)
+    text.chat_template = shipped_template("belle")
+    torch.manual_seed(0)
+    ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 160, "vocab_size": len(text), "attn_pdrop": 0.0}
+    base = save_model(GPT2LMHeadModel(GPT2Config(**shape, **ids)), text, folder / "base")
+    changes = {"model": str(base), "max_length": 160, "max_steps": 6, "learning_rate": 1e-2, "micro_tokens": 512}
+    gate = {"min_accuracy": 0.0, "max_length_correlation": 1.0}  # what it has learnt is not asked here
+    train("reward", folder / "judge", **changes, **gate)
+    return folder / "judge" / "model"
+
+
+def by_hand(model: Any, text: Any, prompt: Sequence[Any], answer: str, finished: bool) -> float:
+    """The score of a text by transformers alone, normalised as config.json says."""
+    rendered = text.apply_chat_template([*prompt, *tiny.assistant(answer)], tokenize=False).rstrip("\n")
+    ids = text(rendered, add_special_tokens=False)["input_ids"]
+    assert ids[-1] == text.eos_token_id
+    with torch.no_grad():
+        raw = float(model(torch.tensor([ids if finished else ids[:-1]])).logits[0, 0])
+    return (raw - model.config.danlu_reward["mean"]) / model.config.danlu_reward["std"]
+
+
+def test_a_judge_of_another_family_reads_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several iterations, in whole batches, while the policy changes: its scores are those of the decoded text."""
+    judge, real = foreign_judge(tmp_path), ppo._scores
+    model, text = AutoModelForSequenceClassification.from_pretrained(judge).eval(), AutoTokenizer.from_pretrained(judge)
+    policy = AutoTokenizer.from_pretrained(tiny.model())
+    iterations: list[list[float]] = []
+
+    def compared(players: Any, asked: Any, found: Any, settings: Any) -> list[float | None]:
+        scores = real(players, asked, found, settings)
+        answers = [policy.decode(t.actions, skip_special_tokens=True) for t in found]
+        expected = [
+            by_hand(model, text, a.messages, answer, t.finished)
+            for a, answer, t in zip(asked, answers, found, strict=True)
+        ]
+        assert scores == pytest.approx(expected, abs=1e-4)
+        iterations.append(expected)
+        return scores
+
+    monkeypatch.setattr(ppo, "_scores", compared)
+    changes = {"max_steps": 4, "learning_rate": 1e-2, "eval_fraction": 0.0, "rollout": short()}
+    train("ppo", tmp_path / "out", reward_model=str(judge), **changes)
+    raw = [r["score_raw"] for r in rows_of(tmp_path / "out")]
+    assert raw == pytest.approx([fmean(scores) for scores in iterations], abs=1e-4) and len(raw) == 4
+    assert pstdev([v for scores in iterations for v in scores]) > 0.1, "or all texts are the same to it"
 
 
 # -- updates ------------------------------------------------------------------------------------------------------------
