@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import mostly_slow
 
 from danlu.exceptions import EngineError
 from danlu.generation import engine as engine_module
@@ -363,7 +364,10 @@ def test_every_request_gets_what_it_gets_alone(
             assert done == wanted
 
 
-@pytest.mark.parametrize("family", families.FAST)
+OFTEN = ("qwen3", "gpt2", "gemma2", "opt", "phi3", "mixtral", "qwen2_moe")
+
+
+@pytest.mark.parametrize("family", mostly_slow(OFTEN, [f for f in families.FAST if f not in OFTEN]))
 def test_bits_do_not_depend_on_what_else_runs_or_ran(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, with others, and again behind a remembered prefix: each of three beginnings once greedily, once sampled."""
     size = {"n_positions": CONTEXT} if family == "gpt2" else {"max_position_embeddings": CONTEXT}
