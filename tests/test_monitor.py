@@ -15,10 +15,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from test_resume import RELATIVES
 
 from danlu.cli.main import run
 from danlu.train_config import Defence
-from danlu.trainers import dpo, grpo, online_dpo, ppo, raft, reward_model, sft
+from danlu.trainers import classify, dpo, grpo, kto, mask_sft, online_dpo, ppo, raft, reward_model, seq2seq_sft, sft
 from danlu.training.monitor import Monitor, robust_z
 from danlu.training.session import Session
 from danlu.training.step import accumulate, language_loss
@@ -333,22 +334,27 @@ def test_a_critic_is_judged_by_the_size_of_its_loss() -> None:
 
 # -- the other stages -----------------------------------------------------------------------------------------------------
 
-# Of each: its module, the role that learns, its length, how often it saves, and what else makes it.
-OTHERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "reward": (reward_model, "reward", {"max_steps": 24, "save_every": 5}),
-    "dpo": (dpo, "policy", {"max_steps": 24, "save_every": 5}),
-    "grpo": (grpo, "policy", {"max_steps": 14, "save_every": 3}),
-    "ppo": (ppo, "policy", {"max_steps": 14, "save_every": 3}),
-    "raft": (raft, "policy", {"max_steps": 14, "save_every": 3, "method": "raft", "raft": {"unfinished": True}}),
-    "online-dpo": (online_dpo, "policy", {"max_steps": 14, "save_every": 3, "method": "online-dpo"}),
+LONG, SHORT = {"max_steps": 24, "save_every": 5}, {"max_steps": 14, "save_every": 3}
+# Of each: its module, the role that learns, its length, and how often it saves.
+OTHERS: dict[str, tuple[Any, str, dict[str, int]]] = {
+    "reward": (reward_model, "reward", LONG),
+    "dpo": (dpo, "policy", LONG),
+    "kto": (kto, "policy", LONG),
+    "classify": (classify, "policy", LONG),
+    "mask_sft": (mask_sft, "policy", LONG),
+    "seq2seq": (seq2seq_sft, "policy", LONG),
+    "grpo": (grpo, "policy", SHORT),
+    "ppo": (ppo, "policy", SHORT),
+    "raft": (raft, "policy", SHORT),
+    "online-dpo": (online_dpo, "policy", SHORT),
 }
 
 
 def other(kind: str, out: Path, **changes: Any) -> list[str]:
     defence = {"cooldown_steps": 4, "window": 16, **changes.pop("defence", {})}
     values = {"learning_rate": 1e-3, "eval_every": 7, "schedule": "constant", "warmup": 0, "defence": defence}
-    verb = "grpo" if "method" in OTHERS[kind][2] else kind
-    arguments = tiny.arguments(verb, tiny.stage(verb, out, **values | OTHERS[kind][2] | changes))
+    verb, own = RELATIVES.get(kind, (kind, dict[str, Any]))
+    arguments = tiny.arguments(verb, tiny.stage(verb, out, **values | own() | OTHERS[kind][2] | changes))
     return [*arguments, "--force"] if kind == "reward" else arguments  # G-RM is not what is asked here
 
 
@@ -421,7 +427,7 @@ def test_a_bad_batch_of_any_stage_is_skipped(
     assert facts["skipped"][0]["reason"].removeprefix("policy ").startswith(expected)
     assert [s for s in rows if "skipped" in rows[s]] == [9] and rows[9]["skipped"] == 1
     assert len(rows) == OTHERS[kind][2]["max_steps"]
-    if kind in ("reward", "dpo"):
+    if OTHERS[kind][2] == LONG:
         rates = [rows[s]["learning_rate"] for s in (8, 10, 13, 14)]
         assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 1e-3])
     if kind == "ppo":  # whose critic learns from the answers all the same
@@ -452,7 +458,7 @@ def test_damaged_weights_of_any_stage_are_put_back(
     facts, rows = manifest(out)["facts"], rows_of_steps(out)
     [back] = facts["rollbacks"]
     bad = [s["step"] for s in facts["skipped"]]
-    assert bad == ([8, 9, 10] if kind in ("reward", "dpo") else [8, 9] if eval_every == 7 else [8])
+    assert bad == ([8, 9, 10] if OTHERS[kind][2] == LONG else [8, 9] if eval_every == 7 else [8])
     saved = OTHERS[kind][2]["save_every"]
     assert back == {"from": bad[-1], "to": 7 // saved * saved}
     assert len(rows) == OTHERS[kind][2]["max_steps"] and [s for s in rows if "skipped" in rows[s]] == bad
