@@ -6,9 +6,11 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import torch
 import yaml
 
 from danlu.cli.main import run
-from danlu.exceptions import DataError, SettingsError
+from danlu.exceptions import DataError, PeerLost, SettingsError
 from danlu.pipeline.recipe import load_recipe
-from danlu.training import checkpoint, distributed, launch
-from danlu.training.launch import Crew, resolve_count
+from danlu.training import checkpoint, distributed, heartbeat, launch
+from danlu.training.heartbeat import Pulse
+from danlu.training.launch import Crew, free_port, resolve_count, told_to_rank
 
-SOON = 120.0  # against what hangs (the process group alone would wait half an hour), not for a machine that is busy
+SOON = 120.0  # against what hangs (the process group alone would wait a day), not for a machine that is busy
+PROMISED = 30.0  # seconds from a rank's death to the end of the others
 
 
 def ranks_of(parent: int) -> dict[int, int]:
@@ -54,16 +58,22 @@ def begin(out: Path, **changes: Any) -> tuple[Any, dict[int, int], list[str]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
-def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    tiny.mostly_slow(
+        [(signal.SIGKILL, "rank 1 of 2 was killed by SIGKILL")], [(signal.SIGSTOP, "rank 1 of 2 (process {})")]
+    ),
+)
+def test_a_lost_rank_ends_the_others_and_is_named(how: signal.Signals, sentence: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     parent, ranks, _ = begin(out)
-    killed = time.monotonic()
-    os.kill(ranks[1], signal.SIGKILL)
-    parent.join(SOON)
-    assert parent.exitcode == 1 and time.monotonic() - killed < SOON
+    os.kill(ranks[1], how)
+    parent.join(PROMISED)
+    assert parent.exitcode == 1
     assert all(gone(process) for process in ranks.values())
     said = out.with_suffix(".log").read_text("utf-8")
-    assert said.count("danlu:") == 1 and "rank 1 of 2 was killed by SIGKILL" in said and "Traceback" not in said
+    assert said.count("danlu:") == 1 and sentence.format(ranks[1]) in said.replace(f" on {socket.gethostname()}", "")
+    assert "Traceback" not in said
     manifest = json.loads((out / "manifest.json").read_text("utf-8"))
     assert manifest["status"] == "failed" and "rank 1 of 2" in manifest["error"]
     assert checkpoint.latest(out / "checkpoints") is not None
@@ -86,6 +96,84 @@ def test_interrupted_ranks_save_once_and_go_on_exactly(how: signal.Signals, tmp_
     assert run([str(whole) if part == str(out) else part for part in call]) == 0
     assert tiny.weights(out / "model") == tiny.weights(whole / "model")
     assert (out / "metrics.jsonl").read_text("utf-8") == (whole / "metrics.jsonl").read_text("utf-8")
+
+
+# -- no launcher that watches ---------------------------------------------------------------------------------------------
+
+
+def _on_host(name: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """A rank that takes itself for one of another machine, so that nobody looks for its process."""
+    socket.gethostname = lambda: name
+    tiny._in_child(arguments, log, environment)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="sends SIGSTOP")
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_of_another_machine_is_named(how: signal.Signals, victim: int, tmp_path: Path) -> None:
+    """Plain processes: whoever is killed has no parent that would end the other."""
+    out, port = tmp_path / "out", free_port()
+    call = tiny.arguments("sft", tiny.stage("sft", out, max_steps=100_000, save_every=7))
+    ranks = []
+    for rank in (0, 1):
+        place = told_to_rank(rank, 2, port, 1)
+        given = (f"host{rank}", call, str(tmp_path / f"log{rank}"), place)
+        ranks.append(tiny._server().Process(target=_on_host, args=given, daemon=True))
+        ranks[-1].start()
+    tiny.wait_for(lambda: (tiny.steps_of(out) or [0])[-1] >= 20, ranks[0])
+    lost, left = ranks[victim], ranks[1 - victim]
+    os.kill(lost.pid, how)
+    left.join(PROMISED)
+    lost.kill()
+    assert left.exitcode == 1
+    said = (tmp_path / f"log{1 - victim}").read_text("utf-8")
+    assert f"danlu: rank {victim} of 2 (process {lost.pid} on host{victim})" in said and "Traceback" not in said
+
+
+def work_on_rank_1(how: str) -> int:
+    """Rank 0 waits for rank 1, which works for longer than a silent rank is given, or stops."""
+    heartbeat.SILENT_SECONDS = distributed.SILENT_SECONDS = 4.0
+    if distributed.world()[0] == 1:
+        if how == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        end = time.monotonic() + 10.0
+        while time.monotonic() < end:
+            torch.save([torch.ones(1 << 20)], os.devnull)
+            sum(range(1 << 20))
+    return distributed.most(7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="sends SIGSTOP")
+def test_a_busy_rank_is_not_taken_for_a_lost_one() -> None:
+    with Crew(2) as crew:
+        assert crew.run(work_on_rank_1, "works") == [7, 7]
+        with pytest.raises(PeerLost, match=r"rank 1 of 2 .* gave no sign of life for 4 s"):
+            crew.run(work_on_rank_1, "stops")
+
+
+def pulse(beats: dict[float, list[int]]) -> Pulse:
+    """Of what the store answered at which second; everybody was heard at 0."""
+    found = Pulse(len(beats[0.0]), 0.0)
+    for now, counts in beats.items():
+        found.heard([b"%d" % count for count in counts], now)
+    return found
+
+
+def test_who_is_silent() -> None:
+    beating = pulse({0.0: [0, 0, 0], 10.0: [9, 8, 3], 20.0: [18, 16, 3], 24.0: [22, 16, 3]})
+    assert beating.silent(25.0, 20.0) is None
+    assert beating.silent(25.0, 12.0) == 2, "last heard at 10, as known at 24"
+    assert beating.silent(25.0, 4.0) == 2, "the one that was silent first, though rank 1 is silent, too"
+    assert beating.silent(43.9, 20.0) is None, "the store did not answer: who beats is not known"
+    assert beating.silent(44.0, 20.0) == 0, "it keeps the store"
+    beating.slept(100.0)
+    assert beating.silent(119.0, 20.0) is None and beating.silent(120.0, 20.0) == 0
+    closed = pulse({0.0: [0, 0], 10.0: [9, 9]})
+    closed.broke(11.0)
+    assert closed.silent(15.0, 20.0) is None, "time for a rank to leave in order after rank 0"
+    assert closed.silent(16.0, 20.0) == 0
 
 
 # -- errors of a rank ---------------------------------------------------------------------------------------------------
@@ -174,9 +262,14 @@ def test_processes_of_a_recipe(tmp_path: Path) -> None:
 # -- torchrun -----------------------------------------------------------------------------------------------------------
 
 
-def torchrun(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+ALL_HERE = ("--nproc-per-node", "2", "--standalone")
+
+
+def torchrun(
+    arguments: list[str], log: Path, options: Sequence[str] = ALL_HERE, **environment: str
+) -> subprocess.Popen[bytes]:
     place = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "danlu"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "danlu"]
     with log.open("wb") as stream:
         return subprocess.Popen(
             [*command, *arguments], env=os.environ | place | environment, stdout=stream, stderr=stream
@@ -213,10 +306,36 @@ def test_torchrun_with_a_killed_rank(tmp_path: Path) -> None:
     while (tiny.steps_of(out) or [0])[-1] < 20 and agent.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.05)
-    os.kill(ranks_of(agent.pid)[1], signal.SIGKILL)
-    assert agent.wait(SOON) != 0
+    killed = ranks_of(agent.pid)
+    os.kill(killed[1], signal.SIGKILL)
+    assert agent.wait(PROMISED) != 0 and gone(killed[0])
     said = log.read_text("utf-8")
     assert "danlu: rank 1 of 2" in said and "this is a bug" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_whose_other_machine_is_gone(victim: int, tmp_path: Path) -> None:
+    """Two torchruns that know nothing of one another; one is killed, and its rank with it."""
+    out, port = tmp_path / "out", free_port()
+    call = tiny.arguments("sft", tiny.stage("sft", out, max_steps=100_000, save_every=7))
+    agents = []
+    for node in (0, 1):
+        options = ("--nproc-per-node", "1", "--nnodes", "2", "--node-rank", str(node))
+        options += ("--master-addr", "127.0.0.1", "--master-port", str(port))
+        agents.append(torchrun(call, tmp_path / f"log{node}", options, GLOO_SOCKET_IFNAME="lo"))
+    limit = time.monotonic() + 240
+    while (tiny.steps_of(out) or [0])[-1] < 20:
+        assert time.monotonic() < limit and agents[0].poll() is None, (tmp_path / "log0").read_text("utf-8")
+        time.sleep(0.05)
+    lost, left = (ranks_of(agents[node].pid)[node] for node in (victim, 1 - victim))
+    for process in (agents[victim].pid, lost):
+        os.kill(process, signal.SIGKILL)
+    agents[victim].wait()
+    assert agents[1 - victim].wait(PROMISED) != 0 and gone(left)
+    said = (tmp_path / f"log{1 - victim}").read_text("utf-8")
+    assert f"danlu: rank {victim} of 2 (process {lost} on " in said and "this is a bug" not in said
 
 
 def test_a_faulty_row_comes_whole_out_of_another_process() -> None:

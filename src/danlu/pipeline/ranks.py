@@ -123,7 +123,10 @@ def _follow() -> int:
                 work(task)
         distributed.stop()
         return 0
-    except (PeerLost, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        return 1
+    except PeerLost as error:  # rank 0 may be the one that cannot say it
+        print(f"danlu: {error}", file=sys.stderr)
         return 1
     except Exception as error:
         time.sleep(PATIENCE_SECONDS)

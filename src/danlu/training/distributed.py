@@ -8,10 +8,13 @@ gradients are summed (losses are divided by global denominators already), so W p
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -21,14 +24,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from danlu.exceptions import PeerLost, SettingsError
+from danlu.training.heartbeat import SILENT_SECONDS, Heartbeat
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Ranks wait for one another while rank 0 does a stage that is not shared. That one of them has died shows at once, by its
-# closed connection, and not by this limit.
+# Ranks wait for one another while rank 0 does a stage that is not shared. That one of them has died shows by its closed
+# connection or its silence (`training/heartbeat.py`), and not by this limit.
 LONGEST_WAIT = timedelta(hours=24)
 _peers: list[tuple[str, int]] = []
+_heartbeat: Heartbeat | None = None
 _alone = False
+_waits = 0  # `naming_the_lost` blocks that this process is in
 
 
 def launched() -> bool:
@@ -36,8 +42,16 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def start() -> None:
+def _say_and_end(error: PeerLost) -> None:
+    print(f"danlu: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread cannot be called back out of a collective
+
+
+def start(on_lost: Callable[[PeerLost], None] = _say_and_end) -> None:
     """Joins the process group when this process was started as one of several.
+
+    Args:
+        on_lost: called by a thread when another rank falls silent while this one is in `naming_the_lost`.
 
     Raises:
         SettingsError: there are more processes on this machine than GPUs.
@@ -56,12 +70,32 @@ def start() -> None:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    _begin_heartbeat(on_lost)
+
+
+def _begin_heartbeat(on_lost: Callable[[PeerLost], None]) -> None:
+    global _heartbeat
+    from torch._C._distributed_c10d import (
+        TCPStore,
+    )  # `torch.distributed` has it without exporting it; not every build does
+
+    def lost(other: int) -> None:
+        if _waits:
+            on_lost(_peer_lost(other, f"gave no sign of life for {SILENT_SECONDS:.0f} s"))
+
+    rank, size = world()
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    heartbeat = Heartbeat(store, f"danlu/{same(uuid.uuid4().hex)}", rank, size, lost)
     _peers[:] = gather((socket.gethostname(), os.getpid()))
+    heartbeat.start()
+    _heartbeat = heartbeat
 
 
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
+        if _heartbeat is not None:
+            _heartbeat.end()
         dist.destroy_process_group()
         _peers.clear()
 
@@ -191,26 +225,56 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """Turns a broken connection between ranks into a sentence that names the rank which is gone.
+    """Turns a broken connection between ranks into a sentence that names the rank which is gone; and while a block is inside,
+    a rank that falls silent ends this process.
 
     Raises:
         PeerLost: in place of torch's own errors.
     """
+    global _waits
+    _waits += 1
     try:
         yield
-    except (RuntimeError, ConnectionError) as error:
-        if world()[1] == 1 or not (isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error)):
+    except (RuntimeError, ConnectionError, KeyboardInterrupt) as error:
+        if world()[1] == 1 or not _broke(error):
             raise
-        gone = _gone()
-        who = f"rank {gone} of {world()[1]} (process {_peers[gone][1]})" if gone is not None else "another rank"
-        raise PeerLost(
-            f"{who} has ended, and the others cannot go on without it",
-            hint="its own message says why; run the same command again to go on from the last checkpoint",
-        ) from error
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would stop the sentence on its way
+        raise _peer_lost(_gone(), "has ended") from error
+    finally:
+        _waits -= 1
+
+
+def _broke(error: BaseException | None) -> bool:
+    """Whether an error is that of a broken connection, or SIGTERM in the middle of one: torchrun ends whom a rank's death
+    leaves.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return _broke(error.__context__)
+    lost = isinstance(error, dist.DistError | ConnectionError)
+    return lost or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _peer_lost(rank: int | None, how: str) -> PeerLost:
+    own, size = world()
+    if rank is None:
+        who = "another rank"
+    elif rank == own:  # the launcher keeps the store, as torchrun's does
+        who = "the launcher of rank 0"
+    else:
+        host, process = _peers[rank]
+        who = f"rank {rank} of {size} (process {process} on {host})"
+    return PeerLost(
+        f"{who} {how}, and the others cannot go on without it",
+        hint="its own message says why, if it could leave one; "
+        "run the same command again to go on from the last checkpoint",
+    )
 
 
 def _gone(seconds: float = 2.0) -> int | None:
-    """The lowest rank on this machine that has ended; a connection closes a moment before its process is gone."""
+    """The lowest rank on this machine that has ended (a connection closes a moment before its process is gone), or the one
+    of another machine that is not heard of any more.
+    """
     here = socket.gethostname()
     end = time.monotonic() + seconds
     while _peers and time.monotonic() < end:
@@ -218,7 +282,7 @@ def _gone(seconds: float = 2.0) -> int | None:
             if host == here and not _is_alive(process):
                 return rank
         time.sleep(0.05)
-    return None
+    return _heartbeat.missing() if _heartbeat is not None else None
 
 
 def _is_alive(process: int) -> bool:

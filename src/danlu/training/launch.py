@@ -261,11 +261,9 @@ def main() -> None:
     busy = threading.Event()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, tasks, busy), daemon=True).start()
     while (task := tasks.get()) is not None:
-        answer = _answer(task, early)
+        answer = _answer(task, early, answers)
         busy.clear()
-        with suppress(BrokenPipeError):
-            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-            answers.flush()
+        _send(answer, answers)
         if not answer[0]:
             break
     os._exit(0)  # a process group that has lost a member cannot be left in order
@@ -282,14 +280,25 @@ def _receive(stream: BinaryIO, tasks: SimpleQueue[bytes | None], busy: threading
     tasks.put(None)
 
 
-def _answer(task: bytes, early: threading.Event) -> tuple[bool, Any]:
+def _send(answer: tuple[bool, Any], answers: BinaryIO) -> None:
+    with suppress(BrokenPipeError):
+        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+
+
+def _answer(task: bytes, early: threading.Event, answers: BinaryIO) -> tuple[bool, Any]:
     """(True, result) or (False, error). Ctrl-C and SIGTERM are heard while the task is at work, and remembered before."""
     wait = signal.getsignal(signal.SIGINT)
+
+    def end(error: PeerLost) -> None:
+        _send((False, error), answers)
+        os._exit(1)
+
     try:
         from danlu.training import distributed
 
         function, argument = pickle.loads(task)
-        distributed.start()
+        distributed.start(end)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         if early.is_set():
