@@ -22,7 +22,7 @@ import yaml
 from danlu.cli.main import run
 from danlu.exceptions import DataError, PeerLost, SettingsError
 from danlu.pipeline.recipe import load_recipe
-from danlu.training import checkpoint, distributed, heartbeat, launch
+from danlu.training import checkpoint, distributed, heartbeat, launch, place
 from danlu.training.heartbeat import Pulse
 from danlu.training.launch import Crew, free_port, resolve_count, told_to_rank
 
@@ -117,8 +117,7 @@ def test_a_lost_rank_of_another_machine_is_named(how: signal.Signals, victim: in
     call = tiny.arguments("sft", tiny.stage("sft", out, max_steps=100_000, save_every=7))
     ranks = []
     for rank in (0, 1):
-        place = told_to_rank(rank, 2, port, 1)
-        given = (f"host{rank}", call, str(tmp_path / f"log{rank}"), place)
+        given = (f"host{rank}", call, str(tmp_path / f"log{rank}"), told_to_rank(rank, 2, port, 1))
         ranks.append(tiny._server().Process(target=_on_host, args=given, daemon=True))
         ranks[-1].start()
     tiny.wait_for(lambda: (tiny.steps_of(out) or [0])[-1] >= 20, ranks[0])
@@ -259,28 +258,84 @@ def test_processes_of_a_recipe(tmp_path: Path) -> None:
             load_recipe(recipe(tmp_path, processes=wrong))
 
 
-# -- torchrun -----------------------------------------------------------------------------------------------------------
+# -- torchrun, accelerate and MPI ---------------------------------------------------------------------------------------
+
+MEET = {"MASTER_ADDR": "10.0.0.1"}
+MPI = {
+    "intel": {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+    "open": {
+        f"OMPI_COMM_WORLD_{n}": v for n, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "3412", strict=True)
+    },
+    "mvapich": {
+        f"MV2_COMM_WORLD_{n}": v for n, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "3412", strict=True)
+    },
+}
 
 
-ALL_HERE = ("--nproc-per-node", "2", "--standalone")
+@pytest.mark.parametrize("kind", MPI)
+def test_the_place_that_mpi_tells(kind: str) -> None:
+    told = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    environment = MEET | MPI[kind]
+    place.adopt(environment)
+    assert environment == MEET | MPI[kind] | told | {"MASTER_PORT": "29500"}
+    by_torchrun = MEET | MPI[kind] | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for unchanged in (by_torchrun, MPI[kind], MEET | {"PMI_RANK": "1"}):
+        environment = dict(unchanged)
+        place.adopt(environment)
+        assert environment == unchanged
 
 
-def torchrun(
-    arguments: list[str], log: Path, options: Sequence[str] = ALL_HERE, **environment: str
+def test_accelerate_that_starts_one_of_several(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With --cpu it names a place to meet and starts nobody else."""
+    assert run(["--version"]) == 0
+    assert "accelerate" not in capfd.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert run(["--version"]) == 0
+    assert "accelerate was asked for several processes and started one" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_that_know_their_place_from_mpi(tmp_path: Path) -> None:
+    """The variables that `accelerate launch --cpu --mpirun_hostfile` leaves to each."""
+    out, port = tmp_path / "out", free_port()
+    call = tiny.arguments("sft", tiny.stage("sft", out, max_steps=2))
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "PMI_SIZE": "2"}
+    common |= {"ACCELERATE_USE_CPU": "True"}
+    ranks = [tiny.start(call, tmp_path / f"log{r}", **common, PMI_RANK=str(r)) for r in (0, 1)]
+    for rank in ranks:
+        rank.join(SOON)
+    assert [rank.exitcode for rank in ranks] == [0, 0], (tmp_path / "log0").read_text("utf-8")
+    assert json.loads((out / "compute.json").read_text("utf-8"))["processes"] == 2
+    assert "accelerate" not in (tmp_path / "log0").read_text("utf-8")
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+    "accelerate": ("accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--main_process_port", "0"),
+}
+
+
+def launched(
+    arguments: list[str], log: Path, options: Sequence[str] = LAUNCHERS["torchrun"], **environment: str
 ) -> subprocess.Popen[bytes]:
-    place = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "danlu"]
+    known = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *options, "-m", "danlu"]
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [*command, *arguments], env=os.environ | place | environment, stdout=stream, stderr=stream
+            [*command, *arguments], env=os.environ | known | environment, stdout=stream, stderr=stream
         )
 
 
 @pytest.mark.slow
-def test_torchrun_runs_a_whole_recipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_runs_a_whole_recipe(launcher: str, tmp_path: Path) -> None:
     """Rank 0 alone writes and speaks; metrics are those of one process."""
     path, log = tiny.recipe(tmp_path), tmp_path / "log"
-    assert torchrun(["run", str(path)], log, DANLU_RUNS=str(tmp_path / "runs")).wait(240) == 0, log.read_text()
+    process = launched(["run", str(path)], log, LAUNCHERS[launcher], DANLU_RUNS=str(tmp_path / "runs"))
+    assert process.wait(240) == 0, log.read_text()
     said = log.read_text("utf-8")
     assert said.count("ppo: begins") == said.count("quantize: done in") == 1
     assert "Traceback" not in said and "rank" not in said
@@ -295,13 +350,15 @@ def test_torchrun_runs_a_whole_recipe(tmp_path: Path) -> None:
         assert {k: ours["metrics"][k] for k in losses} == pytest.approx(
             {k: other["metrics"][k] for k in losses}, rel=1e-3
         )
+    compute = json.loads((tmp_path / "runs" / "tiny" / "03-sft" / "compute.json").read_text("utf-8"))
+    assert compute["processes"] == 2
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_torchrun_with_a_killed_rank(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    agent = torchrun(tiny.arguments("sft", tiny.stage("sft", out, max_steps=4000, save_every=7)), log)
+    agent = launched(tiny.arguments("sft", tiny.stage("sft", out, max_steps=4000, save_every=7)), log)
     limit = time.monotonic() + 120
     while (tiny.steps_of(out) or [0])[-1] < 20 and agent.poll() is None:
         assert time.monotonic() < limit
@@ -322,9 +379,9 @@ def test_torchrun_whose_other_machine_is_gone(victim: int, tmp_path: Path) -> No
     call = tiny.arguments("sft", tiny.stage("sft", out, max_steps=100_000, save_every=7))
     agents = []
     for node in (0, 1):
-        options = ("--nproc-per-node", "1", "--nnodes", "2", "--node-rank", str(node))
+        options = ("torch.distributed.run", "--nproc-per-node", "1", "--nnodes", "2", "--node-rank", str(node))
         options += ("--master-addr", "127.0.0.1", "--master-port", str(port))
-        agents.append(torchrun(call, tmp_path / f"log{node}", options, GLOO_SOCKET_IFNAME="lo"))
+        agents.append(launched(call, tmp_path / f"log{node}", options, GLOO_SOCKET_IFNAME="lo"))
     limit = time.monotonic() + 240
     while (tiny.steps_of(out) or [0])[-1] < 20:
         assert time.monotonic() < limit and agents[0].poll() is None, (tmp_path / "log0").read_text("utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from danlu.exceptions import DanluError, UsageError
+from danlu.training import place
 
 # verb -> (module in danlu.cli, one line of help); each module has `command(verb) -> click.Command`
 VERBS: dict[str, tuple[str, str]] = {
@@ -44,6 +45,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("generate", "Perplexity, exact match or rubric score of a model on a file"),
     "doctor": ("doctor", "What this machine can do, and what is missing"),
 }
+
+ONE_OF_SEVERAL = (
+    "danlu: accelerate was asked for several processes and started one, as it does with --cpu; "
+    "`accelerate launch --multi_gpu` or torchrun start them"
+)
 
 
 class Verbs(click.Group):
@@ -92,6 +98,9 @@ def run(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Said outright, since it warns people about forks otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    place.adopt(os.environ)
+    if place.wanted_more(os.environ):
+        print(ONE_OF_SEVERAL, file=sys.stderr)
 
     def verb() -> int:
         result = root.main(args=arguments, prog_name="danlu", standalone_mode=False)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from danlu.exceptions import PeerLost, SettingsError
+from danlu.training import place
 from danlu.training.heartbeat import SILENT_SECONDS, Heartbeat
 
 Item = TypeVar("Item")
@@ -56,6 +57,7 @@ def start(on_lost: Callable[[PeerLost], None] = _say_and_end) -> None:
     Raises:
         SettingsError: there are more processes on this machine than GPUs.
     """
+    place.adopt(os.environ)
     if not launched() or dist.is_initialized():
         return
     backend = "gloo"
