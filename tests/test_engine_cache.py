@@ -364,14 +364,14 @@ def test_every_request_gets_what_it_gets_alone(
             assert done == wanted
 
 
-OFTEN = ("qwen3", "gpt2", "gemma2", "opt", "phi3", "mixtral", "qwen2_moe")
+OFTEN = ("qwen3", "gpt2", "gemma2", "opt", "phi3", "mixtral", "qwen2_moe", "bloom", "codegen", "falcon_alibi")
 
 
 @pytest.mark.parametrize("family", mostly_slow(OFTEN, [f for f in families.FAST if f not in OFTEN]))
 def test_bits_do_not_depend_on_what_else_runs_or_ran(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, with others, and again behind a remembered prefix: each of three beginnings once greedily, once sampled."""
-    size = {"n_positions": CONTEXT} if family == "gpt2" else {"max_position_embeddings": CONTEXT}
-    model = families.make(family, **size)
+    size = "n_positions" if family in ("gpt2", "codegen", "gptj") else "max_position_embeddings"
+    model = families.make(family, **{size: CONTEXT})
     requests = [ask(ids(n % 3, 20 + 27 * n), seed=n, max_new_tokens=5 + n, temperature=float(n % 2)) for n in range(6)]
     expected = [alone(model, r) for r in requests]
     engine = LocalEngine(model, max_slots=4, memory=1 << 24)
