@@ -22,6 +22,9 @@ from danlu.generation.memory import default_memory
 from danlu.generation.prefixes import PrefixStore
 from danlu.generation.protocol import Completion, Request, SamplingParams, generate
 from danlu.generation.speculative import NgramDrafter
+from danlu.models.roles import SeparateModels
+from danlu.models.root import RootModel
+from danlu.tree import TreeBatch, branches
 
 Tiny = Callable[..., Any]
 CONTEXT = 512
@@ -398,6 +401,21 @@ def test_bits_do_not_depend_on_the_batch_in_wide_models(family: str) -> None:
     requests = [ask(ids(n % 3, 7 + 30 * n), seed=n, max_new_tokens=4 + n) for n in range(7)]
     expected = [alone(model, r) for r in requests]
     assert [result(c) for c in generate(LocalEngine(model, max_slots=5), requests)] == expected
+
+
+def test_a_mixture_that_an_engine_shares_is_trained_as_before() -> None:
+    """Readings and updates of a trainer are equal to the bit, with and without an engine on its model."""
+    model, tree = families.make("mixtral"), TreeBatch.of(branches(ids(1, 5), [ids(2, 2)]))
+    root = RootModel(SeparateModels({"policy": model}, ["policy"]))
+
+    def read(gradients: bool) -> list[float]:
+        with torch.set_grad_enabled(gradients):
+            hidden: torch.Tensor = root(tree, "policy", lambda out: out.hidden_TD)
+        return hidden.flatten().tolist()
+
+    before = read(True)
+    generate(LocalEngine(model), [ask(ids(1, 5))])
+    assert read(True) == before and read(False) == before
 
 
 @pytest.mark.parametrize("grid", [8, 256])

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 
 def fill(model: nn.Module, rows: int) -> None:
-    """Sees to at least `rows` rows in each product of the experts of a model while no gradients are wanted."""
+    """Sees to at least `rows` rows in each product of the experts of a model in inference mode; a trainer that shares it, and
+    whose readings are to have the bits of its updates, does without.
+    """
     for module in model.modules():
         kind = type(module)
         if "top_k_index" in inspect.signature(kind.forward).parameters and not hasattr(kind, "danlu_rows"):
@@ -25,7 +27,7 @@ def fill(model: nn.Module, rows: int) -> None:
 @functools.cache
 def _filling(kind: type[nn.Module], rows: int) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if not torch.is_inference_mode_enabled():
             out: Tensor = kind.forward(self, hidden_states, top_k_index, top_k_weights)
             return out
         tokens, choices = top_k_index.shape
