@@ -1,7 +1,7 @@
 """Mixtures of experts in an engine: a token's bits do not depend on which experts other tokens are sent to.
 
 An expert multiplies the rows that are sent to it, and a product of fewer than a few rows has other bits than a larger one. So
-every expert that is used gets that many rows of zeros beside its own; they lie behind the others and are dropped.
+every expert that is used gets what it lacks as rows of zeros; they lie behind the others and are dropped.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ def _filling(kind: type[nn.Module], rows: int) -> type[nn.Module]:
             out: Tensor = kind.forward(self, hidden_states, top_k_index, top_k_weights)
             return out
         tokens, choices = top_k_index.shape
-        used = top_k_index.unique().repeat_interleave(-(-rows // choices))
-        more = used[:, None].expand(-1, choices)
+        sent = torch.bincount(top_k_index.flatten())
+        missing = (rows - sent).clamp(min=0) * (sent > 0)
+        beside = torch.arange(len(sent), device=sent.device).repeat_interleave(missing)
+        # As many rows in all as fill whole vector registers, as the engine's own do.
+        beside = torch.cat([beside, beside[-1:].expand(-len(beside) % (rows * choices))]).view(-1, choices)
         filled: Tensor = kind.forward(
             self,
-            torch.cat([hidden_states, hidden_states.new_zeros(len(used), hidden_states.shape[1])]),
-            torch.cat([top_k_index, more]),
-            torch.cat([top_k_weights, top_k_weights.new_zeros(more.shape)]),
+            torch.cat([hidden_states, hidden_states.new_zeros(len(beside), hidden_states.shape[1])]),
+            torch.cat([top_k_index, beside]),
+            torch.cat([top_k_weights, top_k_weights.new_zeros(beside.shape)]),
         )
         return filled[:tokens]
 
