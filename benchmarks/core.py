@@ -40,11 +40,12 @@ GEMM_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What one side said: the losses of its first steps, its windows, its peak memory in bytes."""
+    """What one side said: the losses of its first steps, its windows, its peak memory in bytes, its precision."""
 
     losses: list[float]
     windows: list[Report]
     peak: float
+    precision: str
 
 
 def default_data_root() -> Path:
@@ -153,7 +154,7 @@ def _measure(
     if trials or rest:
         later = _reports(started, rest)
         reports = {side.name: tried[side.name] + later[side.name] for side in started}
-    measured = {s.name: Measured(losses[s.name], reports[s.name], s.next("peak")["peak"]) for s in started}
+    measured = {s.name: Measured(losses[s.name], reports[s.name], s.next("peak")["peak"], s.precision) for s in started}
     children.ended(started, left_out)
     return measured
 
@@ -175,23 +176,30 @@ def _rows(work: Work, found: dict[str, Measured], names: dict[str, Peer], job: d
     rows: list[dict[str, Any]] = []
     measured = {name: peer for name, peer in names.items() if name in found}
     for label in dict.fromkeys((p.name, p.setting) for p in measured.values()):
-        candidates = [name for name, peer in measured.items() if (peer.name, peer.setting) == label]
-        name = fastest([(c, found[c].windows) for c in candidates])
-        peer, ours = measured[name], found.get(f"danlu {measured[name].ours}")
-        if ours is None:
-            continue
-        facts = {"work": work.name, "size": work.size, "peer": peer.name, "peer_setting": peer.setting}
-        facts |= {"unit": work.unit, "goal": work.goals.get(peer.setting) if peer.goal is None else peer.goal}
-        losses = (ours.losses, found[name].losses)
-        if work.name == "memory":
-            peaks = [[{"tokens": m.peak, "seconds": 1.0}] for m in (ours, found[name])]
-            rows.append(row(*peaks, losses=losses, tolerance=work.tolerance, **facts))
-        else:
-            compared = row(ours.windows, found[name].windows, losses=losses, tolerance=work.tolerance, **facts)
-            rows.append(compared | _beside(work, ours, found[name], job))
+        (name,) = _fastest(found, [name for name, peer in measured.items() if (peer.name, peer.setting) == label])
+        peer = measured[name]
+        own = {f"danlu {peer.ours}"} & set(found)
+        if peer.setting == "best":  # each side in the precision that is its fastest, too
+            own |= set(_fastest(found, [n for n in found if n.startswith("danlu ")]))
+        rows += [_compared(work, peer, found[ours], found[name], job) for ours in sorted(own)]
     if "gemm" in found and "danlu bfloat16" in found:
         rows.append(_share(work, found["danlu bfloat16"], found["gemm"], job))
     return rows
+
+
+def _compared(work: Work, peer: Peer, ours: Measured, theirs: Measured, job: dict[str, Any]) -> dict[str, Any]:
+    facts = {"work": work.name, "size": work.size, "peer": peer.name, "peer_setting": peer.setting}
+    facts |= {"unit": work.unit, "goal": work.goals.get(peer.setting) if peer.goal is None else peer.goal}
+    facts |= {"ours_precision": ours.precision, "peer_precision": theirs.precision}
+    told: dict[str, Any] = {"losses": (ours.losses, theirs.losses), "tolerance": work.tolerance, **facts}
+    if work.name == "memory":
+        return row(*([{"tokens": m.peak, "seconds": 1.0}] for m in (ours, theirs)), **told)
+    return row(ours.windows, theirs.windows, **told) | _beside(work, ours, theirs, job)
+
+
+def _fastest(found: dict[str, Measured], names: Sequence[str]) -> list[str]:
+    """The fastest of these, in a list; an empty one of none."""
+    return [fastest([(name, found[name].windows) for name in names])] if names else []
 
 
 def _beside(work: Work, ours: Measured, peer: Measured, job: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +226,8 @@ def _share(work: Work, ours: Measured, gemm: Measured, job: dict[str, Any]) -> d
         "peer_setting": "best",
         "ours": sorted(used)[len(used) // 2],
         "peer_value": sorted(bare)[len(bare) // 2],
+        "ours_precision": ours.precision,
+        "peer_precision": gemm.precision,
         "unit": "FLOP/s",
         "ratio": share,
         "low": low,

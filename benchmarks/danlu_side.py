@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from benchmarks.pace import paced
-from benchmarks.peers.meter import Meter, run
+from benchmarks.peers.meter import Meter, precision, run
 from danlu.config import KINDS
 from danlu.models.load import load_model
 from danlu.parsing import parse
@@ -50,6 +50,11 @@ def _train(job: dict[str, Any], out: str, **settings: Any) -> None:
     module.train(parse(KINDS[kind], values))
 
 
+def _precision(job: dict[str, Any]) -> str:
+    """Of training: weights are fp32 whatever the dtype of products."""
+    return precision(torch.float32, mixed=job["settings"]["dtype"] == "bfloat16")
+
+
 def _train_rows(job: dict[str, Any], meter: Meter) -> None:
     """Three steps on the check's rows, all of them in each; then every epoch over the timed rows is one window."""
     losses: list[float] = []
@@ -57,7 +62,7 @@ def _train_rows(job: dict[str, Any], meter: Meter) -> None:
     with paced(on_log=lambda metrics, _: losses.append(metrics["loss"])):
         options = {"data": job["check"], "tokens_per_step": 10**6, "learning_rate": job["check_rate"]}
         _train(job, "check", max_steps=CHECK_STEPS, **options)
-    meter.checked(losses)
+    meter.checked(losses, _precision(job))
 
     count = {"tokens": 0, "steps": 0}
 
@@ -88,7 +93,7 @@ def _roll_out_and_train(job: dict[str, Any], meter: Meter) -> None:
     watched = paced(on_log=lambda metrics, _: given.append(dict(metrics)))
     with mock.patch.object(rollouts, "rollout", _given(answers, job)), watched:
         _train(job, "check", data=job["check"], max_steps=1, learning_rate=job["check_rate"])
-    meter.checked([given[0][key] for key in job["compare"]])
+    meter.checked([given[0][key] for key in job["compare"]], _precision(job))
 
     found: dict[str, float] = {}
 
@@ -134,7 +139,7 @@ def _generate(job: dict[str, Any], meter: Meter) -> None:
     requests = [Request(r["prompt"], SamplingParams(max_new_tokens=r["new"], temperature=0.0)) for r in rows]
     meter.wait()
     found = generate(engine, requests[: job["slots"]])
-    meter.checked([t for c in found for t in c.logprobs[:8]])
+    meter.checked([t for c in found for t in c.logprobs[:8]], precision(model.dtype))
     for _ in range(job["windows"]):
         meter.wait()
         done = generate(engine, requests)
@@ -147,7 +152,7 @@ def _gemm(job: dict[str, Any], meter: Meter) -> None:
     rows = job["gemm_rows"]
     products = [(torch.randn(rows, k).bfloat16(), torch.randn(n, k).bfloat16()) for n, k in shapes]
     meter.wait()
-    meter.checked([])
+    meter.checked([], "bf16")
     for _ in range(job["windows"]):
         meter.wait()
         operations, begun = 0, time.perf_counter()

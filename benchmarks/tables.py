@@ -15,7 +15,9 @@ import torch
 NOTE = (
     "Sides took turns; a ratio is danlu's rate over the peer's within one turn (memory: bytes over bytes, less is better). "
     "Losses are those of three steps on the same rows, or the scores of the same given answers; where they differ too much the "
-    'row is void. Of several settings, the fastest one is "best".'
+    'row is void. Of several settings, the fastest one is "best". Precisions are what each side said of its own trainer or model: '
+    '"mixed bf16" has fp32 weights and optimizer states and bf16 products (autocast), as danlu trains. '
+    "A peer's best is held against danlu in the same precision and, where danlu is faster in another one, against that, too."
 )
 
 
@@ -31,16 +33,17 @@ def machine() -> str:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of `benchmarks/core.py`."""
     lines = [
-        "| work | size | peer, setting | danlu | peer | unit | ratio (lowest to highest) | goal | loss difference "
-        "| pairs or episodes/s | peak, GB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| work | size | peer, setting | precision: danlu, peer | danlu | peer | unit | ratio (lowest to highest) | goal "
+        "| loss difference | pairs or episodes/s | peak, GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         # Of memory less is better, of all else more.
         goal = "" if r["goal"] is None else f"{'<=' if r['work'] == 'memory' else '>='} {r['goal']:g}"
         lines.append(
-            f"| {r['work']} | {r['size']} | {r['peer']}, {r['peer_setting']} | {_number(r['ours'])} "
-            f"| {_number(r['peer_value'])} | {r['unit']} | {_ratio(r)} | {goal} | {_difference(r)} | {_items(r)} | {_peaks(r)} |"
+            f"| {r['work']} | {r['size']} | {r['peer']}, {r['peer_setting']} | {r['ours_precision']}, {r['peer_precision']} "
+            f"| {_number(r['ours'])} | {_number(r['peer_value'])} | {r['unit']} | {_ratio(r)} | {goal} | {_difference(r)} "
+            f"| {_items(r)} | {_peaks(r)} |"
         )
     return "\n".join(lines)
 

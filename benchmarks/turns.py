@@ -36,6 +36,7 @@ class Side:
         self, name: str, command: Sequence[str], job: Mapping[str, Any], folder: Path, processes: int = 1
     ) -> None:
         self.name, self.command, self.processes = name, list(command), processes
+        self.precision = ""
         file, port = _job_file(job, folder), free_port() if processes > 1 else 0
         self._children = [
             _Child([*command, str(file)], folder, rank, ranks(rank, processes, port)) for rank in range(processes)
@@ -84,8 +85,10 @@ class Side:
                 raise SideFailed(f"{self.name}: it has ended; it printed:\n{child.printed()}")
 
     def check(self) -> list[float]:
-        """Lets it take the first steps; their losses."""
-        losses: list[float] = self._turn("losses")["losses"]
+        """Lets it take the first steps; their losses. From then on it has a `precision`."""
+        report = self._turn("losses")
+        self.precision = report["precision"]
+        losses: list[float] = report["losses"]
         return losses
 
     def go(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from benchmarks import core, gpu, inputs, ratios, tables
 from benchmarks.core import Measured
 from benchmarks.peers import environments
+from benchmarks.peers.meter import precision
 from benchmarks.turns import Side, SideFailed, Sides, take_turns
 from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRL, WORKS, Work, shortened
 from danlu.config import KINDS
@@ -23,7 +24,17 @@ from danlu.models.starters import starter
 from danlu.parsing import parse
 
 KEYS = {"work", "size", "ours", "peer", "peer_setting", "peer_value", "unit", "ratio", "low", "high", "goal"}
-FACTS = {"work": "sft", "size": "7M", "peer": "P", "peer_setting": "best", "unit": "tokens/s", "goal": 1.5}
+PRECISIONS = {"ours_precision", "peer_precision"}
+FACTS = {
+    "work": "sft",
+    "ours_precision": "fp32",
+    "peer_precision": "bf16",
+    "size": "7M",
+    "peer": "P",
+    "peer_setting": "best",
+    "unit": "tokens/s",
+    "goal": 1.5,
+}
 
 
 def windows(*seconds: float, tokens: float = 120.0) -> list[dict[str, Any]]:
@@ -35,11 +46,12 @@ def test_a_ratio_is_taken_within_a_turn() -> None:
     found = ratios.row(windows(2, 3, 4), windows(4, 12, 12), losses=([1.0], [1.0]), tolerance=0.02, **FACTS)
     assert (found["ratio"], found["low"], found["high"]) == (3.0, 2.0, 4.0)
     assert (found["ours"], found["peer_value"]) == (40.0, 10.0)
-    assert set(found) == KEYS | {"loss_difference"}
+    assert set(found) == KEYS | PRECISIONS | {"loss_difference"}
+    assert "| P, best | fp32, bf16 | 40 | 10 |" in tables.markdown([found])
 
 
 def test_pairs_episodes_and_peaks_stand_beside_the_ratio() -> None:
-    ours, peer = (Measured([1.0], windows(2, 4, 8, tokens=100), peak) for peak in (5e8, 1.5e9))
+    ours, peer = (Measured([1.0], windows(2, 4, 8, tokens=100), peak, "fp32") for peak in (5e8, 1.5e9))
     reward, ppo = (next(w for w in WORKS if w.name == name) for name in ("reward", "ppo"))
     pairs = core._beside(reward, ours, peer, {"pairs": 10, "tokens": 100})
     assert pairs == {"item": "pair", "ours_items": 2.5, "peer_items": 2.5, "ours_peak": 5e8, "peer_peak": 1.5e9}
@@ -88,7 +100,7 @@ from benchmarks.peers.meter import run
 
 def work(job, meter):
     meter.wait()
-    meter.checked(job["losses"])
+    meter.checked(job["losses"], "fp32")
     for i in range(job["windows"]):
         meter.wait()
         with open(job["diary"], "a") as diary:
@@ -104,7 +116,7 @@ from benchmarks.peers.meter import run
 
 def work(job, meter):
     meter.wait()
-    meter.checked([1.0])
+    meter.checked([1.0], "fp32")
     for tokens in job["settings"]["tokens"]:
         meter.wait()
         meter.say(seconds=1.0, tokens=tokens, steps=1)
@@ -159,7 +171,7 @@ from benchmarks.peers.meter import run
 def work(job, meter):
     meter.wait()
     rank = int(os.environ["RANK"])
-    meter.checked([float(rank), float(os.environ["WORLD_SIZE"]), float(os.environ["OMP_NUM_THREADS"])])
+    meter.checked([float(rank), float(os.environ["WORLD_SIZE"]), float(os.environ["OMP_NUM_THREADS"])], "fp32")
     meter.wait()
     meter.report(tokens=10 + rank, steps=1)
 
@@ -244,9 +256,12 @@ def test_settings_of_a_work(work: Work) -> None:
 def test_rows_of_a_work_with_several_settings_of_a_peer() -> None:
     work = next(w for w in WORKS if (w.name, w.size) == ("sft", "7M"))
     names = {f"{p.name} {p.setting} {i}": p for i, p in enumerate(work.peers)}
-    found = {"danlu bfloat16": Measured([9.0], windows(1, 1), 1e9), "gemm": Measured([], windows(1, 2), 1e9)}
+    found = {"danlu bfloat16": Measured([9.0], windows(1, 1), 1e9, "mixed bf16")}
+    found["gemm"] = Measured([], windows(1, 2), 1e9, "bf16")
     for index, name in enumerate(names):
-        found[name] = Measured([9.0], windows(2 + index, 2 + index), 1e9)
+        found[name] = Measured(
+            [9.0], windows(2 + index, 2 + index), 1e9, "fp32" if names[name].settings == {} else "mixed bf16"
+        )
     rows = core._rows(work, found, names, {"parameters": 10})
     best = {(r["peer"], r["peer_setting"]): r["ratio"] for r in rows}
     slow = {
@@ -254,8 +269,35 @@ def test_rows_of_a_work_with_several_settings_of_a_peer() -> None:
     }  # the first one is the fastest
     assert best == {**slow, ("bare bf16 products", "best"): pytest.approx(90.0)}  # 60 of 1 and of 2, over 120 and 60
     peaks = {"ours_peak", "peer_peak"}
-    assert all(set(r) == KEYS | {"loss_difference"} | (peaks if r["work"] == "sft" else set()) for r in rows)
+    assert {(r["peer_setting"], r["ours_precision"], r["peer_precision"]) for r in rows} == {
+        ("default", "mixed bf16", "fp32"),
+        ("best", "mixed bf16", "mixed bf16"),
+        ("best", "mixed bf16", "bf16"),
+    }
+    assert all(
+        set(r) == KEYS | PRECISIONS | {"loss_difference"} | (peaks if r["work"] == "sft" else set()) for r in rows
+    )
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_best_setting_stands_beside_the_same_and_the_best_precision() -> None:
+    """danlu is faster in fp32, the peer in bf16: rows of bf16 and bf16, and of fp32 and bf16; its default is left in fp32."""
+    work = next(w for w in WORKS if w.name == "generate")
+    default = next(p for p in work.peers if p.setting == "default")
+    names = {"default": default} | {p.ours: p for p in work.peers if p.name == default.name and p.setting == "best"}
+    seconds = {"danlu float32": 1, "danlu bfloat16": 2, "default": 9, "float32": 6, "bfloat16": 4}
+    found = {n: Measured([1.0], windows(s), 1e9, "bf16" if "bfloat16" in n else "fp32") for n, s in seconds.items()}
+    rows = core._rows(work, found, names, {})
+    told = [(r["peer_setting"], r["ours_precision"], r["peer_precision"], r["ratio"]) for r in rows]
+    assert told == [("default", "fp32", "fp32", 9.0), ("best", "bf16", "bf16", 2.0), ("best", "fp32", "bf16", 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "mixed", "word"),
+    [(torch.float32, False, "fp32"), (torch.float32, True, "mixed bf16"), (torch.bfloat16, True, "bf16")],
+)
+def test_words_of_precision(weights: torch.dtype, mixed: bool, word: str) -> None:
+    assert precision(weights, mixed) == word
 
 
 def test_the_first_turn_chooses_among_settings() -> None:

@@ -105,7 +105,7 @@ def work(job: dict[str, Any], meter: Meter) -> None:
     rows = json.loads(Path(job["rows"]).read_text("utf-8"))
     model = Model(job["gguf"], job["slots"], max(len(r["prompt"]) + r["new"] for r in rows))
     meter.wait()
-    meter.checked([x for found in generate(model, rows[: job["slots"]]) for x in found])
+    meter.checked([x for found in generate(model, rows[: job["slots"]]) for x in found], "fp16")
     for _ in range(job["windows"]):
         meter.wait()
         generate(model, rows)

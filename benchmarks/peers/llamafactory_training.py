@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict  # noqa: E402
 from llamafactory.train.tuner import run_exp  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from benchmarks.peers.meter import Meter, run  # noqa: E402
+from benchmarks.peers.meter import Meter, precision, run  # noqa: E402
 
 CHECK_STEPS = 3
 STAGES = {"sft": "sft", "reward": "rm", "dpo": "dpo"}
@@ -43,10 +43,14 @@ class Ending(TrainerCallback):
 
 
 class Losses(Ending):
-    """Keeps the losses that the trainer logs."""
+    """Keeps the losses that the trainer logs, and in what it computes them."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.precision = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.precision = precision(next(model.parameters()).dtype, args.bf16)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -76,7 +80,7 @@ def work(job: dict[str, Any], meter: Meter) -> None:
     meter.wait()
     with suppress(Trained):
         run_exp(_options(job, "check", job["check"], job["check_rate"], **whole), callbacks=[losses])
-    meter.checked(losses.losses)
+    meter.checked(losses.losses, losses.precision)
     windows = Epochs(meter, job["tokens"])
     options = _options(job, "timed", job["rows"], job["rate"], num_train_epochs=job["windows"])
     with suppress(Trained):

@@ -24,9 +24,9 @@ class Meter:
         self._out.write(json.dumps(facts) + "\n")
         self._out.flush()
 
-    def checked(self, losses: Sequence[float]) -> None:
-        """The losses of the first steps, on rows that both sides take in equal steps."""
-        self.say(losses=list(losses))
+    def checked(self, losses: Sequence[float], precision: str) -> None:
+        """The losses of the first steps, on rows that both sides take in equal steps, and what they were computed in."""
+        self.say(losses=list(losses), precision=precision)
 
     def wait(self) -> None:
         """Waits for the parent's word, then starts the clock. The parent's end of the pipe closed: there is no more to do."""
@@ -42,6 +42,12 @@ class Meter:
     def end(self) -> None:
         """The last report: the most memory this process ever had, in bytes."""
         self.say(peak=_peak())
+
+
+def precision(weights: object, mixed: bool = False) -> str:
+    """`fp32`, `bf16`, or `mixed bf16` (fp32 weights, products in bf16), of the weights' dtype and whether autocast is on."""
+    short = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[str(weights)]
+    return "mixed bf16" if mixed and short == "fp32" else short
 
 
 def _peak() -> int:

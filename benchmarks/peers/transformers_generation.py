@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from benchmarks.peers.meter import Meter, run
+from benchmarks.peers.meter import Meter, precision, run
 
 CHECKED = 8
 
@@ -41,7 +41,8 @@ def work(job: dict[str, Any], meter: Meter) -> None:
     meter.wait()
     found = _batch(model, rows[: job["slots"]], output_scores=True, return_dict_in_generate=True)
     scores = torch.stack(found.scores[:CHECKED], 1).float().log_softmax(-1).amax(-1)
-    meter.checked([x for row, given in zip(scores.tolist(), rows, strict=False) for x in row[: given["new"]]])
+    losses = [x for row, given in zip(scores.tolist(), rows, strict=False) for x in row[: given["new"]]]
+    meter.checked(losses, precision(model.dtype))
     if job["settings"].get("by_length"):
         rows = sorted(rows, key=lambda r: len(r["prompt"]) + r["new"])
     one_pass = METHODS[job["settings"]["method"]](model, rows, job)

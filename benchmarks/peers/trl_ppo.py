@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from benchmarks.peers.meter import Meter, run
+from benchmarks.peers.meter import Meter, precision, run
 
 
 class Iterations(TrainerCallback):
@@ -51,9 +51,12 @@ def work(job: dict[str, Any], meter: Meter) -> None:
     logs = Logs()
     meter.wait()
     ppo_trainer.batch_generation = _given(job)
-    trainer(job, "check", job["check_rate"], logs, job["check"], 1).train()
+    checked = trainer(job, "check", job["check_rate"], logs, job["check"], 1)
+    checked.train()
     names = {"score": "objective/scores", "kl": "objective/kl"}
-    meter.checked([logs.rows[0][names[key]] for key in job["compare"]])
+    own = precision(next(checked.policy_model.parameters()).dtype, checked.args.bf16)
+    del checked  # its memory is not the windows'
+    meter.checked([logs.rows[0][names[key]] for key in job["compare"]], own)
 
     windows = Iterations(meter, job["windows"])
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.peers.meter import Meter, run
+from benchmarks.peers.meter import Meter, precision, run
 
 CHECK_STEPS = 3
 
@@ -104,6 +104,10 @@ def _model(job: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
 
 
+def _precision(trainer: Any) -> str:
+    return precision(next(trainer.model.parameters()).dtype, trainer.args.bf16)
+
+
 def _rows(job: dict[str, Any], meter: Meter) -> None:
     trainer, config = TRAINERS[job["work"]]
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
@@ -113,8 +117,10 @@ def _rows(job: dict[str, Any], meter: Meter) -> None:
     size = job["settings"].get("per_device_train_batch_size", 8)
     whole = {"max_steps": CHECK_STEPS, "gradient_accumulation_steps": max(1, len(data) // size)}
     args = config(**_options(job, "check", job["check_rate"], **options, **whole))
-    trainer(_model(job), args=args, train_dataset=data, processing_class=tokenizer, callbacks=[losses]).train()
-    meter.checked([row["loss"] for row in losses.rows])
+    checked = trainer(_model(job), args=args, train_dataset=data, processing_class=tokenizer, callbacks=[losses])
+    checked.train()
+    meter.checked([row["loss"] for row in losses.rows], _precision(checked))
+    del checked  # its memory is not the windows'
 
     args = config(**_options(job, "timed", job["rate"], **options, num_train_epochs=job["windows"]))
     windows = [Epochs(meter, job["tokens"])]
@@ -162,9 +168,11 @@ def _grpo(job: dict[str, Any], meter: Meter) -> None:
 
     losses = Losses()
     meter.wait()
-    trainer("check", job["check_rate"], [losses], job["check"], max_steps=1, rollout_func=given).train()
+    checked = trainer("check", job["check_rate"], [losses], job["check"], max_steps=1, rollout_func=given)
+    checked.train()
     names = {"score": "reward", "loss": "loss"}
-    meter.checked([losses.rows[0][names[key]] for key in job["compare"]])
+    meter.checked([losses.rows[0][names[key]] for key in job["compare"]], _precision(checked))
+    del checked  # its memory is not the windows'
     steps = Steps(meter, losses, job["episodes"])
     trainer("timed", job["rate"], [steps], job["rows"], max_steps=job["windows"]).train()
 
