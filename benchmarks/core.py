@@ -24,7 +24,7 @@ from benchmarks import tables
 from benchmarks.inputs import MAX_LENGTH, SIZES, Inputs, Rows, prepare
 from benchmarks.ratios import Report, fastest, rates, row, spread
 from benchmarks.turns import Side, SideFailed, Sides, take_turns
-from benchmarks.works import GEMM_GOALS, WORKS, Peer, Work, command, shortened
+from benchmarks.works import GEMM_GOALS, WORKS, Peer, Work, command, how_to_make, shortened
 from danlu.models import gguf
 from danlu.models.gguf_vocab import vocabulary_of
 from danlu.models.load import load_model
@@ -102,7 +102,6 @@ def _work(work: Work, inputs: Inputs, folder: Path, quick: bool, children: Sides
     for index, peer in enumerate(peers):
         start = command(peer.name)
         if start is None:
-            print(f"  {peer.name} is not there: `python -m benchmarks peers` makes it", file=sys.stderr)
             continue
         names[f"{peer.name} {peer.setting} {index}"] = peer
         sides.append((f"{peer.name} {peer.setting} {index}", start, peer.settings))
@@ -110,7 +109,7 @@ def _work(work: Work, inputs: Inputs, folder: Path, quick: bool, children: Sides
         sides.append(("gemm", OURS, {}))
     labels = {name: (peer.name, peer.setting) for name, peer in names.items()}
     found = _measure(children, sides, job, folder, (1, work.trials, windows - 1 - work.trials), labels)
-    return _rows(work, found, names, job)
+    return _rows(work, found, names, job) + _unmeasured(work, peers, [names[name] for name in found if name in names])
 
 
 def _measure(
@@ -184,6 +183,19 @@ def _rows(work: Work, found: dict[str, Measured], names: dict[str, Peer], job: d
         rows += [_compared(work, peer, found[ours], found[name], job) for ours in sorted(own)]
     if "gemm" in found and "danlu bfloat16" in found:
         rows.append(_share(work, found["danlu bfloat16"], found["gemm"], job))
+    return rows
+
+
+def _unmeasured(work: Work, wanted: Sequence[Peer], measured: Sequence[Peer]) -> list[dict[str, Any]]:
+    """A row without figures for every setting of a peer of which nothing was measured."""
+    rows = []
+    there = {(p.name, p.setting) for p in measured}
+    for name, setting in dict.fromkeys((p.name, p.setting) for p in wanted):
+        if (name, setting) not in there:
+            why = "it failed" if command(name) is not None else f"no environment: `{how_to_make(name)}` makes it"
+            print(f"  {name}, {setting}, was not measured: {why}", file=sys.stderr, flush=True)
+            facts = {"work": work.name, "size": work.size, "peer": name, "peer_setting": setting}
+            rows.append({**facts, "ratio": None, "not_measured": why})
     return rows
 
 

@@ -38,6 +38,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        if "not_measured" in r:
+            head = f"| {r['work']} | {r['size']} | {r['peer']}, {r['peer_setting']} |"
+            lines.append(f"{head} | | | | not measured: {r['not_measured']} | | | | |")
+            continue
         # Of memory less is better, of all else more.
         goal = "" if r["goal"] is None else f"{'<=' if r['work'] == 'memory' else '>='} {r['goal']:g}"
         lines.append(

@@ -6,7 +6,6 @@ several, all take the first turn and the fastest one goes on.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from danlu.pipeline.export_check import llama_python
 TRL = "TRL 1.16"
 TRL_PPO = "TRL 1.12"
 LLAMAFACTORY = "LLaMA-Factory 0.9.5"
-TRANSFORMERS = "transformers"
+TRANSFORMERS = "transformers 5.23"
 LLAMA_CPP = "llama.cpp"
 Setting = Literal["default", "best"]
 
@@ -77,13 +76,17 @@ def command(peer: str) -> list[str] | None:
     modules = {TRL: ("trl", "trl_training"), TRL_PPO: ("trl-ppo", "trl_ppo")}
     modules |= {LLAMAFACTORY: ("llamafactory", "llamafactory_training")}
     if peer == LLAMA_CPP:
-        found = llama_python()  # the one that G-EXPORT asks; `make foreign` makes it
+        found = llama_python()  # the one that G-EXPORT asks
         return [found, "-m", "benchmarks.peers.llama_generation"] if found is not None else None
-    if peer not in modules:
-        return [sys.executable, "-m", "benchmarks.peers.transformers_generation"]
-    environment, module = modules[peer]
+    # TRL's environment has the release of transformers that is measured, and neither changes the other.
+    environment, module = modules.get(peer, ("trl", "transformers_generation"))
     python = environments.python(environment)
     return [str(python), "-m", f"benchmarks.peers.{module}"] if python is not None else None
+
+
+def how_to_make(peer: str) -> str:
+    """The command that makes the environment of a peer."""
+    return "make foreign" if peer == LLAMA_CPP else "python -m benchmarks peers"
 
 
 GROUPED = {"train_sampling_strategy": "group_by_length"}

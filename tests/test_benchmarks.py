@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import core, gpu, inputs, ratios, tables
+from benchmarks import core, gpu, inputs, ratios, tables, works
 from benchmarks.core import Measured
 from benchmarks.peers import environments
 from benchmarks.peers.meter import precision
 from benchmarks.turns import Side, SideFailed, Sides, take_turns
-from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRL, WORKS, Work, shortened
+from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRANSFORMERS, TRL, WORKS, Work, command, shortened
 from danlu.config import KINDS
 from danlu.models.load import load_model
 from danlu.models.starters import starter
@@ -300,6 +300,25 @@ def test_words_of_precision(weights: torch.dtype, mixed: bool, word: str) -> Non
     assert precision(weights, mixed) == word
 
 
+def test_a_peer_that_is_not_there_has_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DANLU_BENCH_PEERS", str(tmp_path))
+    monkeypatch.setattr(works, "llama_python", lambda: None)
+    peers = next(w for w in WORKS if w.name == "generate").peers
+    assert [command(p.name) for p in peers] == [None] * len(peers)
+    measured = [p for p in peers if p.setting == "default"]
+    rows = core._unmeasured(WORKS[3], peers, measured)
+    assert [(r["peer"], r["not_measured"]) for r in rows] == [
+        ("transformers 5.23 generate", "no environment: `python -m benchmarks peers` makes it"),
+        ("transformers 5.23 generate_batch", "no environment: `python -m benchmarks peers` makes it"),
+        ("llama.cpp", "no environment: `make foreign` makes it"),
+    ]
+    shown = tables.markdown(rows).splitlines()
+    assert shown[-1].startswith(
+        "| generate | 7M | llama.cpp, best | | | | | not measured: no environment: `make foreign`"
+    )
+    assert {line.count("|") for line in shown} == {13}
+
+
 def test_the_first_turn_chooses_among_settings() -> None:
     first = {"danlu": windows(1), "a1": windows(3), "a2": windows(2), "b": windows(9)}
     assert core._survivors(first, {"a1": ("A", "best"), "a2": ("A", "best"), "b": ("A", "default")}) == {
@@ -373,6 +392,7 @@ def test_pins_are_exact(name: str, peer: str) -> None:
     pins = (Path(environments.__file__).parent / f"{name}.txt").read_text("utf-8").split()
     assert {peer, "torch==2.13.0"} <= set(pins)
     assert all(pin.count("==") == 1 for pin in pins)
+    assert name != "trl" or f"{TRANSFORMERS.replace(' ', '==')}.0" in pins
     assert TRL.endswith("1.16") and LLAMAFACTORY.endswith("0.9.5")
 
 

@@ -1,4 +1,4 @@
-"""transformers' `generate` and `generate_batch` as sides of `benchmarks/core.py`; runs in danlu's environment, without danlu.
+"""transformers' `generate` and `generate_batch` as sides of `benchmarks/core.py`; runs in TRL's environment, without danlu.
 
 Every prompt is continued, greedily, by as many tokens as its real answer has: `generate` is told which rows are done by a stopping
 criterion, as a stop token would, and goes on until the last row of its batch is.
