@@ -1,4 +1,4 @@
-"""`python -m benchmarks core|data|seeds|learning|teach|small|families|vocabulary|gpu|peers`: ratios of one run, their spread."""
+"""`python -m benchmarks WHAT`: ratios of one run, their spread."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def main() -> None:
         if name != "gpu":
             command.add_argument("--quick", action="store_true", help="fewer repetitions")
     commands.add_parser("peers", help="make the peers' environments")
+    settings = commands.add_parser("settings", help="try the settings of the peers' trainers")
+    settings.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+    settings.add_argument("--data-root", type=Path, default=None, help="folder with alpaca-en and hh-rlhf")
+    settings.add_argument("--only", default="", help="works, separated by commas")
+    settings.add_argument("--size", default="7M", help="of the model")
+    settings.add_argument("--having", default="", help="only settings that have these words, such as 'packing True'")
     core = commands.choices["core"]
     core.add_argument("--data-root", type=Path, default=None, help="folder with alpaca-en and hh-rlhf")
     core.add_argument("--only", default="", help="works, separated by commas")
@@ -62,9 +68,13 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
         from benchmarks import core
 
         docs = DOCS if arguments.write_docs else None
-        return core.measure(
-            quick=arguments.quick, data_root=arguments.data_root, only=only, docs=docs, json_file=arguments.json
-        )
+        options = {"only": only, "docs": docs, "json_file": arguments.json}
+        return core.measure(quick=arguments.quick, data_root=arguments.data_root, **options)
+    if arguments.command == "settings":
+        from benchmarks import settings
+
+        options = {"size": arguments.size, "having": arguments.having}
+        return settings.measure(data_root=arguments.data_root, only=only, **options)
     if arguments.command == "small":
         from benchmarks import small
 

@@ -94,7 +94,7 @@ def _work(work: Work, inputs: Inputs, folder: Path, quick: bool, children: Sides
     work = shortened(work) if quick else work
     folder.mkdir()
     windows = 1 if work.name == "memory" else work.turns[quick] + 1
-    job = _job(work, inputs, folder, (work.check[quick], work.rows[quick]), windows)
+    job = job_of(work, inputs, folder, (work.check[quick], work.rows[quick]), windows)
     peers = [p for p in work.peers if p.quick or not quick]
     own = sorted({p.ours for p in peers})
     sides = [(f"danlu {name}", OURS, work.ours[name]) for name in own]
@@ -249,7 +249,7 @@ def _share(work: Work, ours: Measured, gemm: Measured, job: dict[str, Any]) -> d
     }
 
 
-def _job(work: Work, inputs: Inputs, folder: Path, counts: tuple[int, int], windows: int) -> dict[str, Any]:
+def job_of(work: Work, inputs: Inputs, folder: Path, counts: tuple[int, int], windows: int) -> dict[str, Any]:
     """What every side of a work is told; `counts` are rows of the check and of a window."""
     check, count = counts
     models = inputs.models(work.size)

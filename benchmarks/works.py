@@ -91,6 +91,7 @@ def how_to_make(peer: str) -> str:
 
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 TRL_FAST = {"bf16": True, "gradient_checkpointing": False}
+EAGER, LF_EAGER = {"attention": "eager"}, {"flash_attn": "disabled"}
 LF_FAST = {"bf16": True, "disable_gradient_checkpointing": True, **GROUPED}
 
 
@@ -103,22 +104,44 @@ def _size(rows: int, accumulated: int = 1) -> dict[str, Any]:
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
 
 
-def _supervised(name: str, size: str, goals: dict[Setting, float], rows: tuple[int, int], **changes: Any) -> Work:
-    lengths: dict[str, Any] = {} if name == "sft" else {"length_column_name": "length"}
-    kept = {**lengths, "remove_unused_columns": False} if lengths else {}  # TRL's trainers would drop the lengths
+# Rows of whole conversations laid end to end, which attend to themselves alone.
+TRL_PACKED = TRL_FAST | EAGER | {"packing": True, "max_length": 512} | _size(1)
+LF_PACKED = (
+    {"bf16": True, "disable_gradient_checkpointing": True, "neat_packing": True, "packed": 512} | LF_EAGER | _size(1)
+)
+PURE = {"weights": "bfloat16"}
+
+
+def _sft_peers(size: str) -> list[Peer]:
     peers = [
         Peer(TRL, "default", {}),
-        Peer(TRL, "best", TRL_FAST | GROUPED | kept),
-        Peer(TRL, "best", TRL_FAST | GROUPED | kept | _size(16), quick=False),
+        Peer(TRL, "best", TRL_PACKED),
+        Peer(TRL, "best", TRL_PACKED | PURE, quick=False),
         Peer(LLAMAFACTORY, "default", {}, quick=False),
-        Peer(LLAMAFACTORY, "best", LF_FAST | lengths, quick=False),
-        Peer(LLAMAFACTORY, "best", LF_FAST | lengths | _size(16), quick=False),
+        Peer(LLAMAFACTORY, "best", LF_PACKED, quick=False),
     ]
-    if size == "60M":  # where TRL is the faster one
-        peers = [p for p in peers if p.name == TRL]
-    if name != "reward":  # padding makes larger micro-batches slower there
-        peers = [p for p in peers if p.settings.get("per_device_train_batch_size") is None]
-        peers.insert(2, Peer(TRL, "best", TRL_FAST | {"padding_free": True}, quick=False))
+    return [p for p in peers if size == "7M" or (p.name, p.setting) != (LLAMAFACTORY, "default")]  # it is slow
+
+
+def _by_length(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fast padded batches: rows of like length together, as TRL and as LLaMA-Factory are told."""
+    lengths: dict[str, Any] = {"length_column_name": "length"} if name != "sft" else {}
+    kept = {**lengths, "remove_unused_columns": False} if lengths else {}  # TRL's trainers would drop the lengths
+    return TRL_FAST | GROUPED | kept, LF_FAST | lengths
+
+
+def _pair_peers(name: str) -> list[Peer]:
+    trl, lf = _by_length(name)
+    return [
+        Peer(TRL, "default", {}),
+        Peer(TRL, "best", trl),
+        Peer(LLAMAFACTORY, "default", {}, quick=False),
+        Peer(LLAMAFACTORY, "best", lf, quick=False),
+    ]
+
+
+def _supervised(name: str, size: str, goals: dict[Setting, float], rows: tuple[int, int], **changes: Any) -> Work:
+    peers = _sft_peers(size) if name == "sft" else _pair_peers(name)
     ours = {"bfloat16": {**OURS, **changes.pop("settings", {})}}
     return Work(name, size, "tokens/s", ours, peers, rows, goals, **changes)
 
@@ -216,6 +239,31 @@ def _quick_size(peer: Peer, episodes: int) -> dict[str, Any]:
     return _size(rows, own // rows)
 
 
+def _tried() -> dict[str, list[Peer]]:
+    """Settings that did not win (docs/log.md); `weights`, `attention` and `packed` are the sides', not the trainers'."""
+    found: dict[str, list[Peer]] = {}
+    for name in ("sft", "reward", "dpo"):
+        trl, lf = _by_length(name)
+        changes: list[dict[str, Any]] = [{}, {"optim": "adamw_torch"}, _size(16), _size(4)]
+        peers = [Peer(TRL, "best", trl | c) for c in [*changes, PURE, EAGER, PURE | EAGER]]
+        peers += [Peer(LLAMAFACTORY, "best", lf | c) for c in [*changes, LF_EAGER]]
+        if name == "sft":
+            free = TRL_FAST | {"padding_free": True}
+            peers += [Peer(TRL, "best", free | c) for c in [*changes, _size(32), EAGER]]
+            others = [
+                {"optim": "adamw_torch"},
+                {"max_length": 1024},
+                {"max_length": 1024} | PURE,
+                {"attention": "sdpa"} | PURE,
+            ]
+            peers += [Peer(TRL, "best", TRL_PACKED | c) for c in others]
+            others = [{"optim": "adamw_torch"}, {"packed": 1024}, {"flash_attn": "sdpa"}]
+            peers += [Peer(LLAMAFACTORY, "best", LF_PACKED | c) for c in others]
+        timed = [p.settings for w in WORKS if w.name == name for p in w.peers]
+        found[name] = [p for p in peers if p.settings not in timed]
+    return found
+
+
 OURS = {"dtype": "bfloat16", "tokens_per_step": 4096, "micro_tokens": 4096}
 ROLLOUT = {"batch": 64, "max_new_tokens": 64}
 PPO = {"epochs": 1, "minibatches": 1, "missing_stop_penalty": 0.0, "score_clip": 100.0}
@@ -234,3 +282,5 @@ WORKS = [
     _supervised("sft", "60M", {"default": 4, "best": 1.3}, (16, 16), turns=(2, 2), quick=False),
     _memory(),
 ]
+
+TRIED = _tried()

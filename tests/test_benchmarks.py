@@ -399,7 +399,7 @@ def test_pins_are_exact(name: str, peer: str) -> None:
 def test_the_command_line_names_its_parts() -> None:
     command = [sys.executable, "-m", "benchmarks", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(core.__file__).parents[1])
-    assert "{core,data,seeds,learning,teach,small,families,vocabulary,gpu,peers}" in shown.stdout
+    assert "{core,data,seeds,learning,teach,small,families,vocabulary,gpu,peers,settings}" in shown.stdout
 
 
 # -- inputs and the GPU benchmark -----------------------------------------------------------------------------------------

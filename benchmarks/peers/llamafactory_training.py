@@ -22,6 +22,7 @@ _AUDIO.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
 sys.modules.setdefault("torchaudio", _AUDIO)
 
 from datasets import Dataset, DatasetDict  # noqa: E402
+from llamafactory.data.processor.processor_utils import greedy_knapsack  # noqa: E402
 from llamafactory.train.tuner import run_exp  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
@@ -74,6 +75,8 @@ class Epochs(Ending):
 def work(job: dict[str, Any], meter: Meter) -> None:
     """The check's steps, then one window for each epoch over the timed rows."""
     rows = len(json.loads(Path(job["check"] + ".ids.json").read_text("utf-8")))
+    if "packed" in job["settings"]:
+        rows = len(_data(job, job["check"]))
     size = job["settings"].get("per_device_train_batch_size", 8)
     whole = {"max_steps": CHECK_STEPS, "gradient_accumulation_steps": max(1, rows // size)}
     losses = Losses()
@@ -91,7 +94,7 @@ def _options(job: dict[str, Any], out: str, file: str, rate: float, **changes: A
     """The same optimizer and schedule as danlu's; all that decides speed is in `job["settings"]`."""
     folder = Path(job["folder"])
     data = folder / f"{out}-rows"
-    DatasetDict({"train": _data(job["work"], file)}).save_to_disk(data)
+    DatasetDict({"train": _data(job, file)}).save_to_disk(data)
     model = Path(job["model"])
     if job["work"] == "reward":
         # It puts what it saves beside the model's own value head: give it a copy.
@@ -105,14 +108,36 @@ def _options(job: dict[str, Any], out: str, file: str, rate: float, **changes: A
     common |= {"cutoff_len": job["max_length"], "use_cpu": not torch.cuda.is_available()}
     if job["work"] == "dpo":
         common |= {"pref_loss": "sigmoid", "pref_beta": 0.1}
-    return {**common, **job["settings"], **changes}
+    return {**common, **{k: v for k, v in job["settings"].items() if k != "packed"}, **changes}
 
 
-def _data(work: str, file: str) -> Dataset:
+def _data(job: dict[str, Any], file: str) -> Dataset:
     rows = json.loads(Path(f"{file}.ids.json").read_text("utf-8"))
-    if work == "sft":
+    if "packed" in job["settings"]:
+        return Dataset.from_list(_packed(rows, job["settings"]["packed"]))
+    if job["work"] == "sft":
         return Dataset.from_list([{**r, "attention_mask": [1] * len(r["input_ids"])} for r in rows])
     return Dataset.from_list([_pair(r) for r in rows])
+
+
+def _packed(rows: list[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    """As its packed processor does it, but filled up to a multiple of eight only: the mask counts the rows of a pack."""
+    lengths = [len(r["input_ids"]) for r in rows]
+    waiting: dict[int, list[dict[str, list[int]]]] = {}
+    for n, row in zip(lengths, rows, strict=True):
+        waiting.setdefault(n, []).append(row)
+    found = []
+    for pack in greedy_knapsack(lengths, length):
+        whole: dict[str, list[int]] = {k: [] for k in ("input_ids", "labels", "attention_mask", "position_ids")}
+        for number, n in enumerate(pack, 1):
+            row = waiting[n].pop()
+            parts = (row["input_ids"], row["labels"], [number] * n, list(range(n)))
+            for key, part in zip(whole, parts, strict=True):
+                whole[key] += part
+        for key, ids in whole.items():
+            ids += [-100 if key == "labels" else 0] * (-len(ids) % 8)
+        found.append(whole)
+    return found
 
 
 def _pair(row: dict[str, list[int]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Meter:
 
     def __init__(self, descriptor: int) -> None:
         self._out = os.fdopen(descriptor, "w")
-        self._begun = 0.0
+        self._begun = self._begun_cpu = 0.0
 
     def say(self, **facts: Any) -> None:
         """One report."""
@@ -33,11 +33,12 @@ class Meter:
         self.say(ready=True)
         if not sys.stdin.readline():
             sys.exit(0)
-        self._begun = time.perf_counter()
+        self._begun, self._begun_cpu = time.perf_counter(), time.process_time()
 
     def report(self, **facts: Any) -> None:
         """Ends the window that `wait` began."""
-        self.say(seconds=time.perf_counter() - self._begun, **facts)
+        cpu = time.process_time() - self._begun_cpu
+        self.say(seconds=time.perf_counter() - self._begun, cpu=cpu, **facts)
 
     def end(self) -> None:
         """The last report: the most memory this process ever had, in bytes."""

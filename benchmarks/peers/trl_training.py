@@ -83,7 +83,8 @@ def _options(job: dict[str, Any], out: str, rate: float, **changes: Any) -> dict
     common = {"output_dir": str(Path(job["folder"]) / out), "report_to": [], "use_cpu": not torch.cuda.is_available()}
     common |= {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0}
     common |= {"adam_beta2": 0.95, "max_grad_norm": 1.0, "logging_steps": 1, "save_strategy": "no", "seed": 0}
-    return {**common, **job["settings"], **changes}
+    own = {k: v for k, v in job["settings"].items() if k not in ("weights", "attention")}
+    return {**common, **own, **changes}
 
 
 def _data(job: dict[str, Any], file: str) -> Dataset:
@@ -99,9 +100,11 @@ def _data(job: dict[str, Any], file: str) -> Dataset:
 
 
 def _model(job: dict[str, Any]) -> Any:
+    how = {"dtype": getattr(torch, job["settings"].get("weights", "float32"))}
+    how["attn_implementation"] = job["settings"].get("attention", "sdpa")
     if job["work"] == "reward":
-        return AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, **how)
+    return AutoModelForCausalLM.from_pretrained(job["model"], **how)
 
 
 def _precision(trainer: Any) -> str:
@@ -111,7 +114,8 @@ def _precision(trainer: Any) -> str:
 def _rows(job: dict[str, Any], meter: Meter) -> None:
     trainer, config = TRAINERS[job["work"]]
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    options = {"max_length": None} if job["settings"].get("padding_free") else {"max_length": job["max_length"]}
+    longest = None if job["settings"].get("padding_free") else job["max_length"]
+    options = {"max_length": job["settings"].get("max_length", longest)}
     meter.wait()
     losses, data = Losses(), _data(job, job["check"])
     size = job["settings"].get("per_device_train_batch_size", 8)
