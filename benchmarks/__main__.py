@@ -31,6 +31,9 @@ def main() -> None:
     core = commands.choices["core"]
     core.add_argument("--data-root", type=Path, default=None, help="folder with alpaca-en and hh-rlhf")
     core.add_argument("--only", default="", help="works, separated by commas")
+    core.add_argument(
+        "--size", default="", help="of the models: 7M, 60M, 0.5B; reward and dpo at 60M run only if it is given"
+    )
     core.add_argument("--write-docs", action="store_true", help="write the table into docs/benchmarks.md")
     learning = commands.choices["learning"]
     learning.add_argument("--only", default="", help="numbers of proofs, separated by commas")
@@ -68,7 +71,7 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
         from benchmarks import core
 
         docs = DOCS if arguments.write_docs else None
-        options = {"only": only, "docs": docs, "json_file": arguments.json}
+        options = {"only": only, "size": arguments.size, "docs": docs, "json_file": arguments.json}
         return core.measure(quick=arguments.quick, data_root=arguments.data_root, **options)
     if arguments.command == "settings":
         from benchmarks import settings

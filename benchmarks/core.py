@@ -58,6 +58,7 @@ def measure(
     quick: bool = False,
     data_root: Path | None = None,
     only: Sequence[str] = (),
+    size: str = "",
     docs: Path | None = None,
     json_file: Path | None = None,
 ) -> list[dict[str, Any]]:
@@ -67,6 +68,7 @@ def measure(
         quick: 7M, fewer settings of each peer, fewer turns and rows, fewer and shorter answers; at most 5 minutes on two cores.
         data_root: holds `alpaca-en` and `hh-rlhf`.
         only: names of works; none: all.
+        size: of the models; none: every listed work's own.
         docs: a Markdown file whose section "Core" is written anew.
         json_file: gets the rows of what is measured after every work.
     """
@@ -76,7 +78,8 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="danlu-bench-") as folder, Sides(keep=quick) as children:
         inputs = prepare(root, Path(folder))
         for work in WORKS:
-            if (only and work.name not in only) or (quick and not work.quick):
+            asked = work.size == size if size else work.listed
+            if not asked or (only and work.name not in only) or (quick and not work.quick):
                 continue
             print(f"{work.name} {work.size} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
             found += _work(work, inputs, Path(folder) / f"{work.name}-{work.size}", quick, children)

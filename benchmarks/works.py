@@ -53,6 +53,7 @@ class Work:
         tolerance: of the losses of both sides.
         compare: metrics that stand in for losses (where answers are given to both sides).
         quick: whether the quick run has it.
+        listed: whether a run has it that does not ask for its size.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Work:
     tolerance: float = 0.02
     compare: tuple[str, ...] = ()
     quick: bool = True
+    listed: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -270,6 +272,8 @@ PPO = {"epochs": 1, "minibatches": 1, "missing_stop_penalty": 0.0, "score_clip":
 EPISODES = {"episodes": 64, "new": 64}
 # "online": the reference is read in every step on both sides, so that a window has all the work of an epoch.
 ONLINE = {"reference": "online"}
+# Without goals of its own, and not in half an hour.
+UNLISTED: dict[str, Any] = {"turns": (2, 2), "quick": False, "listed": False}
 GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
 
 WORKS = [
@@ -281,6 +285,10 @@ WORKS = [
     _ppo(),
     _supervised("sft", "60M", {"default": 4, "best": 1.3}, (16, 16), turns=(2, 2), quick=False),
     _memory(),
+    *(
+        _supervised(name, "60M", {}, (8, 8), **UNLISTED, **more)
+        for name, more in (("reward", {}), ("dpo", {"settings": ONLINE}))
+    ),
 ]
 
 TRIED = _tried()
