@@ -1,4 +1,4 @@
-"""`python -m benchmarks WHAT`: ratios of one run, their spread."""
+"""`python -m benchmarks WHAT`: ratios of one run, their spread, and where the time goes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def main() -> None:
     settings.add_argument("--only", default="", help="works, separated by commas")
     settings.add_argument("--size", default="7M", help="of the model")
     settings.add_argument("--having", default="", help="only settings that have these words, such as 'packing True'")
+    for name, does in (("profile", "where the time of SFT goes"), ("compile", "what torch.compile would make of it")):
+        inside = commands.add_parser(name, help=does)
+        inside.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+        inside.add_argument("--data-root", type=Path, default=None, help="folder with alpaca-en and hh-rlhf")
+        inside.add_argument("--size", default="60M", help="of the model")
+        if name == "compile":
+            inside.add_argument("--only", default="", help="works, separated by commas: sft, generate")
     core = commands.choices["core"]
     core.add_argument("--data-root", type=Path, default=None, help="folder with alpaca-en and hh-rlhf")
     core.add_argument("--only", default="", help="works, separated by commas")
@@ -78,6 +85,12 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]] | dict[str, 
 
         options = {"size": arguments.size, "having": arguments.having}
         return settings.measure(data_root=arguments.data_root, only=only, **options)
+    if arguments.command in ("profile", "compile"):
+        from benchmarks import inside
+
+        if arguments.command == "profile":
+            return inside.profiled(size=arguments.size, data_root=arguments.data_root)
+        return inside.compiled(sizes=[arguments.size], only=only, data_root=arguments.data_root)
     if arguments.command == "small":
         from benchmarks import small
 

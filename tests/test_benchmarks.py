@@ -7,23 +7,26 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import core, gpu, inputs, ratios, tables, works
+from benchmarks import core, gpu, inputs, inside, ratios, tables, works
 from benchmarks.core import Measured
 from benchmarks.peers import environments
 from benchmarks.peers.meter import precision
 from benchmarks.turns import Side, SideFailed, Sides, take_turns
 from benchmarks.works import GEMM_GOALS, LLAMAFACTORY, TRANSFORMERS, TRL, WORKS, Work, command, shortened
 from danlu.config import KINDS
+from danlu.models import lean
 from danlu.models.load import load_model
 from danlu.models.starters import starter
 from danlu.parsing import parse
 
 KEYS = {"work", "size", "ours", "peer", "peer_setting", "peer_value", "unit", "ratio", "low", "high", "goal"}
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PRECISIONS = {"ours_precision", "peer_precision"}
 FACTS = {
     "work": "sft",
@@ -400,7 +403,48 @@ def test_pins_are_exact(name: str, peer: str) -> None:
 def test_the_command_line_names_its_parts() -> None:
     command = [sys.executable, "-m", "benchmarks", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(core.__file__).parents[1])
-    assert "{core,data,seeds,learning,teach,small,families,vocabulary,gpu,peers,settings}" in shown.stdout
+    assert (
+        "{core,data,seeds,learning,teach,small,families,vocabulary,gpu,peers,settings,profile,compile}" in shown.stdout
+    )
+
+
+# -- inside -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_compiled_is_the_layer() -> None:
+    """The plain operations around a layer's attention, results and gradients, beside the functions that they stand in for."""
+    model = starter(64, **{**inputs.SIZES["7M"], "hidden_size": 40, "layers": 1}, seed=0, ids=dict.fromkeys(IDS, 0))
+    layer, eps, none = model.model.layers[0], 1e-6, None
+    attention, feed_forward = layer.self_attn, layer.mlp
+    weights = [getattr(attention, n).weight for n in lean.ATTENTION]
+    gate, up, down = (getattr(feed_forward, n).weight for n in lean.FEED_FORWARD)
+    generator = torch.Generator().manual_seed(0)
+    x, mixed = (torch.randn(7, 40, generator=generator, requires_grad=True) for _ in range(2))
+    angles = torch.randn(7, attention.head_dim // 2, generator=generator).repeat(1, 2)
+    norm, last = layer.input_layernorm.weight, [angles.cos(), angles.sin(), attention.head_dim, torch.float32]
+    inner = (weights[3], none, norm, eps, gate, up, none, none, down, none, torch.float32)
+    found = []
+    for before, after in ((inside._before, inside._after), (lean._Before.apply, lean._After.apply)):
+        out = [*before(x, norm, eps, *weights[:3], none, none, none, *last), after(x, mixed, *inner)]
+        total = sum((o * torch.arange(o.numel()).view(o.shape).cos()).sum() for o in out)
+        found.append([*out, *torch.autograd.grad(total, [x, mixed, norm, *weights, gate, up, down])])
+    assert len(found[0]) == 14
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(plain, own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_profile_knows_who_called_and_what_it_does() -> None:
+    layers = SimpleNamespace(name="_AfterBackward", cpu_parent=None)
+    product = SimpleNamespace(name="aten::mm", cpu_parent=layers)
+    step = SimpleNamespace(name="Optimizer.step#AdamW.step", cpu_parent=None)
+    average = SimpleNamespace(name="aten::_foreach_lerp_", cpu_parent=step)
+    events = (product, average, layers, SimpleNamespace(name="aten::copy_", cpu_parent=None))
+    assert [(inside._part(e), inside._kind(e)) for e in events] == [
+        ("layers", "products"),
+        ("optimizer", "passes over elements"),
+        ("layers", "Python"),
+        ("other", "copies"),
+    ]
 
 
 # -- inputs and the GPU benchmark -----------------------------------------------------------------------------------------
