@@ -136,9 +136,10 @@ def _pair_peers(name: str) -> list[Peer]:
     trl, lf = _by_length(name)
     return [
         Peer(TRL, "default", {}),
-        Peer(TRL, "best", trl),
+        Peer(TRL, "best", trl | _size(4)),
+        Peer(TRL, "best", trl, quick=False),
         Peer(LLAMAFACTORY, "default", {}, quick=False),
-        Peer(LLAMAFACTORY, "best", lf, quick=False),
+        Peer(LLAMAFACTORY, "best", lf | _size(4), quick=False),
     ]
 
 
