@@ -403,6 +403,21 @@ def test_bits_do_not_depend_on_the_batch_in_wide_models(family: str) -> None:
     assert [result(c) for c in generate(LocalEngine(model, max_slots=5), requests)] == expected
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_give_a_row_the_same_bits_in_any_company(family: str) -> None:
+    """Rows of one block of experts; among them are few enough for experts that get one row, or none."""
+    model = families.make(family)
+    LocalEngine(model)._runner()
+    block = model.model.layers[1].mlp
+    rows = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = block(rows)
+        for first in range(0, 256, 20):
+            for count in (4, 12, 20, 28):
+                part = slice(first, min(256, first + count))
+                assert torch.equal(block(rows[:, part]), whole[:, part])
+
+
 def test_a_mixture_that_an_engine_shares_is_trained_as_before() -> None:
     """Readings and updates of a trainer are equal to the bit, with and without an engine on its model."""
     model, tree = families.make("mixtral"), TreeBatch.of(branches(ids(1, 5), [ids(2, 2)]))

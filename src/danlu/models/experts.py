@@ -2,6 +2,10 @@
 
 An expert multiplies the rows that are sent to it, and a product of fewer than a few rows has other bits than a larger one. So
 every expert that is used gets what it lacks as rows of zeros; they lie behind the others and are dropped.
+
+Elementwise functions take other code for what does not fill vector registers, at the end of a contiguous tensor. In a gate with
+one column (the shared expert's of Qwen2-MoE) that depends on the number of rows; its column is handed on as one of two, which
+has one code for all.
 """
 
 from __future__ import annotations
@@ -22,6 +26,16 @@ def fill(model: nn.Module, rows: int) -> None:
         kind = type(module)
         if "top_k_index" in inspect.signature(kind.forward).parameters and not hasattr(kind, "danlu_rows"):
             module.__class__ = _filling(kind, rows)  # type: ignore[arg-type]
+        elif kind is nn.Linear and module.out_features == 1:
+            module.__class__ = _Gate
+
+
+class _Gate(nn.Linear):
+    """One column, of which every element is computed alike."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = super().forward(input)
+        return out.repeat_interleave(2, dim=-1)[..., :1] if torch.is_inference_mode_enabled() else out
 
 
 @functools.cache
