@@ -217,6 +217,7 @@ def test_rules_between_options() -> None:
     assert "has this term already" in refused("dpo", loss="orpo", sft_weight=1.0).message
     assert "no chosen answers" in refused("dpo", loss="kto", sft_weight=1.0).message
     assert "has no reference" in refused("dpo", loss="simpo", reference="online").message
+    assert "ref_bits: 8 needs reference: online" in refused("dpo", ref_bits=8).message
     assert "gamma needs loss: simpo" in refused("dpo", gamma=0.5).message
     assert "desirable_weight needs loss: kto" in refused("dpo", desirable_weight=2.0).message
     assert "raft needs method: raft" in refused("grpo", raft={"min_score": 0.0}).message
