@@ -200,7 +200,10 @@ def test_stages_from_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert said.out == "" and f"danlu chat {base}/model" in said.err
     small = ["quantize", "--model", str(base / "model"), "--eval-data", documents, "--out", str(tmp_path / "small")]
     assert run(small) == 0
-    assert danlu.load(tmp_path / "small" / "model").tokenizer is not None
+    tokenizer = danlu.load(tmp_path / "small" / "model").tokenizer
+    # What documents end with, so that an adapter that is to end answers knows that their end is new.
+    end = json.loads((base / "model" / "config.json").read_text("utf-8"))["eos_token_id"]
+    assert end == tokenizer.convert_tokens_to_ids("<|endoftext|>") != tokenizer.eos_token_id
 
 
 def test_lora_target_from_flags(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def test_other_settings_are_refused_by_name(copy: Chain, capfd: pytest.CaptureFi
         run(["run", str(copy.recipe), "--set", "sft.learning_rate=0.5", "--name", "other", "--until", "tokenizer"]) == 0
     )
     assert (copy.runs / "other" / "01-tokenizer" / "model").is_dir()
+    ended = capfd.readouterr()
+    assert "Report:" in ended.out + ended.err and "Try next" not in ended.out + ended.err  # no policy to chat with yet
 
 
 def test_a_nested_setting_is_named_alone(copy: Chain, capfd: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,14 @@ def test_show(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_show_unfinished(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(here / "runs" / "half", done=0)
     assert run(["runs", "half"]) == 0
-    assert "No results yet." in capsys.readouterr().err
+    assert "No results yet: stage “eval” has not finished." in capsys.readouterr().err
+
+
+def test_show_an_evaluation_without_answers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for manifest in write_run(here / "runs" / "perplexity").glob("*/manifest.json"):
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text("utf-8")), "table": []}), "utf-8")
+    assert run(["runs", "perplexity"]) == 0
+    assert "The evaluation compares no answers" in capsys.readouterr().err
 
 
 def test_report_prints_its_path(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def run(
 ) -> None:
     """Run a recipe: the whole chain. Finished stages are not run again; an interrupted one goes on."""
     from danlu.pipeline.recipe import load_recipe
-    from danlu.training.runs import RECIPE, runs_root
+    from danlu.training.runs import RECIPE, last_policy, runs_root
 
     recipe = load_recipe(recipe_file, overrides, processes=processes)
     given = Path(recipe_file)
@@ -70,6 +70,8 @@ def run(
     if found["table"]:
         people.print(results_table(found))
     people.print(f"\n{found['seconds']:.0f} s in all stages. Report: [bold]{report}[/bold]")
+    if last_policy(folder) is None:
+        return
     people.print("Try next:")
     me = _as_called()
     people.print(f"  {me} chat {folder}")

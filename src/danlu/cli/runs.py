@@ -142,7 +142,7 @@ def _show(described: Mapping[str, Any], folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from danlu.pipeline.listing import lineage, stage_views
+    from danlu.pipeline.listing import lineage, no_results, stage_views
     from danlu.pipeline.report_words import duration, number
 
     people.print(Text(str(folder), style="bold").append(f"   {duration(described['seconds'])}", style="not bold dim"))
@@ -172,7 +172,7 @@ def _show(described: Mapping[str, Any], folder: Path) -> None:
     if described["table"]:
         people.print(results_table(described))
     else:
-        people.print("No results yet.", style="dim")
+        people.print(no_results(stage_views(folder)), style="dim")
 
 
 def _show_reward_report(stage: StageView) -> None:

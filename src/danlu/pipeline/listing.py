@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,17 @@ def read_recipe(run: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError("the recipe of this run is not valid YAML", file=path, hint="run the recipe again") from error
     return recipe if isinstance(recipe, dict) else {}
+
+
+def no_results(stages: Sequence[StageView]) -> str:
+    """Why a run has no table of results."""
+    evals = [s for s in stages if s.kind == "eval"]
+    waiting = [s for s in evals if s.status != "done"]
+    if waiting:
+        return f"No results yet: stage “{waiting[0].name}” has not finished."
+    if evals:
+        return "The evaluation compares no answers; its numbers are with its stage."
+    return "This recipe evaluates nothing. Add a stage of kind eval to compare its models."
 
 
 def stage_views(run: Path) -> list[StageView]:

@@ -15,7 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from danlu.atomic import write_text
 from danlu.config import KINDS
 from danlu.pipeline.hints import Hint, hints
-from danlu.pipeline.listing import LINKS, StageView, lineage, read_recipe, run_status, stage_views
+from danlu.pipeline.listing import (
+    LINKS,
+    StageView,
+    lineage,
+    no_results,
+    read_recipe,
+    run_status,
+    stage_views,
+)
 from danlu.pipeline.report_charts import Chart, Interval, stage_charts, whiskers
 from danlu.pipeline.report_health import HealthView, health_of
 from danlu.pipeline.report_ranks import KEYS as RANK_KEYS
@@ -214,14 +222,6 @@ def _version() -> str:
 
 
 def _results(rows: Sequence[Mapping[str, Any]], stages: Sequence[StageView]) -> dict[str, Any]:
-    evals = [s for s in stages if s.kind == "eval"]
-    waiting = [s for s in evals if s.status != "done"]
-    if waiting:
-        missing = f"No results yet: stage “{waiting[0].name}” has not finished."
-    elif evals:
-        missing = "The evaluation compares no answers; its numbers are with its stage below."
-    else:
-        missing = "This recipe evaluates nothing. Add a stage of kind eval to compare its models."
     extra = list(dict.fromkeys(k for r in rows for k, v in r.items() if k not in _KNOWN and is_number(v)))
     columns = [c for c in _COLUMNS if any(r.get(c[0]) is not None for r in rows)]
     if any(r.get("length") is not None for r in rows):
@@ -242,7 +242,7 @@ def _results(rows: Sequence[Mapping[str, Any]], stages: Sequence[StageView]) -> 
         found = [Interval(str(r["model"]), *_interval(r[key])) for r in rows if isinstance(r.get(key), Mapping)]
         if found:
             charts.append(Chart(title, whiskers(f"result-{key}", title, found), []))
-    return {"rows": shown, "columns": [c[1] for c in columns], "charts": charts, "missing": missing}
+    return {"rows": shown, "columns": [c[1] for c in columns], "charts": charts, "missing": no_results(stages)}
 
 
 def _cell(value: Any, percent: bool) -> dict[str, str]:

@@ -430,7 +430,7 @@ def run_teach(settings: TeachSettings) -> Outcome:
 JUDGED = ("model", "reward_model", "eval_reward_model")
 STAGES: dict[str, Kind] = {
     "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
-    "pretrain": Kind(run_pretrain, 2, ("data", "eval_data", "instruction_data"), ("model", "tokenizer")),
+    "pretrain": Kind(run_pretrain, 3, ("data", "eval_data", "instruction_data"), ("model", "tokenizer")),
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),
     "dpo": Kind(run_dpo, 1),

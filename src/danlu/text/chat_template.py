@@ -313,6 +313,6 @@ def _difference(named: ChatTemplate, own: Renderer) -> str:
     if mine == theirs:
         return ""
     return (
-        f"the template '{named.name}' was asked for and differs from the tokenizer's own, which the model was probably trained "
-        f"with ({first_difference(mine, theirs)})"
+        f"the template '{named.name}' was asked for and differs from the tokenizer's own; a model that learnt to chat with that "
+        f"one should keep it ({first_difference(mine, theirs)})"
     )

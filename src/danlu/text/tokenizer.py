@@ -165,13 +165,18 @@ def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
     return unknown / tokens if tokens else 0.0
 
 
+def document_end(tokenizer: Any) -> int | None:
+    """The token after a document: the one that separates documents if there is one, else the end of a sequence."""
+    return tokenizer.convert_tokens_to_ids(DOCUMENT) if DOCUMENT in tokenizer.get_vocab() else tokenizer.eos_token_id
+
+
 def document_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
     """Texts as windows of at most `max_length` ids: of each document start, text, document end.
 
     A long text is cut into windows that each begin with the last id of the window before, so that no token goes unpredicted.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    end = tokenizer.convert_tokens_to_ids(DOCUMENT) if DOCUMENT in tokenizer.get_vocab() else tokenizer.eos_token_id
+    end = document_end(tokenizer)
     step = max(max_length - 1, 1)
     for found in tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []:
         ids = ([start] if start is not None else []) + found + ([end] if end is not None else [])

@@ -11,6 +11,7 @@ from danlu.exceptions import SettingsError
 from danlu.models.load import load_model
 from danlu.models.starters import opt, starter
 from danlu.text.chat_template import ChatTemplate
+from danlu.text.tokenizer import document_end
 from danlu.training import distributed
 from danlu.training.compute import choose
 from danlu.training.memory import within_limits
@@ -50,7 +51,7 @@ def train(settings: PretrainSettings) -> TrainResult:
     else:
         ids = {
             "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_id": document_end(tokenizer),  # what its texts end with, which is not what answers will end with
             "pad_token_id": tokenizer.pad_token_id,
         }
         model = (

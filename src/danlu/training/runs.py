@@ -85,10 +85,16 @@ def resolve_model(text: str) -> str:
     run = Path(text)
     if not is_run(run):
         return text
-    done = [s for s in stages_of(run) if s.kind in POLICY_KINDS and s.finished and s.model is not None]
-    if not done:
+    policy = last_policy(run)
+    if policy is None:
         raise RunError("this run has no finished policy yet", file=run, hint=f"danlu run {run / RECIPE}")
-    return str(done[-1].model)
+    return str(policy)
+
+
+def last_policy(run: Path) -> Path | None:
+    """The model of a run's last finished policy, if it has one."""
+    done = [s.model for s in stages_of(run) if s.kind in POLICY_KINDS and s.finished and s.model is not None]
+    return done[-1] if done else None
 
 
 def patches_folder(folder: str, *, local: bool) -> Path:
