@@ -167,7 +167,9 @@ def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
 
 def document_end(tokenizer: Any) -> int | None:
     """The token after a document: the one that separates documents if there is one, else the end of a sequence."""
-    return tokenizer.convert_tokens_to_ids(DOCUMENT) if DOCUMENT in tokenizer.get_vocab() else tokenizer.eos_token_id
+    known = DOCUMENT in tokenizer.get_vocab()
+    end: int | None = tokenizer.convert_tokens_to_ids(DOCUMENT) if known else tokenizer.eos_token_id
+    return end
 
 
 def document_windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
