@@ -21,7 +21,7 @@ from danlu.data.contents import fingerprint, hash_of
 from danlu.data.language import language_of
 from danlu.data.measure import TokenLengths
 from danlu.data.problems import Problem
-from danlu.data.read import scan
+from danlu.data.read import ReadOptions, read, scan
 from danlu.data.show import stand_in_tokenizer, views
 from danlu.data.signs import found_nothing, has_stop, is_prose, mojibake, placeholder
 from danlu.text.chat_template import ChatTemplate
@@ -243,6 +243,17 @@ def test_numbers_that_the_question_or_another_tool_has_are_fine(tmp_path: Path) 
         talk(u("Sum?"), a("I look."), t("No results."), t("2,500"), a("It is 2500.")),
     ]
     assert found(tmp_path, rows) == []
+
+
+def test_training_can_leave_invented_numbers_out(tmp_path: Path) -> None:
+    rows = [
+        talk(u("Weather?"), a("I look."), t("No results."), a("It is 17 degrees.")),
+        talk(u("Weather?"), a("I look."), t("No results."), a("I cannot tell.")),
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert len(read(file, "conversation").records) == 2
+    left = read(file, "conversation", ReadOptions(skip_bad=True))
+    assert len(left.records) == 1 and left.left_out == {"faulty row: unsupported-number": 1}
 
 
 def test_answers_that_are_cut_off_show_among_whole_ones(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ FROZEN = {
     "Freeze": "layers head",
     "StageSettings": STAGE,
     "TrainSettings": f"{STAGE} {TRAIN}",
-    "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type sample_mb",
+    "TokenizerSettings": f"{STAGE} data skip_bad vocab_size model_type template sample_mb",
     "Starter": "family hidden_size layers heads kv_heads context",
     "Blanks": "blank sentence ratio mean_span single short blocked rest_min infill",
     "PretrainSettings": f"{STAGE} {TRAIN} objective preset blanks instruction_data instruction_share tokenizer starter new_words",

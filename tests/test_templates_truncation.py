@@ -12,7 +12,14 @@ from test_chat_template import a, byte_tokenizer, s, u
 from test_templates_masks import make
 
 from danlu.data.collate import encode_comparisons, encode_conversations, encode_prompts
-from danlu.data.truncate import Limits, fit_conversation, fit_prompt, newest_exchanges, without_left_end
+from danlu.data.truncate import (
+    Limits,
+    fit_conversation,
+    fit_prompt,
+    newest_exchanges,
+    split_conversation,
+    without_left_end,
+)
 from danlu.exceptions import DataError
 from danlu.text.chat_template import ChatTemplate
 from danlu.types import Comparison, Conversation, Message, Origin, Prompt
@@ -66,6 +73,29 @@ def test_answers_that_are_not_trained_are_not_lost() -> None:
 def test_a_system_text_on_the_way_goes_with_its_question() -> None:
     talk = [u("111"), a("one"), s("NEW"), u("222"), a("two")]
     assert fit(talk, 21)[0] == "<s>NEW<q>222<a>two<e>"
+
+
+def split(messages: list[Message], total: int) -> tuple[list[str], int]:
+    """The texts that a conversation is split into, and the answers that were lost."""
+    parts = list(split_conversation(messages, T, Limits(total, overlength="split"), origin=ORIGIN))
+    return [text(p.encoded.ids) if p.encoded else p.reason for p in parts], sum(p.lost for p in parts)
+
+
+def test_old_exchanges_become_a_conversation_of_their_own() -> None:
+    one, two, three = "<q>111<a>one<e>", "<q>222<a>two<e>", "<q>333<a>three<e>"
+    assert split(TALK, 33) == ([f"<s>SYS{one}{two}{three}"], 0)
+    assert split(TALK, 32) == ([f"<s>SYS{two}{three}", f"<s>SYS{one}"], 0)
+    assert split(TALK, 23) == ([f"<s>SYS{three}", f"<s>SYS{one}{two}"], 0)
+    # Only what is too long by itself is lost, and what stands before it is not.
+    assert split(TALK, 14) == (["longer than max_length", f"<s>SYS{two}", f"<s>SYS{one}"], 1)
+    assert split(TALK[1:], 18) == ([three, f"{one}{two}"], 0), "without a system text"
+    quiet = [{**m, "train": False} if m["content"] == "one" else m for m in TALK]
+    assert split(quiet, 32) == ([f"<s>SYS{two}{three}"], 0), "nothing would be trained in the rest"  # type: ignore[arg-type]
+
+
+def test_split_conversations_are_counted_once() -> None:
+    trees = encode_conversations([Conversation(TALK, origin=ORIGIN)], T, Limits(14, overlength="split"))
+    assert (trees.answers, trees.answers_cut, trees.answers_with_stop, len(trees.items)) == (3, 1, 2, 2)
 
 
 def test_a_limit_of_the_prompt() -> None:

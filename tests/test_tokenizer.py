@@ -22,8 +22,9 @@ from danlu.cli.main import run
 from danlu.data.corpus import stream_texts
 from danlu.exceptions import DataError, ModelError, SettingsError
 from danlu.text import sentencepiece as sp
+from danlu.text.chat_template import ChatTemplate
 from danlu.text.sample import pieces, sample
-from danlu.text.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from danlu.text.tokenizer import train_tokenizer
 from danlu.text.tokenizer_files import has_tokenizer, open_tokenizer
 from danlu.text.word_pieces import byte_alphabet
 from danlu.train_config import Source
@@ -51,12 +52,8 @@ def test_every_text_comes_back(trained: Any, text: str) -> None:
 
 def test_trained_tokenizers(trained: Any, tmp_path: Path) -> None:
     assert len(trained) <= 360 and trained.model_max_length == 77
-    assert (trained.bos_token, trained.pad_token, trained.eos_token) == (
-        SPECIAL_TOKENS[0],
-        SPECIAL_TOKENS[1],
-        "<|im_end|>",
-    )
-    first = trained.convert_tokens_to_ids(SPECIAL_TOKENS)
+    assert (trained.bos_token, trained.pad_token, trained.eos_token) == ("<|endoftext|>", "<|pad|>", "<|im_end|>")
+    first = trained.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])
     assert first == list(range(first[0], first[0] + 4)) and first[0] in (0, 1)
     assert trained.tokenize("1234") == ["1", "2", "3", "4"], "digits stand alone"
     assert len(trained.tokenize("the furnace is hot")) < 18
@@ -76,6 +73,21 @@ def test_text_never_becomes_a_byte_or_control_piece(model_type: Any, text: str) 
     tokenizer = train_tokenizer([*TEXT, "<0x41> <|pad|> unk"], 400, model_type=model_type)
     found = tokenizer.tokenize(text, split_special_tokens=True)
     assert text not in found and len(found) > 2
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_another_templates_tokens(model_type: Any) -> None:
+    if model_type != "bpe":
+        pytest.importorskip("sentencepiece", reason="SENTENCEPIECE NOT TESTED: pip install sentencepiece")
+    tokenizer = train_tokenizer(TEXT, 360, model_type=model_type, template="moss")
+    assert tokenizer.eos_token == "<eom>" and "<|im_end|>" not in tokenizer.get_vocab()
+    seam = ChatTemplate(tokenizer, "moss")
+    assert not seam.note, "neither unknown tokens nor another template of its own"
+    question: Any = [{"role": "user", "content": "<eoh>"}]
+    assert seam.encode_prompt(question).count(tokenizer.convert_tokens_to_ids("<eoh>")) == 1
+    assert seam.stop_ids >= {tokenizer.convert_tokens_to_ids("<eom>")}
+    with pytest.raises(SettingsError, match="263 are needed"):
+        train_tokenizer(TEXT, 262, model_type=model_type, template="moss")
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

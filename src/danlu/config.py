@@ -18,9 +18,12 @@ class TokenizerSettings(StageSettings):
 
     data: Sources = Field("", description="text to learn from: data of any kind")
     skip_bad: bool = Field(False, description="leave out faulty rows instead of stopping")
-    vocab_size: int = Field(2048, ge=260, description="256 bytes, 4 special tokens, the rest is learned")
+    vocab_size: int = Field(2048, ge=260, description="256 bytes, special tokens (chatml: 4), the rest is learned")
     model_type: Literal["bpe", "sentencepiece", "sentencepiece-bpe"] = Field(
         "bpe", description="BPE over bytes, or SentencePiece's Unigram or BPE over characters with bytes for the rest"
+    )
+    template: str = Field(
+        "chatml", description="a chat template that danlu ships, for the models that will have it; its tokens are added"
     )
     sample_mb: int = Field(
         32, ge=1, description="megabytes of text, evenly from all of it, that are learned from; memory grows with them"

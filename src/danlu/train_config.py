@@ -203,7 +203,11 @@ class TrainSettings(StageSettings):
     eval_fraction: float = Field(
         0.02, ge=0, lt=1, description="share of `data` held out (by hash of the prompt) if no eval_data"
     )
-    skip_bad: bool = Field(False, description="leave out faulty rows (counted in the manifest) instead of stopping")
+    skip_bad: bool = Field(
+        False,
+        description="leave out faulty rows, and answers with numbers that tools did not find, instead of stopping; "
+        "counted in the manifest",
+    )
     max_records: int | None = Field(
         None, ge=1, description="use only so many records (the first after a seeded shuffle)"
     )
@@ -246,8 +250,10 @@ class TrainSettings(StageSettings):
         None, ge=1, description="tokens of a prompt at most (comparisons, prompts of RL)"
     )
     max_answer_tokens: int | None = Field(None, ge=1, description="tokens of one answer at most")
-    overlength: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="what happens to what exceeds a limit: prompts of RL lose their left end when truncated"
+    overlength: Literal["drop", "split", "truncate", "error"] = Field(
+        "drop",
+        description="what happens to what exceeds a limit: prompts of RL lose their left end when truncated; the oldest exchanges "
+        "of a conversation that is split become one of their own",
     )
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the data")

@@ -32,7 +32,7 @@ WARNINGS: Final[dict[str, str]] = {
     "mojibake": "The text was decoded with the wrong table: make the file again from its source, as UTF-8.",
     "too-long": "Shorten it, raise max_length, or let training drop the oldest turns.",
     "cut-off": "It seems to end in the middle of a sentence: finish it, or remove it; a model learns to stop like this.",
-    "unsupported-number": "A model learns to invent numbers from this: check where the number comes from.",
+    signs.UNSUPPORTED: "A model learns to invent numbers from this: check where the number comes from.",
     "placeholder": "Fill the placeholders in, or the model says them.",
     "template-refuses": "Choose another --template, or change the row.",
     "too-few": "Add rows, or expect little of this stage.",
@@ -302,28 +302,13 @@ class Checker:
             self._check_tools(record)
 
     def _check_tools(self, record: Conversation) -> None:
-        """An answer that gives a number after all its tools said that they found nothing."""
-        if not any(message["role"] == "tool" for message in record.messages):
-            return
-        said: set[str] = set()
-        results: list[str] = []
-        for index, message in enumerate(record.messages):
-            text = message["content"]
-            if message["role"] == "tool":
-                results.append(text)
-            elif message["role"] == "user":
-                results = []
-            elif message["role"] == "assistant" and results and text.strip():
-                invented = sorted(signs.numbers(text) - said) if all(map(signs.found_nothing, results)) else []
-                if invented:
-                    self.findings.warn(
-                        "unsupported-number",
-                        record.origin,
-                        f"messages[{index}].content",
-                        f"the answer says {invented[0]}, but the tool's result is '{' '.join(results[-1][:60].split())}'",
-                    )
-                results = []
-            said |= signs.numbers(text)
+        for index, number, result in signs.unsupported_numbers(record.messages):
+            self.findings.warn(
+                signs.UNSUPPORTED,
+                record.origin,
+                f"messages[{index}].content",
+                f"the answer says {number}, but the tool's result is '{' '.join(result[:60].split())}'",
+            )
 
     def _length(self, record: Record, length: int) -> None:
         self.summary.lengths.append(min(length, 2**32 - 1))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from danlu.data.token_store import StoredItems
-from danlu.data.truncate import FittedAnswers, Limits, fit_answers, fit_conversation, fit_prompt, trained_answers
+from danlu.data.truncate import FittedAnswers, Limits, fit_answers, fit_prompt, split_conversation, trained_answers
 from danlu.exceptions import DataError
 from danlu.text.chat_template import ChatTemplate, Encoded
 from danlu.text.tokenizer import document_windows
@@ -86,7 +86,7 @@ class Trees:
 def encode_conversations(records: Iterable[Conversation], template: ChatTemplate, max_length: int | Limits) -> Trees:
     """Conversations as single nodes with loss on every assistant turn and its stop token.
 
-    A conversation may become several where the template asks for it (`ChatTemplate.samples`).
+    A conversation may become several where the template (`ChatTemplate.samples`) or `overlength: split` asks for it.
 
     Raises:
         TemplateError: the template cannot be used for training.
@@ -97,15 +97,16 @@ def encode_conversations(records: Iterable[Conversation], template: ChatTemplate
     for part in batched(samples, TOGETHER):
         encoded_part = template.encode_many([messages for _, messages in part], [record.tools for record, _ in part])
         for (record, messages), whole in zip(part, encoded_part, strict=True):
-            fitted = fit_conversation(messages, template, limits, tools=record.tools, origin=record.origin, whole=whole)
             trees.answers += trained_answers(messages)
-            trees.answers_cut += fitted.lost
-            encoded = fitted.encoded
-            if encoded is None:
-                trees._drop(fitted.reason)
-                continue
-            trees.answers_with_stop += sum(_learns_stop(encoded, a.start, a.end, a.stops) for a in encoded.answers)
-            trees._add(conversation(encoded.ids, encoded.loss_weights))
+            more: dict[str, Any] = {"tools": record.tools, "origin": record.origin, "whole": whole}
+            for fitted in split_conversation(messages, template, limits, **more):
+                trees.answers_cut += fitted.lost
+                encoded = fitted.encoded
+                if encoded is None:
+                    trees._drop(fitted.reason)
+                    continue
+                trees.answers_with_stop += sum(_learns_stop(encoded, a.start, a.end, a.stops) for a in encoded.answers)
+                trees._add(conversation(encoded.ids, encoded.loss_weights))
     return trees
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from danlu.data import signs
 from danlu.data.columns import format_of, map_columns, naming_columns
 from danlu.data.files import find_files, is_hub
 from danlu.data.formats import plain_text
@@ -38,7 +39,7 @@ class ReadOptions:
         licence: the licence of these files, where a row does not name its own.
         source: where they come from, likewise.
         commercial_only: leave out rows whose licence does not allow commercial use, or is not known.
-        skip_bad: leave out faulty rows, and count them.
+        skip_bad: leave out faulty rows, and count them; also conversations that answer with a number where tools found nothing.
     """
 
     format: str | None = None
@@ -190,14 +191,18 @@ def read(
         natural.append(record)
     if problems.counts and not options.skip_bad:
         raise problems.error()
+    skipped = Counter(problems.counts)
     records: list[Record] = []
     for record in pool_singles(natural):
+        if options.skip_bad and isinstance(record, Conversation) and any(signs.unsupported_numbers(record.messages)):
+            skipped[signs.UNSUPPORTED] += 1
+            continue
         try:
             records += as_kind(record, kind, pairs=pairs, margin=margin)
         except RowDropped as reason:
             dropped[str(reason)] += 1
     names = [str(name) for name in _names(path)]
-    data = Dataset(records, names, list(formats), dict(dropped), dict(problems.counts))
+    data = Dataset(records, names, list(formats), dict(dropped), dict(skipped))
     if not records:
         found = ", ".join(f"{reason}: {count}" for reason, count in data.left_out.items())
         raise DataError(

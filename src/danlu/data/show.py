@@ -34,13 +34,13 @@ def stand_in_tokenizer(template: str) -> Any:
     """A byte-level tokenizer that knows a shipped template's control tokens, for looking at rows without a model."""
     named = named_template(template)
     tokenizer = train_tokenizer([], 260)
-    marks = [token for _, tokens in named.marks for token in tokens]
-    wanted = [token for token in (named.stop, *named.tokens, *marks) if token]
     known = tokenizer.get_vocab()
     tokenizer.chat_template = None
     end = named.stop or "</s>"
     tokenizer.add_special_tokens({"eos_token": end})
-    tokenizer.add_special_tokens({"extra_special_tokens": [t for t in wanted if t not in known and t != end]})
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [t for t in named.control_tokens if t not in known and t != end]}
+    )
     return tokenizer
 
 

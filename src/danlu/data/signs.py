@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import Final
+
+from danlu.types import Message
+
+UNSUPPORTED: Final = "unsupported-number"
 
 # What is left of a text that was decoded with the wrong table, by the table that did it.
 _BROKEN: Final = re.compile(
@@ -52,6 +57,24 @@ def found_nothing(result: str) -> bool:
 def numbers(text: str) -> set[str]:
     """The numbers in a text, without what groups their digits."""
     return {found.replace(",", "").rstrip(".") for found in _NUMBER.findall(text)}
+
+
+def unsupported_numbers(messages: Sequence[Message]) -> Iterator[tuple[int, str, str]]:
+    """Answers with a number that nobody said, after all their tools said that they found nothing: index, number, last result."""
+    said: set[str] = set()
+    results: list[str] = []
+    for index, message in enumerate(messages):
+        text = message["content"]
+        if message["role"] == "tool":
+            results.append(text)
+        elif message["role"] == "user":
+            results = []
+        elif message["role"] == "assistant" and results and text.strip():
+            invented = sorted(numbers(text) - said) if all(map(found_nothing, results)) else []
+            if invented:
+                yield index, invented[0], results[-1]
+            results = []
+        said |= numbers(text)
 
 
 def has_stop(answer: str) -> bool:

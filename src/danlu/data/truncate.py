@@ -7,7 +7,7 @@ text, before the template, so a shortened prompt is still one that serving could
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ from danlu.text.chat_template import Answer, ChatTemplate, Encoded
 from danlu.text.tool_text import Tools
 from danlu.types import Message, Origin
 
-Overlength = Literal["drop", "truncate", "error"]
+Overlength = Literal["drop", "split", "truncate", "error"]
 Size = Callable[[list[Message]], int]
 
 
@@ -29,7 +29,8 @@ class Limits:
         prompt: of what stands before the last answer.
         answer: of one answer with its stop token.
         overlength: what happens to what is longer when the oldest exchanges are gone: "drop" it, "truncate" it (never asked for
-            silently), or make it an "error"; then not even old exchanges go.
+            silently), or make it an "error"; then not even old exchanges go. "split" is "drop", but the oldest exchanges of a
+            conversation become one of their own.
     """
 
     total: int
@@ -72,7 +73,7 @@ class Fitted:
 
     Attributes:
         encoded: None when nothing of it is left to train on.
-        messages: what was encoded.
+        messages: what was encoded, or was too long to be.
         lost: answers that were to be trained and are gone or not whole.
         reason: why nothing is left, for a count.
     """
@@ -108,6 +109,13 @@ def newest_exchanges(messages: list[Message], fits: Callable[[list[Message]], bo
 def newest_exchange(messages: list[Message]) -> list[Message]:
     """The system text and the newest exchange."""
     return (_shorter(messages) or [messages])[-1]
+
+
+def older_exchanges(messages: list[Message], kept: list[Message]) -> list[Message]:
+    """The conversation up to where what was kept of it begins: the system text and the exchanges that are gone, or nothing."""
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    older = messages[: len(messages) - len(kept) + first]
+    return older if len(older) > first else []
 
 
 def without_left_end(messages: list[Message], size: Size, limit: int) -> list[Message] | None:
@@ -208,12 +216,32 @@ def fit_conversation(
         kept = _fit_newest(newest_exchange(messages), template, limits, tools)
         seen.clear()
     if kept is None:
-        return Fitted(None, messages, before, limits.too_long)
+        return Fitted(None, newest_exchange(messages), before, limits.too_long)
     encoded, lost = _fit_answers(encoded_once(kept), limits)
     lost += before - trained_answers(kept)
     if before and not any(encoded.loss_weights):
         return Fitted(None, kept, before, "answers longer than max_answer_tokens")
     return Fitted(encoded, kept, lost)
+
+
+def split_conversation(
+    messages: list[Message],
+    template: ChatTemplate,
+    limits: Limits,
+    *,
+    tools: Tools = (),
+    origin: Origin | None = None,
+    whole: Encoded | None = None,
+) -> Iterator[Fitted]:
+    """`fit_conversation`, and with `overlength: split` also what it left out, as conversations of their own: newest first."""
+    while True:
+        fitted = fit_conversation(messages, template, limits, tools=tools, origin=origin, whole=whole)
+        older = older_exchanges(messages, fitted.messages) if limits.overlength == "split" else []
+        again = trained_answers(older)
+        yield replace(fitted, lost=fitted.lost - again)
+        if not again:
+            return
+        messages, whole = older, None
 
 
 Branches = tuple[list[int], list[list[int]]]

@@ -45,6 +45,7 @@ from danlu.pipeline.gates import Gate
 from danlu.rewards.model import store_verdict
 from danlu.synth.compare import collect
 from danlu.text.sample import MEGABYTE, sample
+from danlu.text.template_registry import named_template
 from danlu.text.tokenizer import train_tokenizer
 from danlu.train_config import Source, Sources, StageSettings, TrainSettings, as_list
 from danlu.trainers import (
@@ -101,6 +102,10 @@ class Kind:
     require: Callable[[Any], None] | None = None
 
 
+def _require_template(settings: TokenizerSettings) -> None:
+    named_template(settings.template)
+
+
 def run_tokenizer(settings: TokenizerSettings) -> Outcome:
     """Trains a tokenizer on the text of data of any kind."""
     problems = Collected()
@@ -116,7 +121,9 @@ def run_tokenizer(settings: TokenizerSettings) -> Outcome:
         raise problems.error()
     if not found.texts:
         raise DataError("there is no text to train a tokenizer on", field="data")
-    tokenizer = train_tokenizer(found.texts, settings.vocab_size, model_type=settings.model_type)
+    tokenizer = train_tokenizer(
+        found.texts, settings.vocab_size, model_type=settings.model_type, template=settings.template
+    )
     tokenizer.save_pretrained(Path(settings.out) / "model")
     measured = found.texts[:: max(1, len(found.texts) // 2000)]
     tokens = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in measured)
@@ -429,7 +436,7 @@ def run_teach(settings: TeachSettings) -> Outcome:
 
 JUDGED = ("model", "reward_model", "eval_reward_model")
 STAGES: dict[str, Kind] = {
-    "tokenizer": Kind(run_tokenizer, 2, ("data",), ()),
+    "tokenizer": Kind(run_tokenizer, 2, ("data",), (), require=_require_template),
     "pretrain": Kind(run_pretrain, 3, ("data", "eval_data", "instruction_data"), ("model", "tokenizer")),
     "sft": Kind(run_sft, 3),
     "reward": Kind(run_reward, 4, ("data", "eval_data", "collect.prompts")),

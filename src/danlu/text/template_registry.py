@@ -48,6 +48,12 @@ class NamedTemplate:
         """The source of the file."""
         return resources.files("danlu.text").joinpath(f"templates/{self.name}.jinja").read_text("utf-8")
 
+    @property
+    def control_tokens(self) -> list[str]:
+        """All tokens that the format may write: its marks, those of turns, and what ends an answer, if it has one of its own."""
+        marks = [token for _, tokens in self.marks for token in tokens]
+        return list(dict.fromkeys(t for t in (*marks, *self.tokens, self.stop) if t))
+
     def source_for(self, tokenizer: Any) -> str:
         """The Jinja source for this tokenizer: the file, with what depends on the tokenizer set in front."""
         known = tokenizer.get_vocab()

@@ -12,10 +12,7 @@ from danlu.text.own_tokenizers import tokenizer_class_of
 
 DOCUMENT = "<|endoftext|>"
 PAD = "<|pad|>"
-TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
-# Pad and stop are distinct tokens: where they are one, masks made from ids hide the stop token (arXiv 2403.17031).
-SPECIAL_TOKENS = [DOCUMENT, PAD, TURN_START, TURN_END]
 BYTES = 256
 
 
@@ -31,18 +28,25 @@ ModelType = Literal["bpe", "sentencepiece", "sentencepiece-bpe"]
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, context: int = 2048, model_type: ModelType = "bpe"
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    context: int = 2048,
+    model_type: ModelType = "bpe",
+    template: str = "chatml",
 ) -> Any:
     """A tokenizer with single digits and chat tokens. Every text in any language comes back from its tokens as it was.
 
-    Documents begin with `<|endoftext|>`; a turn of a chat ends with `<|im_end|>`, which is also the end-of-sequence token.
+    Documents begin with `<|endoftext|>`. What ends an answer in the template is also the end-of-sequence token; `<|im_end|>`
+    in templates that have no token for that.
 
     Args:
         texts: what to learn from. What is learnt from stays in memory: see `text/sample.py`.
-        vocab_size: at least 256 bytes + 4 special tokens, and with SentencePiece 1 unknown token and the characters.
+        vocab_size: at least 256 bytes and the special tokens, and with SentencePiece 1 unknown token and the characters.
         context: tokens that a model with it will take.
         model_type: `bpe` over bytes (Sennrich et al. 2016, as GPT-2); `sentencepiece` is its Unigram (Kudo 2018),
             `sentencepiece-bpe` its BPE over characters (as Llama), both with bytes for what has no piece.
+        template: a shipped chat template. It is the tokenizer's own then, and its control tokens are tokens.
 
     Returns:
         A fast transformers tokenizer.
@@ -50,34 +54,41 @@ def train_tokenizer(
     Raises:
         SettingsError: `vocab_size` is too small for the text, or the sentencepiece package is needed and missing.
         DataError: there is nothing to learn from.
+        TemplateError: no template has this name.
     """
     from transformers import PreTrainedTokenizerFast
 
     from danlu.text import sentencepiece
-    from danlu.text.chat_template import shipped_template
+    from danlu.text.template_registry import named_template
 
     quiet()
-    smallest = BYTES + len(SPECIAL_TOKENS)
+    entry = named_template(template)
+    end = entry.stop or TURN_END
+    others = [token for token in entry.control_tokens if token != end]
+    # Pad and stop are distinct tokens: where they are one, masks made from ids hide the stop token (arXiv 2403.17031).
+    special = [DOCUMENT, PAD, *others, end]
+    smallest = BYTES + len(special)
     if vocab_size < smallest:
         raise SettingsError(f"vocab_size is {vocab_size}; at least {smallest} are needed", field="vocab_size")
-    named = {"bos_token": DOCUMENT, "eos_token": TURN_END, "pad_token": PAD}
+    named = {"bos_token": DOCUMENT, "eos_token": end, "pad_token": PAD}
     if model_type == "bpe":
-        core = _train_bytes(texts, vocab_size)
+        core = _train_bytes(texts, vocab_size, special)
     else:
         algorithm: Literal["unigram", "bpe"] = "unigram" if model_type == "sentencepiece" else "bpe"
-        core = sentencepiece.train_core(texts, vocab_size, SPECIAL_TOKENS, algorithm)
+        core = sentencepiece.train_core(texts, vocab_size, special, algorithm)
         named["unk_token"] = sentencepiece.UNKNOWN
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         **named,
-        extra_special_tokens=[TURN_START],
-        chat_template=shipped_template("chatml"),
+        extra_special_tokens=others,
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.chat_template = entry.source_for(tokenizer)
+    return tokenizer
 
 
-def _train_bytes(texts: Iterable[str], vocab_size: int) -> Any:
+def _train_bytes(texts: Iterable[str], vocab_size: int, special: list[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
@@ -91,7 +102,7 @@ def _train_bytes(texts: Iterable[str], vocab_size: int) -> Any:
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
