@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from danlu.alignment_config import GrpoSettings, PpoSettings, RewardSettings
 from danlu.config import QuantizeSettings, SftSettings
+from danlu.data.collate import Trees
 from danlu.parsing import parse
 from danlu.pipeline import gates
 from danlu.pipeline.stages import run_sft
 from danlu.text.chat_template import ChatTemplate, shipped_template
+from danlu.training import answers
 from danlu.types import Conversation
 
 
@@ -38,6 +42,17 @@ def test_stop(kept: int, with_stop: int, learns: bool, passed: bool) -> None:
     gate = gates.stop(facts(answers_kept=kept, answers_with_stop=with_stop, stop_row_learns=learns))
     assert (gate.code, gate.passed, gate.threshold) == ("G-STOP", passed, 0.99)
     assert gate.value == with_stop / max(kept, 1)
+
+
+@pytest.mark.parametrize(("probability", "learns"), [(0.0, False), (0.09, False), (0.2, True)])
+def test_a_frozen_stop_row_needs_a_model_that_ends_answers(
+    probability: float, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "stop_probability", lambda *_: probability)
+    seam: Any = SimpleNamespace(stop_ids={1}, name="chatml", note="")
+    frozen, trained = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    found = [answers.answer_facts(None, head, Trees(), seam, 1, None) for head in (frozen, trained)]  # type: ignore[arg-type]
+    assert [f["stop_row_learns"] for f in found] == [learns, True]
 
 
 @pytest.mark.parametrize(

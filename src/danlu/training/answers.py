@@ -17,6 +17,9 @@ from danlu.training.templates import template_facts
 from danlu.tree import TreeBatch
 
 STOP_SAMPLE = 64
+# Of a stop token whose row is frozen. An answer could have ended after most of its sentences, so a good model does not give its
+# end much more than one part in as many; what a base has never learnt to say gets nothing.
+LEAST_STOP = 0.1
 
 
 def answer_facts(
@@ -26,8 +29,8 @@ def answer_facts(
 
     Args:
         root: in evaluation mode, with the role "policy".
-        head: the weight of the policy's head. With adapters it is frozen: then a stop token must be one that the base
-            already produces.
+        head: the weight of the policy's head. With adapters it is frozen: then a stop token must be one that the model
+            produces all the same.
         trees: what was trained on.
     """
     probability = stop_probability(root, trees, micro_tokens, compute)
@@ -37,7 +40,7 @@ def answer_facts(
         "answers_cut": trees.answers_cut,
         "answers_kept": trees.answers - trees.answers_cut,
         "stop_ids": sorted(template.stop_ids),
-        "stop_row_learns": bool(head.requires_grad) or probability >= 0.5,
+        "stop_row_learns": bool(head.requires_grad) or probability >= LEAST_STOP,
         "stop_probability": probability,
         **template_facts(template),
     }
