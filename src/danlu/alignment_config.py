@@ -145,7 +145,9 @@ class DpoSettings(TrainSettings):
         if self.reference == "online" and self.loss in REFERENCE_FREE:
             raise ValueError(f"loss: {self.loss} has no reference that could be read online")
         if self.ref_bits == 8 and self.reference != "online":
-            raise ValueError("ref_bits: 8 needs reference: online; a precomputed reference takes no memory while it trains")
+            raise ValueError(
+                "ref_bits: 8 needs reference: online; a precomputed reference takes no memory while it trains"
+            )
         for name, loss in (("gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
             if getattr(self, name) != 1.0 and self.loss != loss:
                 raise ValueError(f"{name} needs loss: {loss}, not {self.loss}")
