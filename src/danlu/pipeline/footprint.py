@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from danlu.alignment_config import DpoSettings, GrpoSettings, PpoSettings, RewardSettings, RolloutSettings
 from danlu.config import Starter
 from danlu.exceptions import ModelError
+from danlu.generation.kv_cache import arena_length
 from danlu.losses.logprobs import CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA
 from danlu.models import cpm, moss
 from danlu.models.adapters import ia3_targets, targets_of
@@ -30,7 +31,7 @@ from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
 from danlu.models.root import RootModel
 from danlu.models.starters import starter_config
-from danlu.shapes import rounded
+from danlu.shapes import power_of_two, rounded
 from danlu.train_config import QUANTISED_BASES, AdapterKind, TrainSettings, as_models
 from danlu.training.compute import Compute
 from danlu.training.step import language_loss
@@ -43,9 +44,12 @@ STRATEGIES: tuple[Strategy, ...] = ("full", "lora", "qlora", "prefix", "zero1", 
 PLANNED: tuple[AdapterKind, ...] = ("full", "freeze", "lora", "dora", "adalora", "ia3", "ptuning", "prompt")
 # Peak over what is kept: the backward pass's own arrays, and what an allocator cannot hand out again (measured, docs/log.md).
 OVERHEAD = {"float32": 1.1, "bfloat16": 1.3}
+OVERHEAD_LORA = {"float32": 1.1, "bfloat16": 1.5}  # two more products a layer, whose arrays come between what is kept
 OVERHEAD_CUDA = 1.1
 BUFFERS_MB = 75.0  # of the libraries, from their first use on
 COMPILED_MB = 30.0  # products that a CPU compiles for their shapes (`danlu/shapes.py`)
+LANES = 64  # of the engine, where nobody asks for another number
+MOST_CACHE, MOST_CACHE_CUDA = 4 * 2**30, 32 * 2**30  # bytes (`generation/engine.py`)
 REFERENCE = {32: 1.0, 8: 0.5}  # of a frozen model in 16 bits, by `ref_bits`
 PREFIX = 128  # virtual tokens of P-Tuning v2
 WIDEST = 512  # of a probe
@@ -378,26 +382,31 @@ def stage_memory(
     packed = 1.02 if settings.frozen_bits == 8 else 0.55  # bytes a number takes with its scale
     quantised = strategy == "qlora" or (strategy == own_strategy(settings) == "prefix" and settings.frozen_bits != 16)
     rested = 2.0 if dtype == "bfloat16" and settings.adapter != "dora" else 4.0  # see `models/resting.py`
-    base = (
+    table = shape.head * (4.0 - rested) if shape.config.dtype != torch.bfloat16 else 0.0  # looked up, so not rounded
+    base = table + (
         (shape.parameters - shape.tables) * packed + shape.tables * rested if quantised else shape.parameters * rested
     )
     copies = 2.0 * shape.products if dtype == "bfloat16" and exact else 0.0
     if small:
         # The base; what answers beside packed weights shares them (before a prefix it has a copy); judges are whole models.
         rolls = quantised and isinstance(settings, RolloutSettings)
-        copied = base if rolls and strategy == "prefix" else 0.0
+        copied = base - table if rolls and strategy == "prefix" else 0.0
         weights = base + copied + (frozen - 1 - rolls) * shape.parameters * rested
     else:
         weights = (exact * 4.0 + frozen * rested) * shape.parameters / share[0] + copies
+    if isinstance(settings, RolloutSettings):
+        weights += table * len(as_models(settings.reward_model))
     gradients = 4.0 * learnt / share[1]
     if isinstance(settings, PpoSettings):
         weights += 4.0 * learnt if settings.ema is not None else 0.0
         gradients *= 2 if settings.ptx is not None else 1  # the policy's stand aside while those of PTX are made
     states = {"adamw": 8.0, "adamw8bit": 2.03, "adamw_offload": 0.0 if torch.cuda.is_available() else 8.0}
     averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
-    tokens = settings.micro_tokens
+    step = _step_tokens(settings, length)
+    tokens = min(settings.micro_tokens, step)
+    more = min(settings.micro_tokens, step - tokens)  # of the step's next micro-batch, which gradients stand beside
     if compiled:
-        tokens = rounded(tokens + length)  # a batch may pass its limit by an item
+        tokens = rounded(tokens)
     # A card's attention keeps no scores: as if texts were short.
     rank = settings.lora.r if strategy in ("lora", "qlora") else None  # before a prefix layers run as they are
     count = kept(shape, length=min(length, 16) if cuda else length, dtype=dtype, rank=rank)
@@ -407,7 +416,13 @@ def stage_memory(
     if isinstance(settings, PpoSettings) and settings.ppo.keep_graphs and strategy not in ("zero2", "zero3"):
         answers = settings.rollout.batch / settings.ppo.minibatches / processes
         tokens = max(tokens, round(2 * answers * (length + settings.rollout.max_new_tokens)))  # of policy and critic
-    activations = (OVERHEAD_CUDA if cuda else OVERHEAD[dtype]) * tokens * (layers + count.rest)
+    overhead = OVERHEAD_CUDA if cuda else OVERHEAD_LORA[dtype] if rank is not None else OVERHEAD[dtype]
+    token = overhead * (layers + count.rest)
+    activations = token * tokens
+    # In a backward pass gradients take the place of activations: what comes on top is the embedding's, the last and in one piece,
+    # or those of an earlier micro-batch.
+    last = 0.0 if small else 4.0 * shape.head / share[1]
+    gradients = max(min(gradients, last), gradients + token * more - activations)
     logits = 0.0
     if not isinstance(settings, RewardSettings):
         number = 2 if dtype == "bfloat16" else 4
@@ -415,8 +430,8 @@ def stage_memory(
         logits = number * min(entries, tokens * shape.vocab) + (0.0 if small else 4.0 * shape.head)
     cache = 0.0
     if isinstance(settings, PpoSettings | GrpoSettings):
-        positions = settings.rollout.batch * (length + settings.rollout.max_new_tokens)
-        cache = positions * shape.key_values * (2.0 if dtype == "bfloat16" else 4.0)
+        cache = _cache(settings, length) * shape.key_values * (2.0 if dtype == "bfloat16" else 4.0)
+        cache = min(cache, MOST_CACHE_CUDA if cuda else MOST_CACHE)
         again = 2.0 * shape.products  # the engine's weights once more (`models/prepacked.py`)
         cache += again if dtype == "bfloat16" and not cuda and not quantised and again <= MOST_BYTES else 0.0
     merged = 0.0
@@ -432,7 +447,25 @@ def stage_memory(
         "cache": cache,
         "merged": merged,
     }
-    return {name: value / MB for name, value in parts.items()} | {"buffers": BUFFERS_MB + compiled * COMPILED_MB}
+    # Answers come by rows of their own numbers, so products are compiled for these, too.
+    kinds = compiled * (2 if isinstance(settings, RolloutSettings) else 1)
+    return {name: value / MB for name, value in parts.items()} | {"buffers": BUFFERS_MB + kinds * COMPILED_MB}
+
+
+def _step_tokens(settings: TrainSettings, length: int) -> int:
+    """Of an optimizer step: it ends with the item that fills it; a mini-batch of PPO's or GRPO's is a part of a roll-out."""
+    if isinstance(settings, PpoSettings):
+        return settings.rollout.batch * (length + settings.rollout.max_new_tokens) // settings.ppo.minibatches
+    if isinstance(settings, GrpoSettings):  # answers of a group have one prompt
+        prompts = settings.rollout.batch // settings.grpo.group_size * length
+        return (prompts + settings.rollout.batch * settings.rollout.max_new_tokens) // settings.grpo.minibatches
+    return settings.tokens_per_step + length
+
+
+def _cache(settings: RolloutSettings, length: int) -> int:
+    """Positions that the engine has room for: its lanes, which held-out prompts fill at once, and the prompts it remembers."""
+    lanes = LANES if settings.eval_fraction or settings.eval_data is not None else min(LANES, settings.rollout.batch)
+    return lanes * length + power_of_two(lanes) * arena_length(length + settings.rollout.max_new_tokens)
 
 
 def _models(settings: TrainSettings, *, small: bool) -> tuple[float, float, int]:
