@@ -154,6 +154,17 @@ def test_moved_run(here: Path) -> None:
     assert {**describe(moved), "run": ""} == {**before, "run": ""}
 
 
+def test_results_table_of_overlap() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(
+        results_table(
+            {"table": [{"model": "sft", "bleu-4": {"mean": 8.1, "low": 7.5, "high": 8.75}, "stop_rate": 1.0}]}
+        )
+    )
+    text = console.export_text()
+    assert "bleu-4" in text and "8.10  7.50 – 8.75" in text and "rubric" not in text
+
+
 def test_results_table_with_gaps() -> None:
     console = Console(width=120, file=io.StringIO())
     console.print(results_table({"table": [{"model": "[b]x", "rubric": {"mean": 0.5}, "correct": None}]}))

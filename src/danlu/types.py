@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
+OVERLAPS: Final = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")  # of answers with written ones, 0 to 100
 RecordKind = Literal["conversation", "comparison", "prompt", "document", "ranking", "unpaired"]
 
 

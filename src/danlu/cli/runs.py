@@ -82,30 +82,37 @@ def results_table(described: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     from danlu.pipeline.report_words import number
+    from danlu.types import OVERLAPS
 
     table = Table("model", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("rubric", "correct", "ends by itself", "tokens"):
+    overlaps = [name for name in OVERLAPS if any(name in row for row in described["table"])]
+    marks = (
+        []
+        if overlaps and not any(r.get("rubric") or r.get("correct") for r in described["table"])
+        else ["rubric", "correct"]
+    )
+    for name in (*marks, *overlaps, "ends by itself", "tokens"):
         table.add_column(name, justify="right")
     for row in described["table"]:
         stop, length = row.get("stop_rate"), row.get("length")
         table.add_row(
             Text(str(row.get("model") or "")),
-            _interval(row.get("rubric")),
-            _interval(row.get("correct")),
+            *(_interval(row.get(name)) for name in marks),
+            *(_interval(row.get(name), "{:.2f}") for name in overlaps),
             "–" if stop is None else number(stop, percent=True),
             "–" if length is None else f"{length:.1f}",
         )
     return table
 
 
-def _interval(value: Mapping[str, float] | None) -> Text:
+def _interval(value: Mapping[str, float] | None, form: str = "{:.1%}") -> Text:
     from rich.text import Text
 
     if not value or value.get("mean") is None:
         return Text("–")
-    text = Text(f"{value['mean']:.1%}")
+    text = Text(form.format(value["mean"]))
     if value.get("low") is not None and value.get("high") is not None:
-        text.append(f"  {value['low']:.1%} – {value['high']:.1%}", style="dim")
+        text.append(f"  {form.format(value['low'])} – {form.format(value['high'])}", style="dim")
     return text
 
 

@@ -18,10 +18,10 @@ from danlu.data.sources import read_sources
 from danlu.evals.generation import Evaluation, answer, interval
 from danlu.exceptions import DataError, SettingsError
 from danlu.train_config import Sources
-from danlu.types import Conversation, Prompt
+from danlu.types import OVERLAPS, Conversation, Prompt
 
 PACKAGES = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}
-METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
+METRICS = OVERLAPS
 
 
 def require() -> None:

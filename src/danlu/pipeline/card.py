@@ -19,6 +19,7 @@ from danlu.data.language import language_of
 from danlu.models.places import HUB_ID
 from danlu.pipeline.listing import StageView, lineage, read_recipe, stage_view, stage_views
 from danlu.training.runs import is_run
+from danlu.types import OVERLAPS
 
 MARK: Final = "<!-- written by danlu export -->"
 _LINES: Final = 200  # of a data file, to tell its languages
@@ -309,11 +310,12 @@ def _metrics(origin: Origin) -> str:
     parts = ["\n".join(["| Stage | Last values |", "|---|---|", *rows])] if rows else []
     answers = [dict(row) | {"by": s.name} for s in origin.judged for row in s.table]
     if answers:
-        head = ["| Model | Rubric | Correct | Stops | Length | Measured by |", "|---|---|---|---|---|---|"]
+        overlaps = [name for name in OVERLAPS if any(name in r for r in answers)]
+        keys = ("rubric", "correct", *overlaps, "stop_rate", "length")
+        names = ["Model", "Rubric", "Correct", *map(str.upper, overlaps), "Stops", "Length", "Measured by"]
+        head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         body = [
-            f"| {r.get('model')} | "
-            + " | ".join(_interval(r.get(k)) for k in ("rubric", "correct", "stop_rate", "length"))
-            + f" | {r['by']} |"
+            f"| {r.get('model')} | " + " | ".join(_interval(r.get(k)) for k in keys) + f" | {r['by']} |"
             for r in answers
         ]
         parts.append("Held-out questions (95% intervals):\n\n" + "\n".join([*head, *body]))

@@ -14,6 +14,7 @@ import yaml
 
 from danlu.exceptions import RunError
 from danlu.training.runs import MANIFEST, RECIPE, StageFolder, is_run, runs_root, stages_of
+from danlu.types import OVERLAPS
 
 # Settings that name the model a stage starts from or reads.
 LINKS = ("tokenizer", "model", "models", "reward_model", "eval_reward_model")
@@ -191,6 +192,7 @@ def describe(run: Path) -> dict[str, Any]:
         ],
         "table": [
             {k: row.get(k) for k in ("model", "rubric", "correct", "stop_rate", "length")}
+            | {k: row[k] for k in OVERLAPS if k in row}
             for s in stages
             for row in s.table
         ],

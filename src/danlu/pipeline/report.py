@@ -33,6 +33,7 @@ from danlu.pipeline.reward_page import charts as reward_charts
 from danlu.pipeline.reward_page import figures as reward_figures
 from danlu.training.curves import values
 from danlu.training.tracking import read_metrics
+from danlu.types import OVERLAPS
 
 FILE_NAME: Final = "report.html"
 SAMPLES: Final = 12
@@ -98,6 +99,7 @@ KEY_METRICS: Final[dict[str, tuple[tuple[str, str, str], ...]]] = {
 _COLUMNS: Final = (
     ("rubric", "Rubric score", True),
     ("correct", "Correct", True),
+    *((name, name.upper(), False) for name in OVERLAPS),
     ("stop_rate", "Ends by itself", True),
 )
 _KNOWN: Final = ("model", "stage", "rubric", "correct", "stop_rate", "length")
