@@ -11,8 +11,9 @@ import pytest
 import yaml
 from fake_run import write_run
 
+from danlu.config import KINDS
 from danlu.exceptions import RunError
-from danlu.pipeline.report import write_report
+from danlu.pipeline.report import PURPOSES, write_report
 from danlu.pipeline.report_charts import Interval, Series, lines, whiskers
 from danlu.pipeline.report_ranks import rank_rows
 from danlu.pipeline.report_words import duration, number, size
@@ -225,6 +226,15 @@ def test_changed_settings_stand_out(finished: tuple[str, Page]) -> None:
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "twice")
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_every_kind_of_stage_says_what_it_is_for(tmp_path: Path) -> None:
+    assert set(PURPOSES) >= set(KINDS)
+    run = write_run(tmp_path / "r")
+    settings = next(run.glob("*-eval")) / "settings.yaml"
+    settings.write_text(yaml.safe_dump({**yaml.safe_load(settings.read_text("utf-8")), "task": "perplexity"}), "utf-8")
+    text = check(write_report(run).read_text("utf-8")).text
+    assert "measures how well written texts are predicted" in text and "answers held-out questions" not in text
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ PURPOSES: Final = {
     "grpo": "learns from groups of its own answers, scored by a reward model or a verifier",
     "eval": "answers held-out questions and is marked",
     "quantize": "makes the model small: int8 weights",
+    "teach": "learns facts one at a time and holds its other answers",
+}
+UNANSWERED: Final = {
+    "perplexity": "measures how well written texts are predicted",
+    "cloze": "fills blanks and is marked",
 }
 _ROLLOUTS: Final = (
     ("score", "Score of roll-outs", ""),
@@ -223,6 +228,10 @@ def _version() -> str:
 # -- results and gates -----------------------------------------------------------------------------------------------
 
 
+def _purpose(stage: StageView) -> str:
+    return UNANSWERED.get(str(stage.settings.get("task")), PURPOSES.get(stage.kind, stage.kind))
+
+
 def _results(rows: Sequence[Mapping[str, Any]], stages: Sequence[StageView]) -> dict[str, Any]:
     extra = list(dict.fromkeys(k for r in rows for k, v in r.items() if k not in _KNOWN and is_number(v)))
     columns = [c for c in _COLUMNS if any(r.get(c[0]) is not None for r in rows)]
@@ -311,7 +320,7 @@ def _cards(run: Path, stages: Sequence[StageView]) -> list[StageCard]:
                 index=index,
                 name=stage.name,
                 begun=stage.status != "pending",
-                purpose=PURPOSES.get(stage.kind, stage.kind),
+                purpose=_purpose(stage),
                 status=stage.status,
                 time=duration(stage.seconds) if stage.seconds else "",
                 share=max(1, round(100 * stage.seconds / longest)),
