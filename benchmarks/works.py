@@ -143,6 +143,11 @@ def _pair_peers(name: str) -> list[Peer]:
     ]
 
 
+# At 2e-4 a reward model's loss falls from 0.66 to 0.18 in two steps, and what is left then differs by 4% between TRL and
+# LLaMA-Factory, too: rounding decides the signs of Adam's first steps.
+GENTLE = {"check_rate": 5e-5}
+
+
 def _supervised(name: str, size: str, goals: dict[Setting, float], rows: tuple[int, int], **changes: Any) -> Work:
     peers = _sft_peers(size) if name == "sft" else _pair_peers(name)
     ours = {"bfloat16": {**OURS, **changes.pop("settings", {})}}
@@ -279,7 +284,7 @@ GEMM_GOALS = {"7M": 0.4, "60M": 0.6}
 
 WORKS = [
     _supervised("sft", "7M", {"default": 4, "best": 1.5}, (32, 16)),
-    _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 16), check=(16, 8)),
+    _supervised("reward", "7M", {"default": 5, "best": 2}, (24, 16), check=(16, 8), extra=GENTLE),
     _supervised("dpo", "7M", {"default": 5, "best": 2.5}, (12, 8), settings=ONLINE),
     _generate(),
     _grpo(),

@@ -183,6 +183,13 @@ def test_a_lesson_is_its_factors_and_nothing_else(family: str, tmp_path: Path) -
     assert all(torch.equal(before[n], dict(model.named_parameters())[n]) for n in others)
 
 
+def test_a_first_reply_that_fills_the_context_is_left_out() -> None:
+    pupil = Pupil(load_model(tiny.model()), load_tokenizer(tiny.model()), TeachSettings(), Pool((), ()))
+    asked = [user("the lamp?")]
+    long = [user("the hat?"), {"role": "assistant", "content": "red " * pupil.context}, *asked]
+    assert pupil.answer([long, asked], 8)[0] == pupil.answer([asked, asked], 8)[0]
+
+
 def test_nothing_to_hold_is_a_sentence(taught: tuple[Any, Any, Trees]) -> None:
     model, tokenizer, _ = taught
     pupil = Pupil(model, tokenizer, TeachSettings(replay_pool=0, probes=1), Pool((), ()))

@@ -103,8 +103,15 @@ class Pupil:
         if not asked:
             return []
         assistant = Assistant(self.model.eval(), self.template.tokenizer)
-        replies = assistant.generate(asked, SamplingParams(max_new_tokens=tokens, temperature=0.0))
+        fitted = [self._fitted(messages, tokens) for messages in asked]
+        replies = assistant.generate(fitted, SamplingParams(max_new_tokens=tokens, temperature=0.0))
         return [r.text for r in replies]
+
+    def _fitted(self, messages: Sequence[Message], tokens: int) -> Sequence[Message]:
+        """A conversation without the first exchanges that leave no room for an answer: a reply may fill a small context."""
+        while len(messages) > 2 and len(self.template.encode_prompt(list(messages))) + tokens > self.context:
+            messages = messages[2:]
+        return messages
 
     def length_of(self, text: str) -> int:
         return len(self.template.text_ids([text])[0])
