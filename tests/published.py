@@ -41,7 +41,7 @@ FILES = (
 )
 ROWS = 80
 CHARACTERS = 60_000
-SHAPE = "{hidden_size: 32, layers: 2, heads: 4, kv_heads: 2, context: 1024}"
+SHAPE = "{hidden_size: 32, layers: 2, heads: 4, kv_heads: 2, context: 1152}"
 FEW: dict[str, dict[str, Any]] = {
     "tokenizer": {"vocab_size": 600, "data": "${data_root}/pretrain-en/tinystories_sample.txt"},
     "pretrain": {"max_records": 60, "max_steps": 3, "tokens_per_step": 2048},

@@ -18,7 +18,7 @@ POLICIES = {
     "huatuo": ["pretrain", "graph", "literature"],
     "dolly": ["pretrain", "sft"],
     "moss": ["pretrain", "sft"],
-    "chatglm-adgen-ptuning": ["pretrain", "sft"],
+    "chatglm-adgen-ptuning": ["pretrain", "chat", "sft"],
     "chatglm-alpaca-lora": ["pretrain", "sft"],
     "wenzhong-gpt2": ["pretrain", "sft"],
     "belle-chinese": ["english", "chinese", "sft"],
@@ -43,7 +43,7 @@ def test_the_published_files_go_through(
     path = RECIPES / f"{name}.yaml"
     extra = [change] if change else []
     if name == "chatglm-adgen-ptuning":  # a tokenizer of 600 tokens cuts every character into bytes
-        extra += ["sft.max_length=900", "sft.max_prompt_tokens=450", "sft.max_answer_tokens=450"]
+        extra += ["chat.max_length=900", "sft.max_length=900", "sft.max_prompt_tokens=450", "sft.max_answer_tokens=450"]
     # --force: gates judge quality, which a few steps do not give.
     status = run(["run", str(path), *overrides(path, published_data, *extra), "--force"])
     assert status == 0, capfd.readouterr().err
