@@ -59,7 +59,9 @@ STEPS = {"ptuning": 400, "prompt": 400}  # others: 300
 # The first generation of ChatGLM reads embeddings in front of a text through layers that add little to twice what they were given:
 # with random weights they are hardly heard (the loss falls from 23 to 11 and stays), and keys and values take three times as long.
 UNHEARD = [("chatglm", "prompt")]
+# Under ALiBi what stands before a text is far away for most heads: embeddings there take longer.
 LONGER = {("chatglm", "ptuning"): (1e-1, 1200)}  # rate, steps
+LONGER |= {(family, "prompt"): (1e-1, 1200) for family in ("falcon_alibi", "falcon_alibi_groups")}
 QUICK = [("llama", "full"), ("llama", "freeze")]
 WHOLE = [(f, k) for f in (*FAMILIES, *CHATGLM) for k in KINDS if (f, k) not in UNHEARD]
 
