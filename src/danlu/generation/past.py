@@ -38,7 +38,7 @@ class PastRunner:
 
     Args:
         model: any causal language model.
-        memory: bytes for keys and values of running lanes.
+        memory: bytes for keys and values: a quarter for read prompts where they can be kept, the rest for running lanes.
     """
 
     def __init__(self, model: Any, memory: int) -> None:
@@ -48,11 +48,13 @@ class PastRunner:
         self.whole_prompts = derives_positions(model.base_model)
         self._batch: tuple[list[Lane], Any] = ([], None)
         self._reserved = 0
-        bytes_each, self._alike = self._per_position()
-        self._limit = int(memory * (1 - SHARE)) // bytes_each
-        self.prefixes = PrefixStore(int(memory * SHARE))
         self._root: VirtualRoot | None = None
         self._begin()
+        bytes_each, alike = self._per_position()
+        # Not where a token's keys depend on what follows it, layers keep unlike states, or the model puts keys in front itself.
+        share = SHARE if alike and not self.whole_prompts and not self._front else 0.0
+        self._limit = int(memory * (1 - share)) // bytes_each
+        self.prefixes = PrefixStore(int(memory * share))
 
     def _begin(self) -> None:
         """Reads what the model carries before every text; each lane begins with it in its own cache."""
@@ -127,10 +129,8 @@ class PastRunner:
 
     @property
     def recalls(self) -> bool:
-        """Whether prompts are kept: not where a token's keys depend on what follows it, layers keep unlike states, or the model
-        puts keys of its own in front.
-        """
-        return self._alike and not self.whole_prompts and not self._front and self.prefixes.memory > 0
+        """Whether prompts are kept at all."""
+        return self.prefixes.memory > 0
 
     def recall(self, lane: Lane, ids: Sequence[int]) -> None:
         """See `CachedRunner.recall`."""
@@ -236,8 +236,8 @@ class PastRunner:
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         layers = self.model.base_model(input_ids=tokens, use_cache=True).past_key_values.layers
         states = [x for layer in layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
-        kinds = {(type(x), x.keys.shape, x.values.shape) if isinstance(x, DynamicLayer) else type(x) for x in layers}
-        alike = len(kinds) == 1 and all(type(layer) is DynamicLayer for layer in layers)
+        plain = all(type(layer) is DynamicLayer for layer in layers)
+        alike = plain and len({(x.keys.shape, x.values.shape) for x in layers}) == 1
         return max(1, sum(x.nbytes // x.shape[2] for x in states)), alike
 
 

@@ -31,16 +31,18 @@ class _Decode:
     slots_S: Tensor | None  # None: all of these, in order
     seen_S: Tensor  # [slots * G]: the last position that each slot sees
     masks: dict[int | None, Tensor] = field(default_factory=dict)
-    biases: dict[KeyBias, Tensor] = field(default_factory=dict)
+    biases: dict[KeyBias, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def bias(self, bias: KeyBias, before: int) -> Tensor:
-        """[slots * G, R, before + positions]: of each key for the heads that read it, less that of the last position seen."""
+    def bias(self, bias: KeyBias, before: int) -> tuple[Tensor, Tensor]:
+        """Of each key for the heads that read it, less that of the last position seen: of the root's `[slots * G, R, before]`, and
+        of the lanes' with the mask `[slots * G, R, positions]`.
+        """
         if bias not in self.biases:
             groups = self.arena.keys.shape[2]
             own = bias.of(torch.arange(before + self.arena.positions, device=self.seen_S.device))
             last = own[:, before + self.seen_S[::groups]].T[:, :, None]
-            shifted = (own[None] - last).reshape(self.slots * groups, -1, own.shape[1])
-            self.biases[bias] = shifted.to(self.arena.keys.dtype)
+            shifted = (own[None] - last).reshape(self.slots * groups, -1, own.shape[1]).to(self.arena.keys.dtype)
+            self.biases[bias] = shifted[..., :before], shifted[..., before:] + self.mask(None)
         return self.biases[bias]
 
     def mask(self, window: int | None) -> Tensor:
@@ -254,14 +256,14 @@ class _Rule:
         """q [slots * G, n, K], scores [.., n, P], values [.., P, K] -> [.., n, K]: the softmax is over root and positions.
 
         Args:
-            bias: `[.., n, before + P]`, which the scores have already, and the root's have not.
+            bias: of the root's scores, `[.., n, before]`; the given ones have theirs already.
         """
         if self.root is None:
             return torch.bmm(torch.softmax(scores, dim=-1), values)
         first_keys, first_values = self.root.of(layer, slots)
         first = self.scores(q, first_keys, self.root.mask_11P)
         if bias is not None:
-            first[..., : self.before] += bias[..., : self.before]
+            first[..., : self.before] += bias
         probs = torch.softmax(torch.cat([first, scores], dim=-1), dim=-1)
         end = first.shape[-1]
         return torch.bmm(probs[..., :end], first_values).add_(torch.bmm(probs[..., end:], values))
@@ -286,10 +288,7 @@ def _attend_one(decode: _Decode, layer: int, query: Tensor, rule: _Rule) -> Tens
     if decode.slots_S is not None:
         q = q.new_zeros(slots, *q.shape[1:]).index_copy_(0, decode.slots_S, q)
     q = q.reshape(keys.shape[0], -1, keys.shape[2])
-    mask, bias = decode.mask(rule.window), None
-    if rule.bias is not None:
-        bias = decode.bias(rule.bias, rule.before)
-        mask = mask + bias[..., rule.before :]
+    bias, mask = (None, decode.mask(rule.window)) if rule.bias is None else decode.bias(rule.bias, rule.before)
     scores = rule.scores(q, keys, mask)
     mixed = rule.mix(layer, slots, q, scores, values, bias).view(slots, query.shape[0], -1)
     if decode.slots_S is not None:
@@ -320,6 +319,6 @@ def _attend_block(block: _Block, layer: int, query: Tensor, rule: _Rule, causal_
         own = rule.bias.of(torch.arange(rule.before + end, device=keys.device))
         own = (own - own[:, -1:]).to(scores.dtype)[:, None].expand(-1, grid, -1)
         by_head += own[:, :, rule.before :]
-        bias = own.reshape(keys.shape[0], -1, own.shape[2])
+        bias = own[:, :, : rule.before].reshape(keys.shape[0], scores.shape[1], rule.before)
     mixed = rule.mix(layer, 1, q, scores, values, bias)
     return mixed.view(heads, grid, -1)[:, first : first + count].transpose(0, 1).to(query.dtype)

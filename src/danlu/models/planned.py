@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +28,21 @@ def alibi_slopes(heads: int) -> Tensor:
 def install(trunk: Any) -> None:
     """Lets the attention of a trunk take a plan where its family is one of these."""
     kinds = _kinds(trunk.config.model_type)
+    bias = _bias(trunk.config)  # one for all layers, so that a plan works it out once
     for module in [m for m in trunk.modules() if type(m) in kinds]:
         module.__class__ = kinds[type(module)]
-        module.config = trunk.config
+        module.config, module.danlu_key_bias = trunk.config, bias
     if kinds:
         trunk.config._attn_implementation = NAME  # transformers lets nobody choose another one for these
+
+
+def _bias(config: Any) -> KeyBias | None:
+    if config.model_type == "bloom":
+        return KeyBias(alibi_slopes(config.n_head))
+    if config.model_type == "falcon" and config.alibi:
+        scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        return KeyBias(alibi_slopes(config.num_attention_heads), scale, torch.bfloat16)
+    return None
 
 
 def _planned(module: Any) -> bool:
@@ -47,19 +56,11 @@ def _kinds(family: str) -> dict[type[nn.Module], type[nn.Module]]:
     return made() if made is not None else {}
 
 
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, bias: KeyBias | None, dropout: float) -> Tensor:
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """query [1, H, T, K], key and value [1, G, T, K] -> [1, T, H, K]."""
-    off = dropout if module.training else 0.0
-    mixed, _ = tree_attention(module, query, key.to(value.dtype), value, None, dropout=off, key_bias=bias)
+    options = {"dropout": dropout if module.training else 0.0, "key_bias": module.danlu_key_bias}
+    mixed, _ = tree_attention(module, query, key.to(value.dtype), value, None, **options)
     return mixed
-
-
-def _bias(module: Any, make: Callable[[], KeyBias]) -> KeyBias:
-    """The module's own, made once; kept outside of its parameters and buffers."""
-    kept: KeyBias | None = module.__dict__.get("danlu_key_bias")
-    if kept is None:
-        kept = module.__dict__["danlu_key_bias"] = make()
-    return kept
 
 
 def _bloom() -> dict[type[nn.Module], type[nn.Module]]:
@@ -70,8 +71,7 @@ def _bloom() -> dict[type[nn.Module], type[nn.Module]]:
             if not _planned(self):
                 return super().forward(hidden_states, residual, *args, **kwargs)
             query, key, value = self._reshape(self.query_key_value(hidden_states))
-            bias = _bias(self, lambda: KeyBias(alibi_slopes(self.num_heads)))
-            mixed = _attend(self, query, key, value, bias, self.attention_dropout.p)
+            mixed = _attend(self, query, key, value, self.attention_dropout.p)
             out = self.dense(mixed.flatten(2))
             return residual + nn.functional.dropout(out, self.hidden_dropout, self.training), None
 
@@ -84,7 +84,7 @@ def _sinusoidal(kind: Any) -> dict[type[nn.Module], type[nn.Module]]:
     def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
         if not _planned(self):
             return kind._attn(self, query, key, value, attention_mask)
-        return _attend(self, query, key, value, None, self.attn_dropout.p).transpose(1, 2), None
+        return _attend(self, query, key, value, self.attn_dropout.p).transpose(1, 2), None
 
     return {kind: type(f"Planned{kind.__name__}", (kind,), {"_attn": _attn})}
 
@@ -109,14 +109,10 @@ def _falcon() -> dict[type[nn.Module], type[nn.Module]]:
             if not _planned(self):
                 return super().forward(hidden_states, alibi, *args, **kwargs)
             query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
-            bias, dropout = None, 0.0  # with rotary positions the family drops nothing
             if alibi is None:
                 query, key = apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
-            else:
-                slopes = alibi_slopes(self.num_heads)
-                bias = _bias(self, lambda: KeyBias(slopes, self.inv_norm_factor, torch.bfloat16))
-                dropout = self.attention_dropout.p
-            mixed = _attend(self, query, key, value, bias, dropout)
+            dropout = self.attention_dropout.p if alibi is not None else 0.0  # with rotary positions it drops nothing
+            mixed = _attend(self, query, key, value, dropout)
             return self.dense(mixed.flatten(2)), None
 
     return {FalconAttention: PlannedFalconAttention}
