@@ -8,6 +8,7 @@ A calibrated method is in `gptq.py`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from danlu import heap
 from danlu.exceptions import ModelError
 from danlu.models import nf4, packed_layouts
 from danlu.models.fingerprint import HASH, digest_of, fingerprint_of, sample
@@ -27,7 +29,7 @@ from danlu.models.packed_layouts import KEY, Layout, layout_of
 from danlu.models.places import resolve
 from danlu.models.registry import family_of
 from danlu.models.stored_tensors import WHOLE as FILE
-from danlu.models.stored_tensors import require_space, stored_tensors, write_tensors
+from danlu.models.stored_tensors import Stored, require_space, stored_tensors, write_tensors
 
 __all__ = [
     "FILE",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 Written = Literal["danlu", "gptq"]
 GROUP_SIZE = 64
+TRIMMED_EVERY = 2**25  # numbers that were read
 # Of config.json: what was true of the model before, and where it was.
 NOT_WRITTEN = (KEY, "quantization_config", "quantization_bit", "_name_or_path")
 # What old checkpoints hold beside weights, and models make themselves.
@@ -332,6 +335,7 @@ class _Filling:
     def __init__(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         self.model, self.folder, self.dtype = model, folder, dtype
         self.expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        self._read = 0
         self.prefix = f"{model.base_model_prefix}."
 
     def packed(self, layout: Layout) -> None:
@@ -352,6 +356,7 @@ class _Filling:
                 wanted[self._module(owner)].add(leaf)
         parts: dict[str, dict[str, Tensor]] = {m: {} for m in modules}
         for stored in tensors:
+            self._tidy(stored)
             owner, _, leaf = stored.name.rpartition(".")
             module = self._module(owner)
             if module not in modules or leaf not in leaves:
@@ -390,6 +395,7 @@ class _Filling:
         trunk = {n for n, _ in self.model.base_model.named_parameters()}
         samples: dict[str, bytes] = {}
         for stored in tensors:
+            self._tidy(stored)
             key = self._key(stored.name) or ""
             owner, _, leaf = key.rpartition(".")
             if (name := key.removeprefix(self.prefix)) in trunk and (
@@ -413,6 +419,13 @@ class _Filling:
         if samples.keys() == trunk:  # then adapters can tell whether this is their base
             setattr(self.model, HASH, digest_of(samples))
         return True
+
+    def _tidy(self, stored: Stored) -> None:
+        """To be called before each tensor: what those before it took to read and round is freed, and tears the heap into pieces."""
+        self._read += math.prod(stored.shape)
+        if self._read >= TRIMMED_EVERY:
+            heap.trim()
+            self._read = 0
 
     def _key(self, name: str) -> str | None:
         """A stored tensor's name in the model: files of a bare trunk lack its prefix, or have one too many."""

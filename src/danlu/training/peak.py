@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import gc
 import sys
 from pathlib import Path
 
 import torch
 
+from danlu import heap
+
 
 def hand_back() -> None:
     """Gives memory that nobody uses back to the system and the card, before much more is asked for.
 
-    Models hold on to themselves in circles, which only a collection finds; and what is freed stays with the C library, torn into
-    pieces of past sizes, until it is trimmed.
+    Models hold on to themselves in circles, which only a collection finds.
     """
     gc.collect()
     torch.cuda.empty_cache()
-    name = ctypes.util.find_library("c") if sys.platform == "linux" else None
-    trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
-    if trim is not None:  # glibc has it, musl has not
-        trim(0)
+    heap.trim()
 
 
 def reset_peak_memory() -> None:
