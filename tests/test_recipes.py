@@ -90,6 +90,43 @@ def test_the_resolved_recipe_is_a_recipe_again(write: Any, tmp_path: Path) -> No
     assert [s.settings for s in second.stages] == [s.settings for s in first.stages]
 
 
+LICENSED = CHAIN.replace(
+    "stages:",
+    """licences:
+  ${data_root}: MIT
+  ${data_root}/b.jsonl: CC-BY-NC-4.0
+  ${data_root}/no: never
+stages:""",
+)
+
+
+def test_licences_reach_the_sources_under_them(write: Any) -> None:
+    recipe = load_recipe(
+        write(LICENSED), ["ppo.data={path: /data/d, licence: GPL}", "ppo.ptx.data=/data/p", "polish.data=/data/none"]
+    )
+    assert setting(recipe, "pretrain", "data").licence == "MIT"
+    first, second = setting(recipe, "sft", "data")  # the nearest one holds; what lies elsewhere has none
+    assert (first.path, first.licence, second) == ("/data/b.jsonl", "CC-BY-NC-4.0", "c.jsonl")
+    assert setting(recipe, "ppo", "data").licence == "GPL"  # its own word
+    assert setting(recipe, "ppo", "ptx").data.licence == "MIT"
+    assert setting(recipe, "polish", "data").licence == "MIT"  # a folder's name is no beginning of another's
+
+
+def test_shipped_recipes_say_the_licences_of_their_data() -> None:
+    from danlu.train_config import Source, as_list
+
+    silent = [
+        f"{path.stem} {stage.name} {source.path}"
+        for path in SHIPPED
+        for stage in load_recipe(
+            path, ["data_root=/published"] if "data_root" in path.read_text("utf-8") else []
+        ).stages
+        for source in as_list(getattr(stage.settings, "data", None) or [])
+        if isinstance(source, Source) and source.path.startswith("/published/") and not source.licence
+    ]
+    assert silent == ["wenzhong-gpt2 tokenizer /published/pretrain-zh"]  # two folders, each with its own
+
+
 def test_a_model_takes_the_place_of_the_starter(write: Any) -> None:
     recipe = load_recipe(write(CHAIN), ["model=/models/base"])
     assert [s.name for s in recipe.stages][:2] == ["pretrain", "sft"]
@@ -290,3 +327,9 @@ def test_an_override_with_a_misspelt_field(write: Any) -> None:
     assert error.field == "ppo.rollout.bach" and "'batch'" in error.hint
     error = refused(write(CHAIN), "sft.seed.x=3")
     assert "sft.seed" in str(error)
+
+
+@pytest.mark.parametrize("given", ["MIT", "[MIT]", "{/data: }", "{/data: 3}"])
+def test_licences_that_are_no_table(write: Any, given: str) -> None:
+    error = refused(write(CHAIN.replace("stages:", f"licences: {given}\nstages:")))
+    assert "licences" in str(error) and "expected paths and their licences" in str(error)

@@ -4,6 +4,7 @@ description: one line
 seed: 0                      # of every stage that does not set its own
 model: null                  # a folder or hub id: then nothing is trained from nothing
 processes: 1                 # of every training stage that does not set its own; strategy likewise
+licences: {data/alpaca: CC-BY-NC-4.0}   # of data that do not say theirs, by where they lie; for the model's card
 data_root: data              # any extra top-level text can be used as ${data_root}, as can ${model}, in stages and in later keys
 stages:
   - kind: sft                # tokenizer, pretrain, sft, reward, dpo, ppo, grpo, eval, quantize
@@ -29,7 +30,16 @@ from danlu.exceptions import SettingsError, UsageError
 from danlu.parsing import parse
 from danlu.train_config import StageSettings
 
-TOP = ("description", "seed", "model", "processes", "strategy", "stages")
+TOP = ("description", "seed", "model", "processes", "strategy", "licences", "stages")
+DATA = (
+    "data",
+    "eval_data",
+    "instruction_data",
+    "prompts",
+    "questions",
+    "replay",
+    "calibration",
+)  # settings that are sources
 WITH_MODEL, SKIP = "with_model", "skip"
 VERBATIM = ("pattern", "json_schema", "rubric")  # of reward terms: a dollar sign there is one
 
@@ -105,7 +115,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, processes: s
     _check_top(top, file)
     variables = _variables({k: str(v) for k, v in top.items() if k not in TOP or (k == "model" and v)}, file)
     stages = [s for s in stages if s not in left_out]
-    stages = [_substitute(s, variables, file) for s in stages]
+    licences = _substitute(
+        {"name": "licences", "pairs": list(map(list, top.get("licences", {}).items()))}, variables, file
+    )
+    stages = [_licensed(_substitute(s, variables, file), dict(licences["pairs"])) for s in stages]
     checked = [
         Stage(i, s["name"], s["kind"], _settings(s, top, str(file)))
         for i, s in enumerate(_wire(stages, top, file), start=1)
@@ -152,6 +165,9 @@ def _with_model(stage: dict[str, Any], given: bool, file: Path) -> bool:
 
 
 def _check_top(top: Mapping[str, Any], file: Path) -> None:
+    licences = top.get("licences", {})
+    if not isinstance(licences, dict) or not all(isinstance(v, str) and v for v in licences.values()):
+        raise SettingsError(f"expected paths and their licences (found: {licences!r})", file=file, field="licences")
     for key, value in top.items():
         if key not in TOP and not isinstance(value, str | int | float):
             near = difflib.get_close_matches(key, TOP, n=1)
@@ -222,6 +238,24 @@ def _substitute(stage: dict[str, Any], variables: Mapping[str, str], file: Path)
         return value
 
     return {k: fill(v) for k, v in stage.items()}
+
+
+def _licensed(value: Any, licences: Mapping[str, str], *, source: bool = False) -> Any:
+    """A stage's settings, with a licence on each source that does not say its own: that of the nearest folder (or file) named."""
+    if source and isinstance(value, str):
+        value = {"path": value}
+    if source and isinstance(value, dict):
+        path = str(value.get("path", ""))
+        known = [place for place in licences if path == place or path.startswith(f"{place}/")]
+        found = licences[max(known, key=len)] if known else ""
+        if found and not value.get("licence"):
+            return {**value, "licence": found}
+        return value["path"] if list(value) == ["path"] else value
+    if isinstance(value, list):
+        return [_licensed(v, licences, source=source) for v in value]
+    if isinstance(value, dict):
+        return {k: _licensed(v, licences, source=k in DATA) for k, v in value.items()}
+    return value
 
 
 def _wire(stages: list[dict[str, Any]], top: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
