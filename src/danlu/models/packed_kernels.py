@@ -19,7 +19,7 @@ FEW = 16  # rows up to which the kernels win (docs/quantization.md)
 BLOCKS = (64, 32, 16)
 GROUPS = (256, 128, 64, 32)  # what the int4 kernel knows
 TOLERANCE = 0.02  # of the largest entry: bfloat16 rounds to 8 bits
-PART = 2**23  # codes that are unpacked at once
+PART = 2**21  # codes that are unpacked at once
 
 
 def is_few(rows: Tensor) -> bool:
@@ -112,16 +112,17 @@ def transposed(packed: Tensor, block: int, prepared: Tensor) -> Tensor:
     count, width = packed.shape[0], 2 * packed.shape[1]
     groups = prepared.shape[0]
     scale, zero = (prepared[:, :, i].contiguous()[:, None] for i in (0, 1))
+    scale = scale / 16  # exact
     weight = torch.empty(width, count, dtype=torch.bfloat16, device=packed.device)
-    parts = packed.view(-1, width, block // 2).transpose(0, 1)
+    parts = packed.view(-1, width, block // 2).transpose(0, 1).view(torch.int8)
     step = max(1, PART // (width * block))
     for first in range(0, count // block, step):
-        some = parts[:, first : first + step]
-        codes = torch.empty(width, some.shape[1], 2, block // 2, dtype=torch.uint8, device=packed.device)
-        torch.bitwise_and(some, 15, out=codes[:, :, 0])
-        torch.bitwise_right_shift(some, 4, out=codes[:, :, 1])
-        # Less 8 while in bytes: they wrap round, and are read as signed.
-        values = codes.sub_(8).view(torch.int8).to(torch.bfloat16).view(groups, width // groups, -1)
+        # With its top bit turned a code less 8 is a signed number of four bits; in the upper half of a byte it is 16 times that.
+        signed = torch.bitwise_xor(parts[:, first : first + step], -0x78)
+        codes = torch.empty(width, signed.shape[1], 2, block // 2, dtype=torch.int8, device=packed.device)
+        torch.bitwise_left_shift(signed, 4, out=codes[:, :, 0])
+        torch.bitwise_and(signed, -0x10, out=codes[:, :, 1])
+        values = codes.to(torch.bfloat16).view(groups, width // groups, -1)
         own = slice(first * block, first * block + values.shape[2])
         target = weight.view(groups, width // groups, count)[:, :, own]
         torch.addcmul(zero[:, :, own], values, scale[:, :, own], out=target)
