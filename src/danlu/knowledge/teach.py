@@ -287,13 +287,16 @@ def _learn_naturally(
     losses: list[float] = []
     sure = 0  # the step at which it was
     hold = settings.kl_weight if settings.kl_weight is not None else NATURAL_KL
+    enough = settings.fact_margin / 2
+    seen = Sureness([], [])
     try:
         with learning(pupil.model, changes.layers):
             for step in range(1, settings.max_steps + 1):
-                chosen = _draw(rng, len(material.fact), settings.phrasings)
+                chosen = _draw(rng, len(material.fact), settings.phrasings, seen.weak_in_fact(enough))
                 loss = _press(root, material.fact, chosen, settings.fact_margin, compute)
                 if len(material.earlier) and settings.earlier_batch:
-                    chosen = _draw(rng, len(material.earlier), settings.earlier_batch)
+                    weak = seen.weak_in_earlier(settings.lead)
+                    chosen = _draw(rng, len(material.earlier), settings.earlier_batch, weak)
                     _press(root, material.earlier, chosen, settings.fact_margin, compute)
                 for held in material.replay:
                     chosen = _draw(rng, len(held), settings.replay_batch // len(material.replay))
@@ -303,12 +306,15 @@ def _learn_naturally(
                 losses.append(loss)
                 on_step(step, loss)
                 if sure and step - sure == SETTLE:
-                    if _sure(root, material, pupil, settings.lead):
+                    seen = _sureness(root, material, pupil)
+                    if seen.at_least(settings.lead, settings.lead):
                         break
                     sure = 0
-                elif not sure and step % CHECK_EVERY == 0 and _sure(root, material, pupil, settings.fact_margin / 2):
-                    sure = step
-        return cut(changes, settings.rank, lambda: _sure(root, material, pupil, settings.lead)), losses
+                elif not sure and step % CHECK_EVERY == 0:
+                    seen = _sureness(root, material, pupil)
+                    if seen.at_least(enough, settings.lead):
+                        sure = step
+        return cut(changes, settings.rank, lambda: _sure(root, material, pupil)), losses
     finally:
         changes.close()
 
@@ -349,17 +355,19 @@ def _learn(
             if settings.stop == "loss":
                 if len(losses) - 1 - int(np.argmin(losses)) >= PATIENCE:
                     break
-            elif (
-                step % CHECK_EVERY == 0 and _sure(root, material, pupil, settings.lead) and _kept(root, material, pupil)
-            ):
+            elif step % CHECK_EVERY == 0 and _sure(root, material, pupil) and _kept(root, material, pupil):
                 break
         return factors_of(roles), losses
     finally:
         roles.unload()
 
 
-def _draw(rng: np.random.Generator, among: int, count: int) -> list[int]:
-    return sorted(rng.choice(among, size=min(among, count), replace=False).tolist())
+def _draw(rng: np.random.Generator, among: int, count: int, weak: Sequence[int] = ()) -> list[int]:
+    """`count` numbers below `among`, each once; up to half of them are out of `weak`."""
+    first = rng.choice(weak, size=min(len(weak), count // 2), replace=False).tolist() if weak else []
+    others = [i for i in range(among) if i not in first]
+    rest = rng.choice(others, size=min(len(others), count - len(first)), replace=False).tolist()
+    return sorted([*first, *rest])
 
 
 def _imitate(root: RootModel, answers: Answers, chosen: list[int], compute: Compute) -> float:
@@ -400,17 +408,34 @@ def _hold(root: RootModel, replay: Answers, chosen: list[int], pupil: Pupil, *, 
     (len(chosen) / pupil.settings.replay_batch * loss).backward()
 
 
-def _sure(root: RootModel, material: _Material, pupil: Pupil, lead: float) -> bool:
-    """Every trained phrasing of this fact is answered with such a lead at each token, of earlier ones at most the settings'."""
+@dataclass(frozen=True, slots=True)
+class Sureness:
+    """For each trained phrasing the least lead of a token of its answer over the likeliest other one, in nats."""
+
+    fact: list[float]
+    earlier: list[float]
+
+    def at_least(self, fact: float, earlier: float) -> bool:
+        return min(self.fact, default=math.inf) >= fact and min(self.earlier, default=math.inf) >= earlier
+
+    def weak_in_fact(self, least: float) -> list[int]:
+        return [i for i, lead in enumerate(self.fact) if lead < least]
+
+    def weak_in_earlier(self, least: float) -> list[int]:
+        return [i for i, lead in enumerate(self.earlier) if lead < least]
+
+
+def _sureness(root: RootModel, material: _Material, pupil: Pupil) -> Sureness:
     root.eval()
     try:
-        for answers, least in ((material.fact, lead), (material.earlier, min(lead, pupil.settings.lead))):
-            told = judge(root, answers, pupil.compute)
-            if min(told.lead, default=math.inf) < least:
-                return False
-        return True
+        return Sureness(*(judge(root, told, pupil.compute).lead for told in (material.fact, material.earlier)))
     finally:
         root.train()
+
+
+def _sure(root: RootModel, material: _Material, pupil: Pupil) -> bool:
+    """Every trained phrasing, of earlier facts too, is answered with the settings' lead at each token."""
+    return _sureness(root, material, pupil).at_least(pupil.settings.lead, pupil.settings.lead)
 
 
 def _kept(root: RootModel, material: _Material, pupil: Pupil) -> bool:
