@@ -378,6 +378,7 @@ def settings(kind: str, name: str, out: Path, judge: Path | None = None) -> Any:
         values = {k: v for k, v in values.items() if k not in ("tokenizer", "starter")}
     if judge is not None:
         values |= {"reward_model": str(judge), "rollout": {"batch": 4, "max_new_tokens": 6}}
+        values["follow_failed"] = True  # two steps make no judge that must pass G-RM
     return parse(KINDS[kind], values)
 
 
