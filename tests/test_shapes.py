@@ -57,7 +57,7 @@ def test_the_tree_behind_carries_nothing() -> None:
     assert tree().filled(0).tokens == 19
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom", "falcon_alibi"])
 def test_a_step_is_the_same_with_a_tree_behind(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, so that nothing else differs: the same loss and the same gradients."""
 

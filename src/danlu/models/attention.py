@@ -164,11 +164,12 @@ class TreePlan:
         return blocks.attend(query, key, value, self._blocks[kind], scale, softcap, self._table(bias))
 
     def _table(self, bias: KeyBias | None) -> Tensor | None:
-        """`[H, S]` for all positions of the batch and those before it."""
+        """`[H, S]` for all places on a path of the batch and those before it."""
         if bias is None:
             return None
         if bias not in self._tables:
-            end = self.longest + (self.root.tokens if self.root is not None else 0)
+            node = int((self.tree.node_end_N - self.tree.node_start_N).max())  # what fills a batch has no positions
+            end = max(self.longest, node) + (self.root.tokens if self.root is not None else 0)
             self._tables[bias] = bias.of(torch.arange(end, device=self.tree.input_ids_T.device))
         return self._tables[bias]
 
