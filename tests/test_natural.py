@@ -15,7 +15,7 @@ from danlu.data.collate import Trees
 from danlu.exceptions import KnowledgeError
 from danlu.knowledge.facts import Fact
 from danlu.knowledge.memory import encode
-from danlu.knowledge.natural import DAMPING, Changes, Metric, Side, cut, layers_of, learning, metrics_of
+from danlu.knowledge.natural import Changes, cut, metrics_of
 from danlu.knowledge.phrasings import user
 from danlu.knowledge.replay import Pool, Question
 from danlu.knowledge.teach import Pupil, teach_one
@@ -26,6 +26,7 @@ from danlu.models.root import RootModel
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.tokenizer import load_tokenizer
 from danlu.training.compute import Compute
+from danlu.training.fisher import DAMPING, Metric, Side, layers_of, learning
 
 CPU = Compute("cpu", "float32", 1)
 

@@ -19,7 +19,7 @@ from danlu.generation.seeds import mix_seed
 from danlu.knowledge.adapter import ROLE, adapted, factors_of
 from danlu.knowledge.facts import Fact
 from danlu.knowledge.memory import Answers, divergence, encode, judge, remember
-from danlu.knowledge.natural import Changes, Metric, cut, learning, metrics_of
+from danlu.knowledge.natural import Changes, cut, metrics_of
 from danlu.knowledge.phrasings import Asked, questions_about, user
 from danlu.knowledge.probe import Locality, Recall, conversations, locality, plain, recall
 from danlu.knowledge.replay import Pool, Question, contrast, near_and_far
@@ -30,6 +30,7 @@ from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel, TrunkOutput
 from danlu.text.chat_template import ChatTemplate
 from danlu.training.compute import Compute
+from danlu.training.fisher import Metric, learning
 from danlu.training.rank_allocation import allocation_of, orthogonality
 from danlu.training.step import language_loss
 from danlu.tree import TreeBatch
