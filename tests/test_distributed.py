@@ -246,6 +246,19 @@ def test_a_stage_of_two_processes_equals_one(kind: str, strategy: str, runner: R
     assert_same_stage(finished(kind, TWO[strategy], runner), finished(kind, ONE, runner))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_natural_steps_of_two_processes_equal_those_of_one(kind: str, runner: Runner, tmp_path: Path) -> None:
+    """Every process measures the metric on all answers."""
+    steps = {"optimizer": "natural", "natural": {"every": 2, "trust": 1e-6}}
+    for name, shared in {"one": ONE, "two": TWO["ddp"]}.items():
+        out = tmp_path / name
+        out.mkdir()
+        changes = steps | {"processes": shared[0], "strategy": shared[1], "schedule": "constant"}
+        runner.run(kind, parse(KINDS[kind], tiny.stage(kind, out, max_steps=4, **changes)))
+    assert_same_stage(tmp_path / "two", tmp_path / "one")
+
+
 MODELS = {
     "llama": ("llama", {}),
     "gpt2": ("gpt2", {}),  # one table for embedding and head

@@ -188,6 +188,18 @@ def test_killed_with_adapters_and_dropout(tmp_path: Path) -> None:
     assert_same_stage(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", tiny.mostly_slow(["grpo"], ["ppo"]))
+def test_natural_steps_killed(kind: str, tmp_path: Path) -> None:
+    """Between two measurements of the metric, which the checkpoint holds with the mean of the gradients."""
+    options = {"optimizer": "natural", "natural.every": 5, "natural.trust": 1e-4}
+    assert run(command(kind, tmp_path / "whole", **options)) == 0
+    call = command(kind, tmp_path / "out", **options)
+    assert kill_at(9, call, tmp_path / "out").exitcode == -signal.SIGKILL
+    assert run(call) == 0
+    assert_all_steps(tmp_path / "out", kind)
+    assert_same_stage(tmp_path / "out", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("adapter", tiny.mostly_slow(["lora"], ["full"]))
 def test_ppo_with_everything_killed(adapter: str, tmp_path: Path) -> None:
     """Average of weights, PTX, an adaptive KL, scores so far, answers in files that are used twice, warm-up."""

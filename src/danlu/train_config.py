@@ -172,6 +172,19 @@ class AdaLora(Settings):
         return self
 
 
+class NaturalSteps(Settings):
+    """Steps along the natural gradient (`training/natural.py`); read when `optimizer: natural`."""
+
+    trust: float = Field(
+        4e-7,
+        gt=0,
+        description="how far a step at the peak rate goes, in nats a token as the metric has them; the policy moves several times "
+        "as far, since it takes places of an answer for independent",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="how slowly the mean of the gradients forgets")
+    every: int = Field(30, ge=1, description="updates between two measurements of the metric")
+
+
 class Prefix(Settings):
     """Learned tokens in front of everything; read when `adapter: ptuning` (in every layer) or `prompt` (input embeddings)."""
 
@@ -259,10 +272,12 @@ class TrainSettings(StageSettings):
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     tokens_per_step: int = Field(2048, ge=8, description="tokens of an optimizer step, accumulated from micro-batches")
     micro_tokens: int = Field(2048, ge=8, description="tokens that are in memory at once")
-    optimizer: Literal["adamw", "adamw8bit", "adamw_offload"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "adamw_offload", "natural"] = Field(
         "adamw",
-        description="AdamW; adamw8bit keeps its averages in 8 bits, adamw_offload keeps them in the CPU's memory",
+        description="AdamW; adamw8bit keeps its averages in 8 bits, adamw_offload keeps them in the CPU's memory; natural, of PPO "
+        "and GRPO: steps as long as the policy may move, over the linear layers alone",
     )
+    natural: NaturalSteps = Field(default_factory=NaturalSteps, description="steps of `optimizer: natural`")
     activation_checkpointing: bool = Field(
         False,
         description="keep only each layer's input for the backward pass and compute the rest again: slower, smaller",

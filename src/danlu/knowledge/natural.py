@@ -21,9 +21,8 @@ from danlu.exceptions import KnowledgeError
 from danlu.models.patches import Factors
 from danlu.models.root import RootModel
 from danlu.training.compute import Compute
-from danlu.training.fisher import TINY, Metric, layers_of, moments_of, turned, weight_of
+from danlu.training.fisher import TINY, Metric, drawn, layers_of, moments_of, turned, weight_of
 from danlu.training.step import shortest_first
-from danlu.tree import TreeBatch
 
 MICRO_TOKENS = 4096
 
@@ -46,7 +45,7 @@ def metrics_of(
         )
     batches = (trees.batch(batch) for trees in held for batch in shortest_first(trees, MICRO_TOKENS))
     layers = layers_of(model, target)
-    found = moments_of(model, layers, root, batches, TreeBatch.loss_index, compute, seed)
+    found = moments_of(model, layers, root, batches, drawn(seed), compute)
     return {name: moments.metric() for name, moments in found.items()}
 
 

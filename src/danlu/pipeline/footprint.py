@@ -401,6 +401,7 @@ def stage_memory(
         weights += 4.0 * learnt if settings.ema is not None else 0.0
         gradients *= 2 if settings.ptx is not None else 1  # the policy's stand aside while those of PTX are made
     states = {"adamw": 8.0, "adamw8bit": 2.03, "adamw_offload": 0.0 if torch.cuda.is_available() else 8.0}
+    states["natural"] = 20.0  # a mean of gradients, and of square layers both moments and their eigenvectors
     averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
     step = _step_tokens(settings, length)
     tokens = min(settings.micro_tokens, step)

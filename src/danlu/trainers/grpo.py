@@ -29,7 +29,8 @@ from danlu.training.groups import Drawn, Reading, draw, read_groups, reading_sta
 from danlu.training.logprobs import logprobs
 from danlu.training.memory import within_limits
 from danlu.training.methods import Method, method_of
-from danlu.training.optim import optimizer_of, set_rate
+from danlu.training.natural import look, policy_optimizer
+from danlu.training.optim import set_rate
 from danlu.training.result import save_result
 from danlu.training.rollouts import first_pass, prompts_of, push_weights, refuse_runaway
 from danlu.training.session import Session
@@ -89,8 +90,9 @@ def train(settings: GrpoSettings) -> TrainResult:
     root, engine, compute, options = players.root, players.engine, players.compute, settings.grpo
     scorer = scorer_of(players, settings)
     total = iterations_of(settings, len(prompts))
+    named = {n: p for n, p in root.named_parameters() if p.requires_grad}
+    optimizer = policy_optimizer(players.policy, named, settings.learning_rate, settings)
     trained = [p for p in root.parameters() if p.requires_grad]
-    optimizer = optimizer_of(root, settings.learning_rate, settings)
 
     with Session(settings, "grpo", total=total, module=root, optimizers={"optimizer": optimizer}) as session:
         watch = watch_of(players, heldout, scorer, settings, session)
@@ -104,6 +106,8 @@ def train(settings: GrpoSettings) -> TrainResult:
 
             drawn = draw(engine, prompts, scorer, settings, template, step, method)
             minibatches, stats = _experience(players, drawn, settings, held_back)
+            trees = (e.tree for m in minibatches for e in m.parts)
+            look(optimizer, players.policy, root, trees, compute)
 
             updates: list[dict[str, float]] = []
             for epoch in range(options.epochs):

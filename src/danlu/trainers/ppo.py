@@ -36,6 +36,7 @@ from danlu.training.ema import Ema
 from danlu.training.experience import Experience, experience_of
 from danlu.training.heldout import Heldout
 from danlu.training.memory import within_limits
+from danlu.training.natural import look, policy_optimizer
 from danlu.training.objectives import policy_loss_of, value_loss_of
 from danlu.training.optim import optimizer_of, set_rate
 from danlu.training.ptx import PtxLoss
@@ -84,8 +85,8 @@ def train(settings: PpoSettings) -> TrainResult:
         )
     players = _players(settings, template, prompts, total)
     root, engine, compute = players.root, players.engine, players.compute
-    policy = _learner("policy", root, settings.learning_rate, settings)
-    critic = _learner("critic", root, options.critic_learning_rate, settings)
+    policy = _learner("policy", players, settings.learning_rate, settings)
+    critic = _learner("critic", players, options.critic_learning_rate, settings)
     ptx = PtxLoss(settings, template, compute, stage="ppo") if settings.ptx is not None else None
     ema = Ema(policy.named.items(), settings.ema) if settings.ema is not None else None
     folder = out / "buffer" if settings.rollout.buffer == "disk" else None
@@ -121,6 +122,8 @@ def train(settings: PpoSettings) -> TrainResult:
                 root, answers, scores, settings, compute, kl_coef=kl_coef, version=step, keep=keep
             )
 
+            trees = (e.tree for part in parts for e in part)
+            look(policy.optimizer, players.policy, root, trees, compute)
             policy_loss = policy_loss_of(settings, kl_coef, ptx.policy_weight if ptx is not None else 1.0)
             value_loss = value_loss_of(settings)
             first_ratio_error: float | None = None
@@ -247,11 +250,16 @@ class Learner:
         return norm, session.monitor.updates > before
 
 
-def _learner(role: str, root: RootModel, rate: float, settings: PpoSettings) -> Learner:
-    """The critic's parameters have its name in theirs, all others that learn are the policy's."""
-    trained = {n: p for n, p in root.named_parameters() if p.requires_grad}
+def _learner(role: str, players: Players, rate: float, settings: PpoSettings) -> Learner:
+    """The critic's parameters have its name in theirs, all others that learn are the policy's. Beside natural steps of the policy
+    the critic has AdamW: its values are no distribution."""
+    trained = {n: p for n, p in players.root.named_parameters() if p.requires_grad}
     named = {n: p for n, p in trained.items() if (".critic." in f"{n}.") == (role == "critic")}
-    return Learner(role, named, optimizer_of(named, rate, settings), rate)
+    if role == "policy":
+        optimizer = policy_optimizer(players.policy, named, rate, settings)
+        return Learner(role, {n: p for n, p in named.items() if p.requires_grad}, optimizer, rate)
+    own = settings.model_copy(update={"optimizer": "adamw"}) if settings.optimizer == "natural" else settings
+    return Learner(role, named, optimizer_of(named, rate, own), rate)
 
 
 # -- roll-outs ----------------------------------------------------------------------------------------------------------

@@ -128,18 +128,16 @@ def moments_of(
     layers: Mapping[str, nn.Module],
     root: RootModel,
     batches: Iterable[TreeBatch],
-    tokens_of: Callable[[TreeBatch], Tensor],
+    surprise: Callable[[TrunkOutput], Tensor],
     compute: Compute,
-    seed: int,
 ) -> dict[str, Moments]:
-    """The moments of layers over token trees, means per token; labels are drawn from the model, as Fisher's are.
+    """The moments of layers over token trees, means per token.
 
     Args:
         root: of the model; it reads in evaluation mode.
-        tokens_of: indices of the tokens at whose places labels are drawn.
+        surprise: minus the summed log-probability of tokens that the model drew, or draws (`drawn`).
     """
     watched = {name: _Watched(module) for name, module in layers.items()}
-    draws = torch.Generator().manual_seed(seed)
     tokens = 0
     mode = root.training
     root.eval()
@@ -149,7 +147,7 @@ def moments_of(
             for batch in batches:
                 tree = batch.to(compute.device)
                 with compute.autocast():
-                    loss = root(tree, "policy", lambda out: _surprise(out, tokens_of(out.tree), draws))
+                    loss = root(tree, "policy", surprise)
                 loss.backward()
                 model.zero_grad(set_to_none=True)
                 tokens += len(tree.input_ids_T)
@@ -160,11 +158,16 @@ def moments_of(
     return {n: Moments(w.inner / tokens, w.outer / tokens) for n, w in watched.items()}
 
 
-def _surprise(out: TrunkOutput, index: Tensor, draws: torch.Generator) -> Tensor:
-    """Minus the summed log-probability of tokens that the model draws itself at these places."""
-    logprobs = torch.log_softmax(out.logits(out.tree.predictor_T[index]), -1)
-    drawn = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=draws).to(logprobs.device)
-    return -logprobs.gather(1, drawn).sum()
+def drawn(seed: int) -> Callable[[TrunkOutput], Tensor]:
+    """The surprise of tokens drawn in the places of those that carry loss."""
+    draws = torch.Generator().manual_seed(seed)
+
+    def surprise(out: TrunkOutput) -> Tensor:
+        logprobs = torch.log_softmax(out.logits(out.tree.predictor_T[out.tree.loss_index()]), -1)
+        found = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=draws).to(logprobs.device)
+        return -logprobs.gather(1, found).sum()
+
+    return surprise
 
 
 class _Watched:
