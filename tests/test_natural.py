@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,7 +19,7 @@ from danlu.knowledge.memory import encode
 from danlu.knowledge.natural import Changes, cut, metrics_of
 from danlu.knowledge.phrasings import user
 from danlu.knowledge.replay import Pool, Question
-from danlu.knowledge.teach import Pupil, teach_one
+from danlu.knowledge.teach import Pupil, _draw, teach_one
 from danlu.knowledge_config import TeachSettings
 from danlu.models.load import load_model, save_model
 from danlu.models.roles import SeparateModels
@@ -196,3 +197,17 @@ def test_nothing_to_hold_is_a_sentence(taught: tuple[Any, Any, Trees]) -> None:
     pupil = Pupil(model, tokenizer, TeachSettings(replay_pool=0, probes=1), Pool((), ()))
     with pytest.raises(KnowledgeError, match="needs answers that are to stay"):
         metrics_of(model, pupil.root(), [], "all-linear", CPU, 0)
+
+
+def test_half_of_a_draw_is_out_of_what_is_weak() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        drawn = _draw(rng, 40, 8, weak=range(30, 40))
+        assert drawn == sorted(set(drawn)) and len(drawn) == 8 and max(drawn) < 40
+        assert sum(d >= 30 for d in drawn) >= 4
+    assert {30, 31} <= set(_draw(rng, 40, 8, weak=[30, 31]))  # fewer than half: all of them
+    assert _draw(rng, 5, 8, weak=[4]) == [0, 1, 2, 3, 4]
+    # Without any it is an ordinary draw.
+    assert _draw(np.random.default_rng(3), 40, 8) == sorted(
+        np.random.default_rng(3).choice(40, 8, replace=False).tolist()
+    )

@@ -40,6 +40,7 @@ Action = Literal["teach", "update", "forget"]
 CHECK_EVERY = 10  # steps between looks at whether the fact is recalled
 PATIENCE = 20  # steps without a lower loss, where the loss decides (the notebook's)
 LAST_RATE = 0.1  # share of the rate at the last step
+HARD_FROM = 80  # steps after which phrasings that are not sure are drawn more often; most facts do without, and keep other answers
 SETTLE = 20  # steps after all phrasings are sure, shorter and shorter
 NATURAL_KL, ADAPTER_KL = 8.0, 1.0  # weights of the divergence where the settings say none
 MAX_ANSWER = 96  # tokens of a probe's answer, or twice the fact's if that is more
@@ -293,10 +294,12 @@ def _learn_naturally(
     try:
         with learning(pupil.model, changes.layers):
             for step in range(1, settings.max_steps + 1):
-                chosen = _draw(rng, len(material.fact), settings.phrasings, seen.weak_in_fact(enough))
+                hard = step > HARD_FROM
+                weak = seen.weak_in_fact(enough) if hard else []
+                chosen = _draw(rng, len(material.fact), settings.phrasings, weak)
                 loss = _press(root, material.fact, chosen, settings.fact_margin, compute)
                 if len(material.earlier) and settings.earlier_batch:
-                    weak = seen.weak_in_earlier(settings.lead)
+                    weak = seen.weak_in_earlier(settings.lead) if hard else []
                     chosen = _draw(rng, len(material.earlier), settings.earlier_batch, weak)
                     _press(root, material.earlier, chosen, settings.fact_margin, compute)
                 for held in material.replay:
