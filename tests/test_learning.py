@@ -371,7 +371,7 @@ def test_the_recipe_reads_any_problems(tmp_path: Path) -> None:
     stages = {s.name: s.settings for s in load_recipe("recipes/gsm8k-grpo.yaml", [f"problems={file}"]).stages}
     assert stages["grpo"].data == str(file) and stages["sft"].data.path == str(file)  # type: ignore[attr-defined]
     plain = {s.name: s.settings for s in load_recipe("recipes/gsm8k-grpo.yaml", ["data_root=D"]).stages}
-    assert plain["grpo"].data == "D/gsm8k/train.jsonl.gz"  # type: ignore[attr-defined]
+    assert plain["grpo"].data.path == "D/gsm8k/train.jsonl.gz"  # type: ignore[attr-defined]
     changes = [f"{key}={value}" for key, value in arithmetic.RECIPE.items()]
     load_recipe("recipes/gsm8k-grpo.yaml", [*changes, f"problems={file}"])
 

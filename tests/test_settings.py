@@ -24,7 +24,7 @@ TRAIN = (
     "model data eval_data eval_fraction skip_bad max_records dtype adapter lora adalora prefix freeze base_bits base_format "
     "neftune_alpha "
     "processes strategy template max_length "
-    "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens optimizer "
+    "max_prompt_tokens max_answer_tokens overlength max_steps epochs tokens_per_step micro_tokens optimizer natural "
     "activation_checkpointing compile_head on_oom learning_rate schedule warmup decay min_rate weight_decay max_grad_norm "
     "log_every eval_every save_every keep_checkpoints checkpoint_best early_stopping defence report_to"
 )
@@ -50,6 +50,7 @@ FROZEN = {
     "Defence": "on spike_z window patience cooldown_steps cooldown_rate max_skipped max_rollbacks",
     "Lora": "r alpha dropout target init rate_ratio embeddings",
     "AdaLora": "initial_r target_r warmup final every beta orthogonality",
+    "NaturalSteps": "trust momentum every",
     "Prefix": "tokens projection hidden",
     "Freeze": "layers head",
     "StageSettings": STAGE,
