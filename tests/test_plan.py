@@ -304,6 +304,8 @@ WAYS = {
     "ppo": ("ppo", ROLLS, 59),
     "ppo, one trunk": ("ppo", ROLLS | LORA, 59),
     "grpo": ("grpo", ROLLS | {"grpo": {"group_size": 4}}, 59),
+    "grpo, natural": ("grpo", ROLLS | {"grpo": {"group_size": 4}, "optimizer": "natural"}, 59),
+    "ppo, natural": ("ppo", ROLLS | {"optimizer": "natural"}, 59),
 }
 
 

@@ -344,7 +344,13 @@ class PpoSettings(RolloutSettings):
             raise ValueError(
                 "ppo.critic_init: reward needs adapter: full (an adapter's critic stands on the policy's base)"
             )
+        if self.ppo.keep_graphs and self.optimizer == "natural":
+            raise ValueError("optimizer: natural reads answers anew, and ppo.keep_graphs keeps their graphs")
         return self
+
+    @property
+    def natural_steps(self) -> bool:
+        return True
 
 
 Advantage = Literal["group", "group-mean", "leave-one-out", "batch", "group-batch"]
@@ -456,6 +462,10 @@ class GrpoSettings(RolloutSettings):
         given = value.get("raft") or {}
         options = given.model_dump() if isinstance(given, Raft) else dict(given)
         return {**value, "method": "raft", "raft": {**options, "train": False}}
+
+    @property
+    def natural_steps(self) -> bool:
+        return self.method not in ("online-dpo", "raft")
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GrpoSettings:

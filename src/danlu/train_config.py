@@ -361,6 +361,27 @@ class TrainSettings(StageSettings):
         return self
 
     @model_validator(mode="after")
+    def _natural(self) -> TrainSettings:
+        if self.optimizer != "natural":
+            return self
+        if not self.natural_steps:
+            raise ValueError(
+                "optimizer: natural is for policy gradients: ppo, and grpo with any method but online-dpo, raft and best-of-n"
+            )
+        if self.adapter != "full":
+            raise ValueError(
+                f"optimizer: natural moves the weights themselves, and adapter: {self.adapter} leaves them"
+            )
+        if self.strategy != "ddp":
+            raise ValueError(f"optimizer: natural needs whole weights, and strategy: {self.strategy} shards them")
+        return self
+
+    @property
+    def natural_steps(self) -> bool:
+        """Whether the stage can have `optimizer: natural`."""
+        return False
+
+    @model_validator(mode="after")
     def _budget(self) -> TrainSettings:
         if self.micro_tokens < self.max_length:
             raise ValueError(

@@ -21,7 +21,7 @@ from danlu.exceptions import KnowledgeError
 from danlu.models.patches import Factors
 from danlu.models.root import RootModel
 from danlu.training.compute import Compute
-from danlu.training.fisher import TINY, Metric, drawn, layers_of, moments_of, turned, weight_of
+from danlu.training.fisher import TINY, Metric, drawn, layers_of, moments_of, steepest, turned, weight_of
 from danlu.training.step import shortest_first
 
 MICRO_TOKENS = 4096
@@ -70,15 +70,12 @@ class Changes:
         Args:
             trust: how far: `tr(G D C D^T)` over all layers, twice the nats a token that other answers are expected to move.
         """
-        along: dict[str, Tensor] = {}
-        slope = 0.0
+        gradients = {}
         for name, module in self.layers.items():
             gradient = weight_of(module).grad
-            if gradient is None:  # an expert that no token went to
-                continue
-            plain = turned(module, gradient).float()
-            along[name] = self.metrics[name].scaled(plain, -1.0)
-            slope += float((plain * along[name]).sum())
+            if gradient is not None:  # None: an expert that no token went to
+                gradients[name] = turned(module, gradient).float()
+        along, slope = steepest(self.metrics, gradients)
         self.model.zero_grad(set_to_none=True)
         if not math.isfinite(slope) or slope <= 0.0:
             return

@@ -294,12 +294,11 @@ def _learn_naturally(
     try:
         with learning(pupil.model, changes.layers):
             for step in range(1, settings.max_steps + 1):
-                hard = step > HARD_FROM
-                weak = seen.weak_in_fact(enough) if hard else []
+                weak = _below(seen.fact, enough) if step > HARD_FROM else []
                 chosen = _draw(rng, len(material.fact), settings.phrasings, weak)
                 loss = _press(root, material.fact, chosen, settings.fact_margin, compute)
                 if len(material.earlier) and settings.earlier_batch:
-                    weak = seen.weak_in_earlier(settings.lead) if hard else []
+                    weak = _below(seen.earlier, settings.lead) if step > HARD_FROM else []
                     chosen = _draw(rng, len(material.earlier), settings.earlier_batch, weak)
                     _press(root, material.earlier, chosen, settings.fact_margin, compute)
                 for held in material.replay:
@@ -366,6 +365,10 @@ def _learn(
         roles.unload()
 
 
+def _below(leads: Sequence[float], least: float) -> list[int]:
+    return [i for i, lead in enumerate(leads) if lead < least]
+
+
 def _draw(rng: np.random.Generator, among: int, count: int, weak: Sequence[int] = ()) -> list[int]:
     """`count` numbers below `among`, each once; up to half of them are out of `weak`."""
     first = rng.choice(weak, size=min(len(weak), count // 2), replace=False).tolist() if weak else []
@@ -421,12 +424,6 @@ class Sureness:
 
     def at_least(self, fact: float, earlier: float) -> bool:
         return min(self.fact, default=math.inf) >= fact and min(self.earlier, default=math.inf) >= earlier
-
-    def weak_in_fact(self, least: float) -> list[int]:
-        return [i for i, lead in enumerate(self.fact) if lead < least]
-
-    def weak_in_earlier(self, least: float) -> list[int]:
-        return [i for i, lead in enumerate(self.earlier) if lead < least]
 
 
 def _sureness(root: RootModel, material: _Material, pupil: Pupil) -> Sureness:

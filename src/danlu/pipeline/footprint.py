@@ -33,6 +33,7 @@ from danlu.models.root import RootModel
 from danlu.models.starters import starter_config
 from danlu.shapes import power_of_two, rounded
 from danlu.train_config import QUANTISED_BASES, AdapterKind, TrainSettings, as_models
+from danlu.training import fisher
 from danlu.training.compute import Compute
 from danlu.training.step import language_loss
 from danlu.tree import TreeBatch, conversation, forest
@@ -296,6 +297,14 @@ def _sides(shape: Shape, target: str | Sequence[str] = "auto") -> dict[str, tupl
     return found
 
 
+def _natural_states(shape: Shape) -> float:
+    """Bytes of `optimizer: natural`: a mean of gradients, and of each side of a layer a moment with its eigenvectors."""
+    mean = sum(into * out for into, out in _sides(shape).values())
+    return 4.0 * mean + sum(
+        8.0 * (n if n > fisher.WIDEST else n * n) for sides in _sides(shape).values() for n in sides
+    )
+
+
 def adapter_parameters(shape: Shape, rank: int, target: str | Sequence[str] = "auto") -> int:
     """Of LoRA on the target's linear layers (auto: all of the trunk): rank times what goes in and what comes out.
 
@@ -401,8 +410,11 @@ def stage_memory(
         weights += 4.0 * learnt if settings.ema is not None else 0.0
         gradients *= 2 if settings.ptx is not None else 1  # the policy's stand aside while those of PTX are made
     states = {"adamw": 8.0, "adamw8bit": 2.03, "adamw_offload": 0.0 if torch.cuda.is_available() else 8.0}
-    states["natural"] = 20.0  # a mean of gradients, and of square layers both moments and their eigenvectors
-    averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
+    states["natural"] = states["adamw"]  # of the strategies that it does not have
+    if settings.optimizer == "natural" and strategy == "full":
+        averages = _natural_states(shape) + (learners - 1) * states["adamw"] * learnt
+    else:
+        averages = learners * states[settings.optimizer] * learnt / (processes if strategy.startswith("zero") else 1)
     step = _step_tokens(settings, length)
     tokens = min(settings.micro_tokens, step)
     more = min(settings.micro_tokens, step - tokens)  # of the step's next micro-batch, which gradients stand beside

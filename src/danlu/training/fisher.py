@@ -112,6 +112,14 @@ def learning(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
             parameter.grad = None
 
 
+def steepest(metrics: Mapping[str, Metric], gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """The natural directions `G^-1 g C^-1` of gradients `[out, in]`, and the loss's slope along them, which is also their size
+    `tr(G D C D^T)` over all layers.
+    """
+    along = {name: metrics[name].scaled(gradient, -1.0) for name, gradient in gradients.items()}
+    return along, sum(float((gradient * along[name]).sum()) for name, gradient in gradients.items())
+
+
 @dataclass
 class Moments:
     """Second moments of a layer, `[n, n]`, or their diagonals `[n]`: of its inputs, and of the gradients of its outputs."""

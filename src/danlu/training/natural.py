@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danlu.exceptions import SettingsError
+from danlu.exceptions import TrainingError
 from danlu.models.root import RootModel, TrunkOutput
 from danlu.train_config import NaturalSteps, TrainSettings
 from danlu.training.compute import Compute
-from danlu.training.fisher import Metric, Moments, layers_of, moments_of, turned, weight_of
+from danlu.training.fisher import Metric, Moments, layers_of, moments_of, steepest, turned, weight_of
 from danlu.training.logprobs import logprobs
 from danlu.training.optim import optimizer_of
 from danlu.tree import TreeBatch
@@ -55,33 +55,38 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update; none where the gradients are zero or no numbers."""
+        """One update; none where all gradients are zero.
+
+        Raises:
+            TrainingError: a gradient or the metric is no number.
+        """
         assert closure is None, "danlu's loops have none"
         group = self.param_groups[0]
-        along: dict[str, Tensor] = {}
-        slope = 0.0
-        for name, module in self.layers.items():
+        if not self._metrics:
+            # What no answer reached has no metric: an expert learns once answers went to it when the metric is measured.
+            moments = {n: self.state[weight_of(m)] for n, m in self.layers.items()}
+            self._metrics = {
+                n: Moments(s["inner"], s["outer"]).metric() for n, s in moments.items() if s["outer"].any()
+            }
+        means: dict[str, Tensor] = {}
+        for name in self._metrics:
+            module = self.layers[name]
             weight = weight_of(module)
-            if weight.grad is None:  # an expert that no token went to
-                continue
-            state = self.state[weight]
-            mean = state.setdefault("momentum", torch.zeros_like(weight))
-            mean.mul_(self.options.momentum).add_(weight.grad)
-            plain = turned(module, mean)
-            along[name] = self._metric(name, state).scaled(plain, -1.0)
-            slope += float((plain * along[name]).sum())
-        if not math.isfinite(slope) or slope <= 0.0:
+            if weight.grad is not None:
+                mean = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                means[name] = turned(module, mean.mul_(self.options.momentum).add_(weight.grad))
+        along, slope = steepest(self._metrics, means)
+        if not math.isfinite(slope):
+            raise TrainingError(
+                "a natural step's gradient or metric is no number", hint="optimizer: adamw, or lower natural.trust"
+            )
+        if slope <= 0.0:
             return
         rate = group["lr"] / group["peak"] * math.sqrt(self.options.trust / slope)
         for name, direction in along.items():
             module = self.layers[name]
             weight_of(module).sub_(turned(module, direction), alpha=rate)
         group["updates"] += 1
-
-    def _metric(self, name: str, state: Mapping[str, Tensor]) -> Metric:
-        if name not in self._metrics:
-            self._metrics[name] = Moments(state["inner"], state["outer"]).metric()
-        return self._metrics[name]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -96,21 +101,9 @@ def policy_optimizer(
     Args:
         policy: the model; with `optimizer: natural` only its linear layers learn from here on.
         named: its parameters that learn.
-
-    Raises:
-        SettingsError: natural steps with an adapter, with weights that are sharded, or with graphs that are kept.
     """
     if settings.optimizer != "natural":
         return optimizer_of(named, learning_rate, settings)
-    wrong = ""
-    if settings.adapter != "full":
-        wrong = f"the weights themselves, and adapter: {settings.adapter} leaves them"
-    elif settings.strategy != "ddp":
-        wrong = f"whole weights in each process, and strategy: {settings.strategy} shards them"
-    elif getattr(getattr(settings, "ppo", None), "keep_graphs", False):
-        wrong = "answers that are read anew, and ppo.keep_graphs keeps their graphs"
-    if wrong:
-        raise SettingsError(f"natural steps need {wrong}", field="optimizer", hint="optimizer: adamw")
     layers = {n: m for n, m in layers_of(policy, "all-linear").items() if weight_of(m).requires_grad}
     kept = {id(weight_of(module)) for module in layers.values()}
     for parameter in policy.parameters():

@@ -39,14 +39,8 @@ def optimizer_of(module: Learning, learning_rate: float, settings: TrainSettings
     """The optimizer that the settings name.
 
     Raises:
-        SettingsError: one of danlu's own for parameters that are sharded over processes; natural steps.
+        SettingsError: one of danlu's own for parameters that are sharded over processes.
     """
-    if settings.optimizer == "natural":
-        raise SettingsError(
-            "natural steps are for policies that learn from scores of their own answers (ppo, grpo and its methods with a ratio)",
-            field="optimizer",
-            hint="optimizer: adamw",
-        )
     if settings.optimizer == "adamw":
         return adamw(module, learning_rate, settings.weight_decay, settings.lora.rate_ratio)
     if any(isinstance(p, DTensor) for p in _named(module).values()):
