@@ -273,6 +273,13 @@ def test_a_sentence_for_the_user(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_what_reads_no_tokens_tells_no_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    for tokens, said in ((0, "eval: 1/1  answers  0 s left\n"), (50, " tok/s  answers  0 s left\n")):
+        with Bar("eval", 1) as bar:
+            bar.advance(tokens, "answers")
+        assert capsys.readouterr().err.endswith(said)
+
+
 # -- in real stages -------------------------------------------------------------------------------------------------------
 
 

@@ -31,15 +31,8 @@ from danlu.parsing import parse
 from danlu.train_config import StageSettings
 
 TOP = ("description", "seed", "model", "processes", "strategy", "licences", "stages")
-DATA = (
-    "data",
-    "eval_data",
-    "instruction_data",
-    "prompts",
-    "questions",
-    "replay",
-    "calibration",
-)  # settings that are sources
+# Settings that are sources.
+DATA = ("data", "eval_data", "instruction_data", "prompts", "questions", "replay", "calibration")
 WITH_MODEL, SKIP = "with_model", "skip"
 VERBATIM = ("pattern", "json_schema", "rubric")  # of reward terms: a dollar sign there is one
 

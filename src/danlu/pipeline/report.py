@@ -237,7 +237,7 @@ def _results(rows: Sequence[Mapping[str, Any]], stages: Sequence[StageView]) -> 
     columns = [c for c in _COLUMNS if any(r.get(c[0]) is not None for r in rows)]
     if any(r.get("length") is not None for r in rows):
         columns.append(("length", "Tokens", False))
-    columns += [(k, k.replace("_", " "), False) for k in extra]
+    columns += [(k, k[:1].upper() + k[1:].replace("_", " "), False) for k in extra]
     best = max((mean(r, "rubric") or 0.0 for r in rows), default=0.0)
     shown = [
         {

@@ -57,14 +57,14 @@ class Bar:
         """One step done.
 
         Args:
-            tokens: read in it.
+            tokens: read in it; 0 where that is not what counts, and then no speed is told.
             note: such as "loss 2.31".
         """
         self.done += 1
         self._tokens += tokens
         now = time.monotonic()
         speed = self._tokens / max(now - self._begun, 1e-6)
-        text = f"{speed:,.0f} tok/s  {note}"
+        text = f"{speed:,.0f} tok/s  {note}" if self._tokens else note
         if self.live is not None:
             self.live.update(self._task, completed=self.done, note=text)
         elif not self.quiet and (now - self._said > PLAIN_EVERY_SECONDS or self.done == self.total):
