@@ -119,9 +119,8 @@ def transposed(packed: Tensor, block: int, prepared: Tensor) -> Tensor:
     for first in range(0, count // block, step):
         # With its top bit turned a code less 8 is a signed number of four bits; in the upper half of a byte it is 16 times that.
         signed = torch.bitwise_xor(parts[:, first : first + step], -0x78)
-        codes = torch.empty(width, signed.shape[1], 2, block // 2, dtype=torch.int8, device=packed.device)
-        torch.bitwise_left_shift(signed, 4, out=codes[:, :, 0])
-        torch.bitwise_and(signed, -0x10, out=codes[:, :, 1])
+        # Joined runs are copied whole; writing each half between the other's would cost an operation a run.
+        codes = torch.cat([torch.bitwise_left_shift(signed, 4), torch.bitwise_and(signed, -0x10)], dim=-1)
         values = codes.to(torch.bfloat16).view(groups, width // groups, -1)
         own = slice(first * block, first * block + values.shape[2])
         target = weight.view(groups, width // groups, count)[:, :, own]
