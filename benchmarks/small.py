@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 reset_peak_memory()  # else the parent's peak would be inherited
 base = peak_memory_mb()
 folder, bits = sys.argv[1], int(sys.argv[2])
-model = load_in_bits(folder, bits, dtype=torch.bfloat16)
+model = load_in_bits(folder, bits, dtype=torch.bfloat16, tables=True)  # as `danlu.load` does
 peak = peak_memory_mb()
 tensors = list(model.parameters()) + list(model.buffers())
 held = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

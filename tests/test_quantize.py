@@ -162,4 +162,4 @@ def test_experts_that_stay_whole_are_told(tmp_path: Path, capfd: pytest.CaptureF
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text("utf-8"))
     assert manifest["facts"]["bytes_of_experts"] == 2 * experts > 0
     shape = shape_of_folder(str(folder))
-    assert shape is not None and shape.tables == experts + 2 * shape.head
+    assert shape is not None and (shape.tables, shape.experts) == (2 * shape.head, experts)

@@ -68,7 +68,7 @@ class Bench:
         folder: empty; proofs work in subfolders of it.
         quick: fewer seeds and steps, with goals of their own.
         data_root: holds `hh-rlhf` and what recipes/hh-assistant.yaml reads.
-        workers: processes that train at the same time; 0: in this one.
+        workers: processes that train at the same time, each with one thread; 0: this one trains.
         town, hh: finished runs of recipes/quickstart.yaml (to its reward stage) and of recipes/hh-assistant.yaml (to its sft
             stage) to take models from; None: they are made.
         images: where plots go.
@@ -98,14 +98,13 @@ class Bench:
         return folder
 
     def train(self, jobs: Mapping[str, Job]) -> dict[str, Trained]:
-        """Trains all of them, `workers` at a time; an error of one ends the proof."""
+        """Trains all of them, so many at a time that there are `workers` processes; an error of one ends the proof."""
         if not self.workers:
             return {name: run(job) for name, job in jobs.items()}
         found: dict[str, Trained] = {}
         # A child begins with its own imports: what one run leaves in memory is not there for the next proof.
-        with ProcessPoolExecutor(
-            self.workers, get_context("spawn"), _own_log, (str(self.folder / "training.log"),)
-        ) as pool:
+        at_once = max(1, self.workers // max(int(job.settings.get("processes", 1)) for job in jobs.values()))
+        with ProcessPoolExecutor(at_once, get_context("spawn"), _own_log, (str(self.folder / "training.log"),)) as pool:
             waiting = {name: pool.submit(run, job) for name, job in jobs.items()}
             for name, future in waiting.items():
                 found[name] = future.result()
@@ -126,13 +125,14 @@ def run(job: Job) -> Trained:
     """One stage as `danlu run` runs it; a gate that does not hold stops nothing."""
     from danlu.config import KINDS
     from danlu.parsing import parse
-    from danlu.pipeline.stages import STAGES
+    from danlu.pipeline.ranks import Runner
     from danlu.trainers.judges import following
 
     settings = following(parse(KINDS[job.kind], job.settings))
     out = Path(settings.out)
     begun = time.monotonic()
-    outcome = STAGES[job.kind].run(settings)
+    with Runner() as runner:
+        outcome = runner.run(job.kind, settings)
     seconds = time.monotonic() - begun
     return Trained(out / "model", rows_of(out), outcome.metrics, outcome.facts, seconds)
 

@@ -18,8 +18,10 @@ from danlu.generation.protocol import FinishReason, Request, SamplingParams, Top
 from danlu.generation.speculative import drafter_of
 from danlu.models.adapter_files import load_adapted, put_on, read_info, settle, tokenizer_for
 from danlu.models.load import check_tokenizer, load_model
+from danlu.models.packed_tables import pack_tables
 from danlu.models.places import adapter_place, is_adapter, resolve, tokenizer_place
 from danlu.models.quantize import bits_of, fetched_if_packed, is_quantized, load_in_bits, load_quantized, quantize_model
+from danlu.models.quantized_layers import is_quantized_layer
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.text_to_text import seam_of
 from danlu.text.tokenizer import load_tokenizer
@@ -269,7 +271,8 @@ def load(
         path: a folder, `hf:owner/name`, `runs/NAME` (its last policy) or `runs/NAME:STAGE`.
         dtype: "float32", "bfloat16" or a torch dtype. Default: bfloat16 on CUDA, float32 on a CPU; packed weights compute in
             bfloat16 on CPUs that have it, which is what makes them fast.
-        bits: 8 and 4 quantise the weights while loading, and never hold them whole; None keeps what the folder holds.
+        bits: 8 and 4 quantise the weights while loading, and never hold them whole; None keeps what the folder holds. Embedding
+            and head of quantised weights are kept in 8 bits.
         device: "cpu", "cuda", ... Default: CUDA if there is one.
         engine: slots, memory and speculation; None: the defaults.
         patches: whether the facts that were taught to this model (`danlu teach`) apply.
@@ -309,12 +312,12 @@ def load(
         if bits in (4, 8) and under == 16:
             model = quantize_model(model, bits)
     elif bits in (4, 8) and not taught:
-        model = load_in_bits(name if local else folder, bits, dtype=chosen)
+        model = load_in_bits(name if local else folder, bits, dtype=chosen, tables=True)
     elif is_quantized(name):
         if bits == 16:
             hint = "load the model it was made from"
             raise ModelError(f"this folder holds {bits_of(name)}-bit weights only", file=name, hint=hint)
-        model = load_quantized(name, dtype=chosen)
+        model = load_quantized(name, dtype=chosen, tables=True)
     else:
         model = load_model(folder, dtype=chosen)
         if taught:
@@ -323,4 +326,6 @@ def load(
             model = quantize_model(model, bits)
     if tokenizer is not None:
         check_tokenizer(model, tokenizer, folder)
+    if any(is_quantized_layer(m) for m in model.modules()):
+        pack_tables(model)  # unless they came packed
     return Assistant(model.to(place), tokenizer, name=str(path), engine=engine)

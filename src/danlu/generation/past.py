@@ -28,6 +28,7 @@ from danlu.generation.step_plan import Read
 from danlu.models.attention import VirtualRoot
 from danlu.models.heads import logits_of
 from danlu.models.prefix import attached
+from danlu.models.resting import embedded_dtype
 from danlu.models.virtual_root import derives_positions, left_out, takes_positions
 
 States = list[tuple[Tensor, Tensor]]  # keys and values `[1, heads, length, K]` of each layer
@@ -59,7 +60,7 @@ class PastRunner:
     def _begin(self) -> None:
         """Reads what the model carries before every text; each lane begins with it in its own cache."""
         prefix, trunk = attached(self.model), self.model.base_model
-        dtype = trunk.get_input_embeddings().weight.dtype
+        dtype = embedded_dtype(trunk)
         self._root = None
         self._front = int(getattr(trunk, "prefix_length", 0))
         if prefix is not None:

@@ -27,6 +27,7 @@ from danlu.exceptions import ModelError
 from danlu.models.adapters import PREFIX, fingerprint, quantize_base
 from danlu.models.families import TESTED
 from danlu.models.fingerprint import UNPATCHED
+from danlu.models.packed_tables import unpack_tables
 from danlu.models.places import ADAPTER_CONFIG, base_of, is_adapter, resolve, tokenizer_place
 from danlu.models.quantize import is_quantized, load_in_bits, load_quantized
 from danlu.models.quantized_layers import (
@@ -331,6 +332,7 @@ def _inject(model: Any, info: AdapterInfo, shown: str) -> Any:
         check_file(info.folder / WEIGHTS)
     try:
         tensors = load_file(info.folder / WEIGHTS)
+        unpack_tables(model, tensors)
         with warnings.catch_warnings(), shown_to_peft(model):
             warnings.filterwarnings("ignore", ".*tie_word_embeddings=True`", UserWarning)
             # peft 0.21 reads an attribute that transformers 5.23 renamed, and AdaLoRA's ranks as LoRA's.

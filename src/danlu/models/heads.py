@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
 from danlu.models import prepacked
+from danlu.models.packed import PackedLinear
 
 SCALAR_HEADS = ("score", "classifier")  # transformers' names for heads of one number, or of classes
 
@@ -61,7 +62,7 @@ def head_of(model: Any) -> Any:
         if isinstance(head, nn.Linear):
             return head
     head = _selected(model.get_output_embeddings())
-    if not isinstance(getattr(head, "base_layer", head), nn.Linear):
+    if not isinstance(getattr(head, "base_layer", head), nn.Linear | PackedLinear):
         raise ModelError(
             f"{type(model).__name__} has no linear head", hint="use a causal language model or a reward model"
         )
@@ -76,15 +77,19 @@ def _selected(head: Any) -> Any:
     return head.modules_to_save[active[0]] if active else head.original_module
 
 
-def head_weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_weights(head: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
     """Weight `[V, D]` and bias of a head with its selected adapter added, if it has one; gradients flow to all of them.
+
+    Args:
+        dtype: of the whole weight of a packed head; others come as they are.
 
     Raises:
         ModelError: the adapter is more than a product of two matrices (DoRA), or drops out.
     """
     adapted: Any = head
     linear = getattr(head, "base_layer", adapted)
-    weight, bias = linear.weight, linear.bias
+    weight = linear.dequantized(dtype) if isinstance(linear, PackedLinear) else linear.weight
+    bias = linear.bias
     if linear is head or adapted.disable_adapters:
         return weight, bias
     for name in adapted.active_adapters:

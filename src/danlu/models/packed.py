@@ -238,11 +238,13 @@ class Int4Linear(PackedLinear):
         group = kernels.group_for(self.in_features, self.scale.shape[1])
         if not block or not group or self.out_features % block:
             return False
-        if not self.blocked:
-            with torch.inference_mode(False):  # the model may be trained on later
+        with torch.inference_mode(False):  # the model may be trained on later
+            if not self.blocked:
                 self.weight_int4 = kernels.blocked(self.codes(), block)
-            self.blocked = block
-        self._prepared = kernels.scale_and_zero(self.scale, self.zero, self.in_features // group)
+            self._prepared = kernels.scale_and_zero(self.scale, self.zero, self.in_features // group)
+        self.blocked = block
+        if len(self._prepared) == self.scale.shape[1] and self.scale.dtype == self._prepared.dtype:
+            self.scale = self._prepared[:, :, 0].T  # the same numbers, held once
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -250,6 +252,7 @@ class Int4Linear(PackedLinear):
         super()._apply(fn, recurse)
         if self.blocked and self.weight_int4.device.type not in ("cpu", "meta"):
             self.weight_int4, self.blocked = pack4(self.codes()), 0
+            self.scale = self.scale.contiguous()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -414,6 +417,8 @@ def _side_by_side(parts: Sequence[PackedLinear]) -> PackedLinear:
         codes = torch.cat([p.codes_as_stored() for p in parts])
         layer = Int4Linear(codes, together["scale"], together.get("zero"), together.get("bias"))
         layer.blocked = kernels.int4_block(codes.device.type)
+        if layer.blocked and layer.prepare():
+            together["scale"] = layer.scale
         name = "weight_int4"
     for part, own in zip(parts, codes.split(sizes), strict=True):
         setattr(part, name, own)

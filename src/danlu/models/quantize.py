@@ -1,7 +1,8 @@
 """Weight-only quantisation of whole models: rounding, saving, and loading without ever holding the 16-bit weights.
 
-Linear layers of the trunk become packed ones (`packed.py`); embeddings, norms and the language-model head stay as they are. On
-disk: ordinary safetensors, `danlu_quantization` in config.json, and of packed layers the tensors that `packed_layouts.py` lists.
+Linear layers of the trunk become packed ones (`packed.py`); norms stay as they are, and so do embedding and head in files and where
+a model may learn; those of a model that answers can be packed while it is loaded (`packed_tables.py`). On disk: ordinary
+safetensors, `danlu_quantization` in config.json, and of packed layers the tensors that `packed_layouts.py` lists.
 A calibrated method is in `gptq.py`.
 """
 
@@ -26,6 +27,7 @@ from danlu.models.fingerprint import HASH, digest_of, fingerprint_of, sample
 from danlu.models.load import is_encoder_decoder, load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
 from danlu.models.packed_layouts import KEY, Layout, layout_of
+from danlu.models.packed_tables import Tables, pack_tables
 from danlu.models.places import resolve
 from danlu.models.registry import family_of
 from danlu.models.stored_tensors import WHOLE as FILE
@@ -224,11 +226,12 @@ def _described(layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
     }
 
 
-def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32, tables: bool = False) -> Any:
     """Loads packed weights: what `save_quantized` wrote, or others' (`packed_layouts.py`); 16-bit weights are never made.
 
     Args:
         dtype: of everything that is not packed, and so of the computation.
+        tables: embedding and head in 8 bits, too (`packed_tables.py`): for a model that answers and does not learn.
 
     Raises:
         ModelError: weights and configuration do not fit.
@@ -239,11 +242,14 @@ def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
         raise ModelError("this folder holds no packed weights that are known here", file=place)
     family = family_of(_config_of(place))
     if layout.name == "chatglm" and family is not None:
-        return family.load(place, dtype, False)  # keeps its own layout, and applies a saved prefix
+        own = family.load(place, dtype, False)  # keeps its own layout, and applies a saved prefix
+        if tables:
+            pack_tables(own)
+        return own
     model = _skeleton(place)
     if model is None:
         raise ModelError("the family of this model is not known", file=place)
-    _Filling(model, place, dtype).packed(layout)
+    _Filling(model, place, dtype, tables).packed(layout)
     return model
 
 
@@ -255,6 +261,7 @@ def load_in_bits(
     group_size: int = GROUP_SIZE,
     symmetric: bool = False,
     layout: str = "rounded",
+    tables: bool = False,
 ) -> Any:
     """Loads a model in 8 or 4 bits: packed weights as they are, others rounded to nearest tensor by tensor as they are read.
 
@@ -262,6 +269,7 @@ def load_in_bits(
 
     Args:
         layout: "rounded", or "nf4" (of 4 bits, by bitsandbytes).
+        tables: see `load_quantized`.
 
     Raises:
         ModelError: see `load_model`; or the folder holds weights of other bits; or the model is an encoder-decoder; or
@@ -277,20 +285,25 @@ def load_in_bits(
                 file=name,
                 hint="load it without bits, or quantise the model it was made from",
             )
-        return load_quantized(name, dtype=dtype)
+        return load_quantized(name, dtype=dtype, tables=tables)
     folder = Path(name) if local else _downloaded(name)
     refuse_encoder_decoder(_config_of(folder), str(model))
     if layout == "nf4":
         nf4.library()  # before anything is read
     skeleton = _skeleton(folder)
     packer = partial(pack, bits=bits, group_size=group_size, symmetric=symmetric)
-    if skeleton is not None and _Filling(skeleton, folder, dtype).rounded(nf4.pack_nf4 if layout == "nf4" else packer):
+    filled = skeleton is not None and _Filling(skeleton, folder, dtype, tables)
+    if filled and filled.rounded(nf4.pack_nf4 if layout == "nf4" else packer):
         return skeleton
     whole = load_model(model, dtype=dtype)
     setattr(whole, HASH, fingerprint_of(whole))
     if layout == "nf4":
-        return nf4.quantize_nf4(whole)
-    return quantize_model(whole, bits, group_size=group_size, symmetric=symmetric)
+        nf4.quantize_nf4(whole)
+    else:
+        quantize_model(whole, bits, group_size=group_size, symmetric=symmetric)
+    if tables:
+        pack_tables(whole)
+    return whole
 
 
 def _downloaded(name: str) -> Path:
@@ -332,8 +345,9 @@ def _skeleton(folder: Path) -> Any | None:
 class _Filling:
     """Gives a model without weights those of a folder, one tensor at a time."""
 
-    def __init__(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, folder: Path, dtype: torch.dtype, tables: bool) -> None:
         self.model, self.folder, self.dtype = model, folder, dtype
+        self.tables = Tables(model) if tables else None
         self.expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
         self._read = 0
         self.prefix = f"{model.base_model_prefix}."
@@ -445,6 +459,9 @@ class _Filling:
             return name.endswith(MADE)
         if tuple(shape) != self.expected[key]:
             raise self._misfit(f"{key} {list(shape)}, expected {list(self.expected[key])}")
+        if self.tables is not None and self.tables.take(key):
+            self.tables.put(key, read(), self.dtype)
+            return True
         owner, _, leaf = key.rpartition(".")
         module = self.model.get_submodule(owner)
         tensor = read()
@@ -457,8 +474,11 @@ class _Filling:
 
     def _finish(self) -> list[str]:
         """Ties what is tied and makes what is not stored; names of parameters that are still missing."""
-        self.model.tie_weights()
+        if self.tables is None or not self.tables.tied:
+            self.model.tie_weights()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
+        if self.tables is not None:
+            left += self.tables.missing()
         if not left:
             _materialise_buffers(self.model, self.model.config)
         return left

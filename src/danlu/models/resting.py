@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from danlu.models.heads import SCALAR_HEADS
+from danlu.models.packed_tables import PackedEmbedding
 
 
 def rest(model: Any, dtype: torch.dtype) -> bool:
@@ -75,6 +76,8 @@ def products(trunk: Any) -> AbstractContextManager[object]:
 def embedded_dtype(trunk: Any) -> torch.dtype:
     """Of what a trunk's embedding gives to its layers."""
     embedding = trunk.get_input_embeddings()
+    if isinstance(embedding, PackedEmbedding):
+        return embedding.dtype
     found: torch.dtype = torch.float32 if _as_float in embedding._forward_hooks.values() else embedding.weight.dtype
     return found
 

@@ -66,7 +66,7 @@ class TrunkOutput:
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, D]` and bias of the head, with its adapter."""
-        return head_weights(self.linear)
+        return head_weights(self.linear, self.hidden_TD.dtype)
 
     def logits(self, index_M: Tensor) -> Tensor:
         """fp32 logits `[M, V]` after the tokens at `index_M`; for tests and scoring, not for training."""

@@ -62,7 +62,7 @@ class RowsOutput:
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, D]` and bias of the head, with its adapter."""
-        return head_weights(self.linear)
+        return head_weights(self.linear, self.hidden_TD.dtype)
 
 
 class OneModel(nn.Module):

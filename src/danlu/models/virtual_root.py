@@ -101,7 +101,9 @@ def shape_of(trunk: Any) -> PrefixShape:
     """
     embedding = trunk.get_input_embeddings().weight
     with torch.no_grad():
-        root = _read(trunk, torch.zeros(1, embedding.shape[1], dtype=embedding.dtype, device=embedding.device), None)
+        root = _read(
+            trunk, torch.zeros(1, embedding.shape[1], dtype=embedded_dtype(trunk), device=embedding.device), None
+        )
     found = {(x.shape[0], x.shape[2]) for x in (*root.keys, *root.values)}
     if len(found) != 1:
         raise ModelError(

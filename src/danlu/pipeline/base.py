@@ -17,14 +17,21 @@ from danlu.models.load import check_vocabulary, is_encoder_decoder, load_model, 
 from danlu.models.quantize import is_quantized, load_quantized
 from danlu.models.registry import family_of
 from danlu.models.weights import read_weights, weight_files
-from danlu.pipeline.footprint import Shape, adapter_parameters, kept, shape_of_folder
+from danlu.pipeline.footprint import (
+    MB,
+    WEIGHT_BYTES,
+    Shape,
+    adapter_parameters,
+    inference_memory,
+    kept,
+    shape_of_folder,
+)
 from danlu.text.coverage import coverage, plain_own, plain_rates
 from danlu.text.tokenizer import load_tokenizer
 from danlu.text.word_pieces import WordPieces
 
 GB: Final = 1e9
 BITS: Final = (16, 8, 4)
-BYTES: Final = {16: 2.0, 8: 1.0 + 4 / 4096, 4: 0.5 + 4 / 128}  # of a weight with its share of the scales
 LENGTH: Final = 512  # tokens of a training row for the LoRA figure
 CACHED: Final = 2048  # tokens in the cache for the inference figure, or the context if that is less
 RANK: Final = 8
@@ -150,31 +157,25 @@ def own_chinese(tokenizer: Any) -> int:
 
 
 def _inference(shape: Shape | None, parameters: int | None) -> dict[int, float]:
-    """Weights and the cache of one conversation; embeddings and head stay at 16 bits."""
+    """Weights and the cache of one conversation, as `danlu plan` has them."""
     if shape is None:
-        return {bits: round(parameters * BYTES[bits] / GB, 3) for bits in BITS} if parameters else {}
-    tied = bool(getattr(shape.config, "tie_word_embeddings", False))
-    tables = shape.head * (1 if tied else 2)
+        return {b: round(parameters * WEIGHT_BYTES[b] / GB, 3) for b in BITS} if parameters else {}
     positions = min(CACHED, getattr(shape.config, "max_position_embeddings", CACHED))
-    cache = 2.0 * shape.key_values * positions
-    return {b: round((_weights(shape, tables, b) + cache) / GB, 3) for b in BITS}
-
-
-def _weights(shape: Shape, tables: int, bits: int) -> float:
-    return (shape.parameters - tables) * BYTES[bits] + 2.0 * tables
+    found = {b: inference_memory(shape, b, positions=positions) for b in BITS}
+    return {b: round((parts["weights"] + parts["cache"]) * MB / GB, 3) for b, parts in found.items()}
 
 
 def _lora(shape: Shape | None) -> dict[int, float]:
     """Frozen weights, adapters with gradients and AdamW's averages in fp32, and what one row of LENGTH tokens keeps."""
     if shape is None:
         return {}
-    tied = bool(getattr(shape.config, "tie_word_embeddings", False))
-    tables = shape.head * (1 if tied else 2)
     adapters = 16.0 * adapter_parameters(shape, RANK)
     length = min(LENGTH, getattr(shape.config, "max_position_embeddings", LENGTH))
     count = kept(shape, length=length, dtype="bfloat16", rank=RANK)
     row = length * (count.layer * shape.layers + count.rest)
-    return {b: round((_weights(shape, tables, b) + adapters + row) / GB, 3) for b in BITS}
+    whole = shape.tables + shape.experts
+    frozen = {b: (shape.parameters - whole) * WEIGHT_BYTES[b] + 2.0 * whole for b in BITS}
+    return {b: round((frozen[b] + adapters + row) / GB, 3) for b in BITS}
 
 
 def _perplexity(folder: Path, tokenizer: Any, texts: Sequence[str]) -> float | None:

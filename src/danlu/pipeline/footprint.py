@@ -26,6 +26,7 @@ from danlu.generation.kv_cache import arena_length
 from danlu.losses.logprobs import CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA
 from danlu.models import cpm, moss
 from danlu.models.adapters import ia3_targets, targets_of
+from danlu.models.packed_tables import Tables
 from danlu.models.prepacked import MOST_BYTES
 from danlu.models.registry import family_of
 from danlu.models.roles import AdapterRoles, SeparateModels
@@ -98,9 +99,13 @@ class Shape:
 
     @property
     def tables(self) -> int:
-        """Parameters that quantising leaves as they are: the embedding's, the head's, and those of the experts of a mixture."""
-        experts: int = sum(p.numel() for p in self.model.parameters() if p.dim() > 2)
-        return self.head * (1 if getattr(self.config, "tie_word_embeddings", False) else 2) + experts
+        """Parameters of embedding and head, once where they are the same."""
+        return self.head * (1 if getattr(self.config, "tie_word_embeddings", False) else 2)
+
+    @functools.cached_property
+    def experts(self) -> int:
+        """Parameters of the experts of a mixture, which quantising leaves as they are."""
+        return sum(p.numel() for p in self.model.parameters() if p.dim() > 2)
 
     @property
     def key_values(self) -> int:
@@ -247,17 +252,20 @@ def _bytes(root: RootModel, rows: int, length: int, compute: Compute) -> int:
 # -- a stage --------------------------------------------------------------------------------------------------------------
 
 
-# Bytes of a packed weight: its code, and of groups of 64 the scale (2), the zero (1) and what the kernel wants of both (4).
-WEIGHT_BYTES = {16: 2.0, 8: 1.0, 4: 0.5 + 7 / 64}
+# Bytes of a packed weight: its code, and of groups of 64 the zero (1) and what the kernel wants of zero and scale (4).
+WEIGHT_BYTES = {16: 2.0, 8: 1.0, 4: 0.5 + 5 / 64}
+TABLE_BYTES = {16: 2.0, 8: 1.0, 4: 1.0}  # of embedding and head where `models/packed_tables.py` packs them
 
 
 def inference_memory(shape: Shape, bits: int, *, positions: int = 2048) -> dict[str, float]:
-    """Megabytes of a model that answers in bfloat16: weights in 16, 8 or 4 bits (embeddings and head in 16), and its cache.
+    """Megabytes of a model that answers in bfloat16: weights in 16, 8 or 4 bits (embedding and head not below 8), and its cache.
 
     Args:
         positions: tokens that the cache holds.
     """
-    weights = (shape.parameters - shape.tables) * WEIGHT_BYTES[bits] + 2.0 * shape.tables
+    layers = shape.parameters - shape.tables - shape.experts
+    tables = TABLE_BYTES[bits] if Tables(shape.model).embedding else 2.0
+    weights = layers * WEIGHT_BYTES[bits] + shape.tables * tables + 2.0 * shape.experts
     return {"weights": weights / MB, "cache": 2.0 * positions * shape.key_values / MB, "buffers": BUFFERS_MB}
 
 
@@ -392,9 +400,8 @@ def stage_memory(
     quantised = strategy == "qlora" or (strategy == own_strategy(settings) == "prefix" and settings.frozen_bits != 16)
     rested = 2.0 if dtype == "bfloat16" and settings.adapter != "dora" else 4.0  # see `models/resting.py`
     table = shape.head * (4.0 - rested) if shape.config.dtype != torch.bfloat16 else 0.0  # looked up, so not rounded
-    base = table + (
-        (shape.parameters - shape.tables) * packed + shape.tables * rested if quantised else shape.parameters * rested
-    )
+    whole = shape.tables + shape.experts if quantised else shape.parameters
+    base = table + (shape.parameters - whole) * packed + whole * rested
     copies = 2.0 * shape.products if dtype == "bfloat16" and exact else 0.0
     if small:
         # The base; what answers beside packed weights shares them (before a prefix it has a copy); judges are whole models.
