@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import families
@@ -22,6 +23,7 @@ from danlu.generation.memory import default_memory
 from danlu.generation.prefixes import PrefixStore
 from danlu.generation.protocol import Completion, Request, SamplingParams, generate
 from danlu.generation.speculative import NgramDrafter
+from danlu.models.load import load_model, save_model
 from danlu.models.roles import SeparateModels
 from danlu.models.root import RootModel
 from danlu.tree import TreeBatch, branches
@@ -390,6 +392,19 @@ def test_bits_do_not_depend_on_what_else_runs_or_ran(family: str, monkeypatch: p
     monkeypatch.setattr(runner, "read", counted)
     assert [result(generate(engine, [r])[0]) for r in requests] == expected
     assert read == [1] * len(requests), "all of a prompt but its last token was remembered"
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_every_family_answers_in_16_bits(family: str, tmp_path: Path) -> None:
+    """The likeliest first tokens, beside those of the same weights in 32 bits; tables of positions stay in those when loaded."""
+    folder = save_model(families.make(family).to(torch.bfloat16), None, tmp_path / "model")
+    found = []
+    for model in (load_model(folder, dtype=torch.float32), load_model(folder, dtype=torch.bfloat16)):
+        [completion] = generate(LocalEngine(model), [ask(ids(1, 12), temperature=0.0, logprobs=5)])
+        found.append(dict(completion.top_logprobs[0]))
+        assert len(completion.ids) == 6 or completion.finish_reason == "stop"
+    common = found[0].keys() & found[1].keys()
+    assert len(common) >= 3 and max(abs(found[0][token] - found[1][token]) for token in common) < 0.2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

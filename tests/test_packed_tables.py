@@ -19,13 +19,16 @@ from danlu.assistant import Assistant
 from danlu.config import SftSettings
 from danlu.data.collate import Trees
 from danlu.evals.perplexity import perplexity
+from danlu.exceptions import ModelError
 from danlu.generation.protocol import Request, SamplingParams, generate
+from danlu.models import packed
 from danlu.models.adapter_files import save_adapter
 from danlu.models.adapters import adapter_roles
 from danlu.models.load import load_model, save_model
-from danlu.models.packed import Int8Linear
-from danlu.models.packed_tables import PackedEmbedding, Tables
-from danlu.models.quantize import load_in_bits, quantize_model, save_quantized
+from danlu.models.packed import Int8Linear, pack
+from danlu.models.packed_layouts import to_gptq
+from danlu.models.packed_tables import PackedEmbedding, Tables, unpack_tables
+from danlu.models.quantize import load_in_bits, load_quantized, quantize_model, save_quantized
 from danlu.tree import conversation
 
 SCALED = ("gemma", "gemma2", "gemma3")  # embeddings of classes of their own
@@ -53,9 +56,12 @@ def reference(folder: Path, bits: int) -> Any:
     return model
 
 
+def ids_of_engine(assistant: Assistant) -> list[int]:
+    return list(generate(assistant.engine, [Request([5, 9, 30, 7], GREEDY)])[0].ids)
+
+
 def ids_of(model: Any) -> list[int]:
-    engine = Assistant(model, None).engine
-    return list(generate(engine, [Request([5, 9, 30, 7], GREEDY)])[0].ids)
+    return ids_of_engine(Assistant(model, None))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -92,8 +98,8 @@ def test_a_stored_head_of_a_tied_model_is_not_asked(tmp_path: Path) -> None:
 
 def test_packed_folders_and_whole_models_come_to_the_same(tmp_path: Path) -> None:
     folder = save_model(make("qwen2"), None, tmp_path / "model")
-    packed = save_quantized(quantize_model(load_model(folder), 8), None, tmp_path / "packed")
-    loaded = [load_in_bits(place, 8, tables=True) for place in (folder, packed)]
+    small = save_quantized(quantize_model(load_model(folder), 8), None, tmp_path / "packed")
+    loaded = [load_in_bits(place, 8, tables=True) for place in (folder, small)]
     assert torch.equal(logits(loaded[0]), logits(loaded[1]))
     assert isinstance(load_in_bits(folder, 8).get_input_embeddings(), nn.Embedding), "where it may learn"
 
@@ -117,6 +123,83 @@ def test_perplexity_is_that_of_the_rounded_tables(dtype: str, tmp_path: Path) ->
     assert perplexity(loaded, TREES) == pytest.approx(
         perplexity(expected, TREES), rel=1e-4 if dtype == "float32" else 0.05
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_head_that_is_packed_in_its_folder_is_taken_as_it_is(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As GPTQ writes it with `lm_head`; before the embedding in the file or after it, and not its numbers."""
+    model = make("llama", tie_word_embeddings=tied, vocab_size=64)
+    head = pack(make("llama", seed=1, vocab_size=64).lm_head.weight.detach(), None, 4, group_size=16, symmetric=True)
+    folder = save_quantized(
+        quantize_model(model, 4, group_size=16, symmetric=True), None, tmp_path / "packed", layout="gptq", rest=dtype
+    )
+    stored = {n: t for n, t in load_file(folder / "model.safetensors").items() if n != "lm_head.weight"}
+    save_file(stored | to_gptq("lm_head", head), folder / "model.safetensors", {"format": "pt"})
+    loaded = load_quantized(folder, tables=True)
+    assert isinstance(loaded.get_input_embeddings(), PackedEmbedding)
+    assert torch.equal(loaded.get_output_embeddings().dequantized(), head.dequantized())
+    assert torch.isfinite(logits(loaded)).all()
+
+
+def test_a_model_that_was_loaded_to_answer_is_not_written(tmp_path: Path) -> None:
+    folder = save_model(make("llama"), None, tmp_path / "model")
+    with pytest.raises(ModelError, match="packed while it was loaded"):
+        save_quantized(load_in_bits(folder, 8, tables=True), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, products in many parts: the same tokens and log-probabilities alone and together."""
+    monkeypatch.setattr(packed, "CHUNK8", 2**12)
+    wide = {"hidden_size": 256, "intermediate_size": 384, "vocab_size": 300}
+    folder = save_model(make("llama", **wide), None, tmp_path / "model")
+    engine = danlu.load(folder, bits=8, dtype="float32", device="cpu").engine
+    asked = [
+        Request([5, 9, 30 + n, 7 * n + 3][: 2 + n % 3], SamplingParams(max_new_tokens=4, seed=n)) for n in range(24)
+    ]
+    together = [(c.ids, c.logprobs) for c in generate(engine, asked)]
+    assert [(c.ids, c.logprobs) for request in asked for c in generate(engine, [request])] == together
+
+
+def test_copies_share_what_is_joined(tmp_path: Path) -> None:
+    """After the first answer, a voice beside the model holds no second copy of its packed weights."""
+    base = tiny.model()
+    loaded = danlu.load(base, bits=8, dtype="bfloat16", device="cpu")
+    ids_of_engine(loaded)
+    held = [m.__dict__["danlu_joined"] for m in loaded.model.modules() if "danlu_joined" in m.__dict__]
+    tensors = {id(t): t for t in (*loaded.model.parameters(), *loaded.model.buffers())}
+    copied = copy.deepcopy(loaded.model, tensors)
+    assert held and [m.__dict__["danlu_joined"] for m in copied.modules() if "danlu_joined" in m.__dict__] == held
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_state_is_contiguous_after_an_answer(bits: int, tmp_path: Path) -> None:
+    """The kernel's layout is in memory alone; what is saved loads again with the same numbers."""
+    wide = {"hidden_size": 256, "intermediate_size": 384}
+    model = quantize_model(make("llama", **wide), bits).to(torch.bfloat16)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    ids_of(model)
+    after = model.state_dict()
+    assert all(t.is_contiguous() for t in after.values()) and before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_only_what_an_adapter_changes_becomes_whole(name: str, tmp_path: Path) -> None:
+    for tied in (True, False):
+        folder = save_model(make("llama", tie_word_embeddings=tied), None, tmp_path / f"model-{tied}")
+        model = load_in_bits(folder, 8, tables=True)
+        before = logits(model)
+        unpack_tables(model, [f"base_model.model.model.layers.0.{name}_not.weight"])
+        assert isinstance(model.get_input_embeddings(), PackedEmbedding)
+        place = "model.embed_tokens" if name == "embed_tokens" else "lm_head"
+        unpack_tables(model, [f"base_model.model.{place}.weight"])
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert isinstance(embedding, nn.Embedding) == (tied or name == "embed_tokens")
+        assert isinstance(head, nn.Linear) == (tied or name == "lm_head")
+        assert not tied or embedding.weight is head.weight
+        torch.testing.assert_close(logits(model), before)
 
 
 @pytest.mark.parametrize("embeddings", [True, False])

@@ -68,7 +68,7 @@ class Bench:
         folder: empty; proofs work in subfolders of it.
         quick: fewer seeds and steps, with goals of their own.
         data_root: holds `hh-rlhf` and what recipes/hh-assistant.yaml reads.
-        workers: processes that train at the same time, each with one thread; 0: this one trains.
+        workers: processes that train at the same time, or one job whose settings want more of them; 0: this one trains.
         town, hh: finished runs of recipes/quickstart.yaml (to its reward stage) and of recipes/hh-assistant.yaml (to its sft
             stage) to take models from; None: they are made.
         images: where plots go.
@@ -103,7 +103,7 @@ class Bench:
             return {name: run(job) for name, job in jobs.items()}
         found: dict[str, Trained] = {}
         # A child begins with its own imports: what one run leaves in memory is not there for the next proof.
-        at_once = max(1, self.workers // max(int(job.settings.get("processes", 1)) for job in jobs.values()))
+        at_once = max(1, self.workers // max((job.settings.get("processes", 1) for job in jobs.values()), default=1))
         with ProcessPoolExecutor(at_once, get_context("spawn"), _own_log, (str(self.folder / "training.log"),)) as pool:
             waiting = {name: pool.submit(run, job) for name, job in jobs.items()}
             for name, future in waiting.items():

@@ -12,7 +12,8 @@ Axes: T tokens, D model width, H query heads, G key/value heads, K head width, I
 from __future__ import annotations
 
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -169,16 +170,28 @@ def _together(owner: Any, parts: list[Any], rows: Tensor) -> Tensor:
     if not isinstance(parts[0], PackedLinear):
         return prepacked.linear(owner, rows, *_side_by_side(parts), parts)
     # Kept outside of the module's own attributes, so that it is neither saved nor counted; made again when a part was replaced.
-    kept = owner.__dict__.get("danlu_joined")
-    if kept is None or any(a is not b for a, b in zip(kept[0], (p.codes_as_stored() for p in parts), strict=True)):
+    kept: _Joined | None = owner.__dict__.get("danlu_joined")
+    if kept is None or any(a is not b for a, b in zip(kept.codes, (p.codes_as_stored() for p in parts), strict=True)):
         fits = rows.dtype == torch.bfloat16 or parts[0].bits == 8
         layer = joined(parts) if fits else None
-        kept = ([p.codes_as_stored() for p in parts], layer)
+        kept = _Joined([p.codes_as_stored() for p in parts], layer)
         owner.__dict__["danlu_joined"] = kept
-    if kept[1] is None:
+    if kept.layer is None:
         return torch.cat([p(rows) for p in parts], dim=-1)
-    out: Tensor = kept[1](rows)
+    out: Tensor = kept.layer(rows)
     return out
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Several packed layers as one (None: they cannot be), and the codes that they had; copies of a model share it, as they share
+    the codes."""
+
+    codes: list[Tensor]
+    layer: PackedLinear | None
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
 
 
 def _side_by_side(parts: list[Any]) -> tuple[Tensor, Tensor | None]:

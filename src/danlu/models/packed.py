@@ -26,6 +26,7 @@ from danlu.models import packed_kernels as kernels
 GROUPS = (256, 128, 64, 32, 16)
 ZERO4 = 8  # of symmetric int4
 CHUNK = 2**18  # codes that are unpacked at once: they stay in a core's cache
+CHUNK8 = 2**22  # the same of 8 bits, where a product follows
 CHUNK_CUDA = 2**26  # the same on a card, which wants few large operations
 
 
@@ -164,12 +165,27 @@ class Int8Linear(PackedLinear):
             if self._prepared is None:
                 self._prepared = self.scale.to(rows.dtype)
             return torch._weight_int8pack_mm(rows.contiguous(), self.weight_int8, self._prepared)
-        return nn.functional.linear(rows, self.weight_int8.to(rows.dtype)).mul_(self.scale.to(rows.dtype))
+        # In parts of a size that the width alone decides: little is held whole, and a row's numbers are those of any other batch.
+        out = torch.empty(len(rows), self.out_features, dtype=rows.dtype, device=rows.device)
+        step = self._rows_at_once()
+        for first in range(0, self.out_features, step):
+            part = self.weight_int8[first : first + step].to(rows.dtype)
+            out[:, first : first + step] = nn.functional.linear(rows, part)
+        return out.mul_(self.scale.to(rows.dtype))
 
     def stored(self, dtype: torch.dtype) -> Tensor:
-        if self.scale.dim() == 1:
-            return (self.weight_int8.float() * self.scale.float()[:, None]).to(dtype)
-        return _scaled(self.weight_int8, self.scale, self.zero).to(dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_int8.device)
+        scale = self.scale if self.scale.dim() > 1 else self.scale[:, None]
+        step = self._rows_at_once()
+        for first in range(0, self.out_features, step):
+            own = slice(first, first + step)
+            zero = None if self.zero is None else self.zero[own]
+            weight[own] = _scaled(self.weight_int8[own], scale[own], zero)
+        return weight
+
+    def _rows_at_once(self) -> int:
+        codes = CHUNK8 if self.weight_int8.device.type == "cpu" else CHUNK_CUDA
+        return max(1, codes // self.in_features)
 
 
 class Int4Linear(PackedLinear):
@@ -252,11 +268,13 @@ class Int4Linear(PackedLinear):
         super()._apply(fn, recurse)
         if self.blocked and self.weight_int4.device.type not in ("cpu", "meta"):
             self.weight_int4, self.blocked = pack4(self.codes()), 0
-            self.scale = self.scale.contiguous()
+        if self.weight_int4.device.type not in ("cpu", "meta"):
+            self.scale = self.scale.contiguous()  # on a CPU it may lie among what the kernel wants
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scale"] = self.scale.detach().contiguous()
         if self.blocked:
             destination[f"{prefix}weight_int4"] = pack4(self.codes())
 

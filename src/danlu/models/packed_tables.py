@@ -1,4 +1,4 @@
-"""Embeddings and heads in 8 bits, for models of packed weights that answer and do not learn.
+"""Embeddings and heads in 8 bits, for models of packed weights that answer and do not learn; they are not written to files.
 
 At half a billion parameters a vocabulary of 150,000 is a quarter of all numbers, and its head is the largest product of a token.
 Rows are rounded as `Int8Linear` has them; a head that is the embedding shares its codes.
@@ -86,6 +86,10 @@ class Tables:
         elif not self.tied:
             _replace(self.model, owner, _rows(weight, self._bias()))
 
+    def leave_head(self) -> None:
+        """For a head that is packed in its folder: it is taken as it is, and is not the embedding."""
+        self.head, self.tied = "", False
+
     def missing(self) -> list[str]:
         """The bias of a packed head that has not come."""
         head = self.model.get_submodule(self.head) if self.head else None
@@ -107,7 +111,9 @@ def pack_tables(model: Any) -> None:
 
 
 def unpack_tables(model: Any, parameters: Iterable[str]) -> None:
-    """Makes a packed embedding and head ordinary layers of the same values, not tied, where an adapter is about to change them.
+    """Makes a packed embedding or head an ordinary layer of the same values, where an adapter is about to change it.
+
+    Where they are the same numbers, both become ordinary and share them.
 
     Args:
         parameters: names of the adapter's, in which those of modules occur.
@@ -116,14 +122,27 @@ def unpack_tables(model: Any, parameters: Iterable[str]) -> None:
     if not isinstance(embedding, PackedEmbedding):
         return
     names = {m: n for n, m in model.named_modules(remove_duplicate=False) if not n.endswith(".table")}
-    if not any(f".{names[m]}." in parameter for m in (embedding, head) for parameter in parameters):
-        return
-    last = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-    last.weight = nn.Parameter(head.dequantized(embedding.dtype), requires_grad=False)
-    if head.bias is not None:
-        last.bias = nn.Parameter(head.bias, requires_grad=False)
-    _replace(model, names[embedding], nn.Embedding.from_pretrained(embedding.table.dequantized(embedding.dtype)))
-    _replace(model, names[head], last)
+    changed = [m for m in (embedding, head) if any(f".{names[m]}." in parameter for parameter in parameters)]
+    if changed and embedding.table is head:
+        changed = [embedding, head]
+    whole: dict[nn.Module, nn.Parameter] = {}
+    for layer in changed:
+        table = embedding.table if layer is embedding else head
+        if table not in whole:
+            whole[table] = nn.Parameter(table.dequantized(embedding.dtype), requires_grad=False)
+        _replace(model, names[layer], _ordinary(layer, whole[table]))
+
+
+def _ordinary(layer: Any, weight: nn.Parameter) -> nn.Module:
+    """An embedding or a linear layer with this weight."""
+    made: nn.Embedding | nn.Linear
+    if isinstance(layer, PackedEmbedding):
+        made = nn.Embedding(*weight.shape, device="meta")
+    else:
+        made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        made.bias = None if layer.bias is None else nn.Parameter(layer.bias, requires_grad=False)
+    made.weight = weight
+    return made
 
 
 def _rows(weight: Tensor, bias: Tensor | None) -> Int8Linear:

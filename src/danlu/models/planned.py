@@ -59,7 +59,9 @@ def _kinds(family: str) -> dict[type[nn.Module], type[nn.Module]]:
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """query [1, H, T, K], key and value [1, G, T, K] -> [1, T, H, K]."""
     options = {"dropout": dropout if module.training else 0.0, "key_bias": module.danlu_key_bias}
-    mixed, _ = tree_attention(module, query, key.to(value.dtype), value, None, **options)
+    # Rotary tables stay fp32 in a model of 16 bits, and so does what they have turned.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    mixed, _ = tree_attention(module, query, key, value, None, **options)
     return mixed
 
 

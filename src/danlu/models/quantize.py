@@ -27,7 +27,7 @@ from danlu.models.fingerprint import HASH, digest_of, fingerprint_of, sample
 from danlu.models.load import is_encoder_decoder, load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
 from danlu.models.packed_layouts import KEY, Layout, layout_of
-from danlu.models.packed_tables import Tables, pack_tables
+from danlu.models.packed_tables import PackedEmbedding, Tables, pack_tables
 from danlu.models.places import resolve
 from danlu.models.registry import family_of
 from danlu.models.stored_tensors import WHOLE as FILE
@@ -165,8 +165,14 @@ def save_quantized(
         facts: kept beside the layout in config.json, as `{"method": "gptq"}`.
 
     Raises:
-        ModelError: the disk is too small, or the layout cannot hold these weights; nothing is written then.
+        ModelError: the disk is too small, the layout cannot hold these weights, or the model was loaded to answer, with embedding
+            and head packed; nothing is written then.
     """
+    if isinstance(model.get_input_embeddings(), PackedEmbedding):
+        raise ModelError(
+            "embedding and head of this model were packed while it was loaded, and files have them whole",
+            hint="danlu quantize; or load_in_bits(...), which leaves them as they are",
+        )
     layers = packed_layers(model)
     state = _state(model, layers, layout)
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_WRITTEN}
@@ -362,6 +368,8 @@ class _Filling:
         modules = {
             self._module(t.name.rpartition(".")[0]) for t in tensors if t.name.rpartition(".")[2] in layout.marks
         }
+        if self.tables is not None and self.tables.head in modules:
+            self.tables.leave_head()
         leaves = (*layout.parts, "bias")
         wanted: dict[str, set[str]] = {m: set() for m in modules}
         for stored in tensors:
@@ -474,7 +482,7 @@ class _Filling:
 
     def _finish(self) -> list[str]:
         """Ties what is tied and makes what is not stored; names of parameters that are still missing."""
-        if self.tables is None or not self.tables.tied:
+        if self.tables is None or not self.tables.embedding:
             self.model.tie_weights()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if self.tables is not None:
