@@ -17,10 +17,12 @@ from danlu.generation.engine import LocalEngine
 from danlu.generation.protocol import FinishReason, Request, SamplingParams, TopLogprobs, generate
 from danlu.generation.speculative import drafter_of
 from danlu.models.adapter_files import load_adapted, put_on, read_info, settle, tokenizer_for
+from danlu.models.adapters import quantize_base
+from danlu.models.fingerprint import HASH
 from danlu.models.load import check_tokenizer, load_model
 from danlu.models.packed_tables import pack_tables
 from danlu.models.places import adapter_place, is_adapter, resolve, tokenizer_place
-from danlu.models.quantize import bits_of, fetched_if_packed, is_quantized, load_in_bits, load_quantized, quantize_model
+from danlu.models.quantize import bits_of, fetched_if_packed, is_quantized, load_in_bits, load_quantized
 from danlu.models.quantized_layers import is_quantized_layer
 from danlu.text.chat_template import ChatTemplate
 from danlu.text.text_to_text import seam_of
@@ -272,7 +274,7 @@ def load(
         dtype: "float32", "bfloat16" or a torch dtype. Default: bfloat16 on CUDA, float32 on a CPU; packed weights compute in
             bfloat16 on CPUs that have it, which is what makes them fast.
         bits: 8 and 4 quantise the weights while loading, and never hold them whole; None keeps what the folder holds. Embedding
-            and head of quantised weights are kept in 8 bits.
+            and head of what danlu quantised are kept in 8 bits.
         device: "cpu", "cuda", ... Default: CUDA if there is one.
         engine: slots, memory and speculation; None: the defaults.
         patches: whether the facts that were taught to this model (`danlu teach`) apply.
@@ -310,7 +312,7 @@ def load(
             )
         model = load_adapted(name, dtype=chosen, dense=bits == 16)
         if bits in (4, 8) and under == 16:
-            model = quantize_model(model, bits)
+            model = quantize_base(model, bits)
     elif bits in (4, 8) and not taught:
         model = load_in_bits(name if local else folder, bits, dtype=chosen, tables=True)
     elif is_quantized(name):
@@ -323,9 +325,9 @@ def load(
         if taught:
             apply_patches(model, patches_folder(name, local=local), str(path))
         if bits in (4, 8):
-            model = quantize_model(model, bits)
+            model = quantize_base(model, bits)
     if tokenizer is not None:
         check_tokenizer(model, tokenizer, folder)
-    if any(is_quantized_layer(m) for m in model.modules()):
-        pack_tables(model)  # unless they came packed
+    if hasattr(model, HASH) and any(is_quantized_layer(m) for m in model.modules()):
+        pack_tables(model)  # it was made small here, and not by somebody else
     return Assistant(model.to(place), tokenizer, name=str(path), engine=engine)

@@ -24,6 +24,7 @@ from danlu.exceptions import ModelError
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, from_chatglm, pack4
 
 KEY = "danlu_quantization"
+DANLU = "danlu"  # the name of danlu's own layout
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Parts = Mapping[str, Tensor]
 
@@ -51,7 +52,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
     """
     if KEY in config:
         marks = ("weight_int8", "weight_int4")
-        return Layout("danlu", int(config[KEY]["bits"]), marks, (*marks, "scale", "zero", "order"), _danlu)
+        return Layout(DANLU, int(config[KEY]["bits"]), marks, (*marks, "scale", "zero", "order"), _danlu)
     if config.get("quantization_bit"):
         bits = _known(int(config["quantization_bit"]), "ChatGLM")
         return Layout("chatglm", bits, ("weight_scale",), ("weight", "weight_scale"), lambda p: _chatglm(p, bits))

@@ -86,10 +86,6 @@ class Tables:
         elif not self.tied:
             _replace(self.model, owner, _rows(weight, self._bias()))
 
-    def leave_head(self) -> None:
-        """For a head that is packed in its folder: it is taken as it is, and is not the embedding."""
-        self.head, self.tied = "", False
-
     def missing(self) -> list[str]:
         """The bias of a packed head that has not come."""
         head = self.model.get_submodule(self.head) if self.head else None
@@ -135,14 +131,15 @@ def unpack_tables(model: Any, parameters: Iterable[str]) -> None:
 
 def _ordinary(layer: Any, weight: nn.Parameter) -> nn.Module:
     """An embedding or a linear layer with this weight."""
-    made: nn.Embedding | nn.Linear
+    made: Any
     if isinstance(layer, PackedEmbedding):
-        made = nn.Embedding(*weight.shape, device="meta")
+        made = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     else:
         made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         made.bias = None if layer.bias is None else nn.Parameter(layer.bias, requires_grad=False)
     made.weight = weight
-    return made
+    ordinary: nn.Module = made
+    return ordinary
 
 
 def _rows(weight: Tensor, bias: Tensor | None) -> Int8Linear:

@@ -26,7 +26,7 @@ from danlu.models import nf4, packed_layouts
 from danlu.models.fingerprint import HASH, digest_of, fingerprint_of, sample
 from danlu.models.load import is_encoder_decoder, load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
-from danlu.models.packed_layouts import KEY, Layout, layout_of
+from danlu.models.packed_layouts import DANLU, KEY, Layout, layout_of
 from danlu.models.packed_tables import PackedEmbedding, Tables, pack_tables
 from danlu.models.places import resolve
 from danlu.models.registry import family_of
@@ -237,7 +237,8 @@ def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32, ta
 
     Args:
         dtype: of everything that is not packed, and so of the computation.
-        tables: embedding and head in 8 bits, too (`packed_tables.py`): for a model that answers and does not learn.
+        tables: embedding and head in 8 bits, too (`packed_tables.py`), for a model that answers and does not learn. Those in the
+            folders of others stay as they are: so their makers measured them.
 
     Raises:
         ModelError: weights and configuration do not fit.
@@ -248,14 +249,11 @@ def load_quantized(folder: str | Path, *, dtype: torch.dtype = torch.float32, ta
         raise ModelError("this folder holds no packed weights that are known here", file=place)
     family = family_of(_config_of(place))
     if layout.name == "chatglm" and family is not None:
-        own = family.load(place, dtype, False)  # keeps its own layout, and applies a saved prefix
-        if tables:
-            pack_tables(own)
-        return own
+        return family.load(place, dtype, False)  # keeps its own layout, and applies a saved prefix
     model = _skeleton(place)
     if model is None:
         raise ModelError("the family of this model is not known", file=place)
-    _Filling(model, place, dtype, tables).packed(layout)
+    _Filling(model, place, dtype, tables and layout.name == DANLU).packed(layout)
     return model
 
 
@@ -368,8 +366,6 @@ class _Filling:
         modules = {
             self._module(t.name.rpartition(".")[0]) for t in tensors if t.name.rpartition(".")[2] in layout.marks
         }
-        if self.tables is not None and self.tables.head in modules:
-            self.tables.leave_head()
         leaves = (*layout.parts, "bias")
         wanted: dict[str, set[str]] = {m: set() for m in modules}
         for stored in tensors:
