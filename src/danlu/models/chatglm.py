@@ -90,6 +90,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016); `(1 + tanh u) / 2 = sigmoid(2 u)` takes half of torch's time on a CPU."""
+    if x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
+        return nn.functional.gelu(x, approximate="tanh")
+    twice = 2 * math.sqrt(2 / math.pi)
+    return x.square().mul_(0.044715 * twice).add_(twice).mul_(x).sigmoid_().mul_(x)
+
+
 class SelfAttention(nn.Module):
     """Queries, keys and values are fused head by head."""
 
@@ -132,8 +140,7 @@ class GLU(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = nn.functional.gelu(self.dense_h_to_4h(x), approximate="tanh")
-        return self.dense_4h_to_h(inner)  # type: ignore[no-any-return]
+        return self.dense_4h_to_h(gelu(self.dense_h_to_4h(x)))  # type: ignore[no-any-return]
 
 
 class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]
@@ -155,9 +162,9 @@ class GLMBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         past_key_values: Any = None,
     ) -> Tensor:
         normed = self.input_layernorm(x)
-        x = normed * ALPHA + self.attention(normed, bias, rotary, prefix, past_key_values)
+        x = torch.add(self.attention(normed, bias, rotary, prefix, past_key_values), normed, alpha=ALPHA)
         normed = self.post_attention_layernorm(x)
-        return normed * ALPHA + self.mlp(normed)  # type: ignore[no-any-return]
+        return torch.add(self.mlp(normed), normed, alpha=ALPHA)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -246,16 +253,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         rotary = rotation(position_ids[:, :parts], self.config.hidden_size // self._heads, parts, first.dtype)
         bias = None if hidden is None else torch.zeros_like(hidden, dtype=first.dtype).masked_fill_(hidden, HIDDEN)
-        x, states = first, [first]
-        for layer, own in zip(self.layers, prefix, strict=True):
-            x = layer(x, bias, rotary, own, past_key_values=past)
-            states.append(x)
-        states[-1] = x = self.final_layernorm(x)
         wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        x, states = first, []
+        for layer, own in zip(self.layers, prefix, strict=True):
+            states += [x] if wanted else []
+            x = layer(x, bias, rotary, own, past_key_values=past)
+        x = self.final_layernorm(x)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past,
-            hidden_states=tuple(states) if wanted else None,
+            hidden_states=(*states, x) if wanted else None,
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -99,24 +99,28 @@ def rotation(position_ids: Tensor, width: int, ratio: float, dtype: torch.dtype)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x `[B, H, T, K]`: neighbours (0, 1), (2, 3), ... of the first half are rotated, the second half passes."""
-    turned, kept = x.chunk(2, dim=-1)
-    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    both = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return torch.cat([both.flatten(-2), kept], dim=-1)
+    first, kept = x.chunk(2, dim=-1)
+    neighbours = first.unflatten(-1, (-1, 2))
+    if x.dtype == torch.float32:  # as one product of complex numbers, which 16 bits do not have
+        turned = torch.view_as_real(torch.view_as_complex(neighbours) * torch.complex(cos, sin))
+    else:
+        even, odd = neighbours.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return torch.cat([turned.flatten(-2), kept], dim=-1)
 
 
 def plain_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """query `[B, H, T, K]`, key and value `[B, G, S, K]` -> `[B, T, H, K]`: softmax in fp32; what is hidden has score -inf."""
+) -> tuple[Tensor, None]:
+    """query `[B, H, T, K]`, key and value `[B, G, S, K]` -> `[B, T, H, K]`; the mask is added to scores."""
     groups = module.num_key_value_groups
+    options = {"attn_mask": attention_mask, "dropout_p": kwargs.get("dropout", 0.0), "scale": scaling}
+    if query.shape[2] == 1:  # those that share a key are rows of one product: nothing is repeated
+        rows = query.unflatten(1, (-1, groups)).squeeze(3)
+        mixed = nn.functional.scaled_dot_product_attention(rows, key, value, **options)
+        return mixed.flatten(1, 2)[:, None], None
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=kwargs.get("dropout", 0.0), training=module.training)
-    return (weights @ value).transpose(1, 2), weights
+    return nn.functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
 
 
 class SelfAttention(nn.Module):
@@ -142,8 +146,7 @@ class SelfAttention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """x `[B, T, D]`, mask `[B, 1, T, S]` of scores to add; prefix: keys and values `[B, G, pre, K]`."""
-        query, key, value = self._heads(self.query_key_value(x))
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key, value = self._heads(self.query_key_value(x), rotary)
         key, value = with_prefix(key, value, prefix)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -155,13 +158,15 @@ class SelfAttention(nn.Module):
         mixed, _ = attend(self, query, key, value, attention_mask, scaling=self.width**-0.5, dropout=dropout, **kwargs)
         return self.dense(mixed.reshape(*x.shape[:2], -1))  # type: ignore[no-any-return]
 
-    def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, fused: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values."""
         if self.config.multi_query_attention:
-            sizes = [self.heads * self.width, self.groups * self.width, self.groups * self.width]
-            query, key, value = (part.unflatten(-1, (-1, self.width)) for part in fused.split(sizes, dim=-1))
-        else:
-            query, key, value = fused.unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            heads = fused.unflatten(-1, (-1, self.width)).transpose(1, 2)
+            both, value = heads.split([self.heads + self.groups, self.groups], dim=1)
+            query, key = rotate(both, *rotary).split([self.heads, self.groups], dim=1)
+            return query, key, value
+        query, key, value = fused.unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        return rotate(query, *rotary), rotate(key, *rotary), value
 
 
 class MLP(nn.Module):
@@ -311,14 +316,14 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
                 mask = mask.masked_fill_(hidden, torch.finfo(first.dtype).min)
         dtype = torch.float32 if first.dtype == torch.float32 else self.dtype
         rotary = rotation(position_ids, self.config.kv_channels, self.config.rope_ratio, dtype)
-        x, states = first, [first]
-        for layer, own in zip(self.encoder.layers, prefix, strict=True):
-            x = layer(x, mask, rotary, own, past_key_values=past, **kwargs)
-            states.append(x)
-        last = self.encoder.final_layernorm(x) if self.config.post_layer_norm else x
         wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        x, states = first, []
+        for layer, own in zip(self.encoder.layers, prefix, strict=True):
+            states += [x] if wanted else []
+            x = layer(x, mask, rotary, own, past_key_values=past, **kwargs)
+        last = self.encoder.final_layernorm(x) if self.config.post_layer_norm else x
         output = BaseModelOutputWithPast(
-            last_hidden_state=last, past_key_values=past, hidden_states=tuple(states) if wanted else None
+            last_hidden_state=last, past_key_values=past, hidden_states=(*states, x) if wanted else None
         )
         return output if return_dict is not False else output.to_tuple()
 
