@@ -83,6 +83,23 @@ def test_a_step_goes_as_far_as_it_may_in_the_metric() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_are_a_sentence(number: float) -> None:
+    model = Two()
+    metrics = {n: Metric(Side.of(torch.ones(4)), Side.of(torch.ones(3))) for n in ("first", "second")}
+    changes = Changes(model, metrics)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, number)
+    with pytest.raises(KnowledgeError, match="no numbers"):
+        changes.step(0.04)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    changes.step(0.04)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "nothing to learn"
+
+
 def test_the_cut_keeps_what_weighs_most_wherever_it_is() -> None:
     model = Two()
     # The first layer's inputs are a hundred times those of the second: of equal changes the first one's weigh ten times as much.

@@ -69,6 +69,9 @@ class Changes:
 
         Args:
             trust: how far: `tr(G D C D^T)` over all layers, twice the nats a token that other answers are expected to move.
+
+        Raises:
+            KnowledgeError: they are no numbers.
         """
         gradients = {}
         for name, module in self.layers.items():
@@ -77,8 +80,13 @@ class Changes:
                 gradients[name] = turned(module, gradient).float()
         along, slope = steepest(self.metrics, gradients)
         self.model.zero_grad(set_to_none=True)
-        if not math.isfinite(slope) or slope <= 0.0:
-            return
+        if not math.isfinite(slope):
+            raise KnowledgeError(
+                "the gradients of this step are no numbers, so nothing is changed",
+                hint="lower trust in the settings; if the model itself answers with noise, load an earlier one",
+            )
+        if slope <= 0.0:
+            return  # all of it is sure already
         rate = math.sqrt(trust / slope)
         for name, direction in along.items():
             self.changes[name].sub_(direction, alpha=rate)
