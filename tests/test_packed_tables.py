@@ -143,7 +143,7 @@ def test_a_model_that_was_loaded_to_answer_is_not_written(tmp_path: Path) -> Non
 
 def test_bits_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, products in many parts: the same tokens and log-probabilities alone and together."""
-    monkeypatch.setattr(packed, "CHUNK8", 2**12)
+    monkeypatch.setattr(packed, "AT_ONCE", 2**12)
     wide = {"hidden_size": 256, "intermediate_size": 384, "vocab_size": 300}
     folder = save_model(make("llama", **wide), None, tmp_path / "model")
     engine = danlu.load(folder, bits=8, dtype="float32", device="cpu").engine

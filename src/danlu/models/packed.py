@@ -13,7 +13,7 @@ Axes: N out_features, K in_features, G groups of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ from danlu.models import packed_kernels as kernels
 
 GROUPS = (256, 128, 64, 32, 16)
 ZERO4 = 8  # of symmetric int4
-CHUNK = 2**18  # codes that are unpacked at once: they stay in a core's cache
-CHUNK8 = 2**22  # the same of 8 bits, where a product follows
-CHUNK_CUDA = 2**26  # the same on a card, which wants few large operations
+AT_ONCE = 2**21  # codes that are made whole at once: they stay in a core's cache
+AT_ONCE_CUDA = 2**26  # the same on a card, which wants few large operations
 
 
 class PackedLinear(nn.Module):
@@ -85,9 +84,38 @@ class PackedLinear(nn.Module):
         """`rows W^T` for `[T, K]`, without bias and without gradients."""
         raise NotImplementedError
 
+    def whole(self, own: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight `[N, K]`, with columns as they are stored."""
+        raise NotImplementedError
+
     def stored(self, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` with columns as they are stored."""
-        raise NotImplementedError
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.scale.device)
+        for own in self.parts():
+            weight[own] = self.whole(own, dtype)
+        return weight
+
+    @property
+    def rows_together(self) -> int:
+        """Rows whose codes lie among one another, and are made whole together."""
+        return 1
+
+    def parts(self) -> Iterator[slice]:
+        """Runs of rows that are made whole at once; the layer's shape alone decides them."""
+        step = max(1, (AT_ONCE if self.scale.device.type == "cpu" else AT_ONCE_CUDA) // self.in_features)
+        step = -(-step // self.rows_together) * self.rows_together
+        return (slice(first, first + step) for first in range(0, self.out_features, step))
+
+    def product_in_parts(self, rows: Tensor, weight: Callable[[slice], Tensor]) -> Tensor:
+        """`rows W^T` by runs of W's rows, which are not kept: what was written last is still in the cache, and no memory is new.
+
+        Args:
+            weight: makes a run of rows.
+        """
+        out = torch.empty(len(rows), self.out_features, dtype=rows.dtype, device=rows.device)
+        for own in self.parts():
+            out[:, own] = nn.functional.linear(rows, weight(own))
+        return out
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]`; every entry is the exact product of its scale and code, rounded once to `dtype`."""
@@ -158,34 +186,20 @@ class Int8Linear(PackedLinear):
     def product(self, rows: Tensor) -> Tensor:
         rows = self.rows_in_order(rows)
         if self.scale.dim() > 1:
-            return nn.functional.linear(rows, self.stored(rows.dtype))
+            return self.product_in_parts(rows, lambda own: self.whole(own, rows.dtype))
         if _has_kernels(rows.device, rows.dtype) and len(rows) <= cuda.MOST_ROWS:
             return cuda.few8(rows.contiguous(), self.weight_int8, self.scale)
         if kernels.is_few(rows) and kernels.fits_int8(self.in_features) and kernels.has_int8(rows.device.type):
             if self._prepared is None:
                 self._prepared = self.scale.to(rows.dtype)
             return torch._weight_int8pack_mm(rows.contiguous(), self.weight_int8, self._prepared)
-        # In parts of a size that the width alone decides: little is held whole, and a row's numbers are those of any other batch.
-        out = torch.empty(len(rows), self.out_features, dtype=rows.dtype, device=rows.device)
-        step = self._rows_at_once()
-        for first in range(0, self.out_features, step):
-            part = self.weight_int8[first : first + step].to(rows.dtype)
-            out[:, first : first + step] = nn.functional.linear(rows, part)
+        # Codes are exact in any dtype, so that scales can wait for the product.
+        out = self.product_in_parts(rows, lambda own: self.weight_int8[own].to(rows.dtype))
         return out.mul_(self.scale.to(rows.dtype))
 
-    def stored(self, dtype: torch.dtype) -> Tensor:
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_int8.device)
+    def whole(self, own: slice, dtype: torch.dtype) -> Tensor:
         scale = self.scale if self.scale.dim() > 1 else self.scale[:, None]
-        step = self._rows_at_once()
-        for first in range(0, self.out_features, step):
-            own = slice(first, first + step)
-            zero = None if self.zero is None else self.zero[own]
-            weight[own] = _scaled(self.weight_int8[own], scale[own], zero)
-        return weight
-
-    def _rows_at_once(self) -> int:
-        codes = CHUNK8 if self.weight_int8.device.type == "cpu" else CHUNK_CUDA
-        return max(1, codes // self.in_features)
+        return _scaled(self.weight_int8[own], scale[own], None if self.zero is None else self.zero[own]).to(dtype)
 
 
 class Int4Linear(PackedLinear):
@@ -218,25 +232,29 @@ class Int4Linear(PackedLinear):
         known = _has_kernels(self.weight_int4.device, dtype) and not self.blocked
         return known and cuda.fits4(self.in_features, self.scale.shape[1])
 
+    @property
+    def rows_together(self) -> int:
+        return self.blocked or 1
+
     def stored(self, dtype: torch.dtype) -> Tensor:
         if self.for_cuda(dtype):
             return cuda.whole4(self.weight_int4, self.scale, self.zero)
-        step = max(1, (CHUNK if self.weight_int4.device.type == "cpu" else CHUNK_CUDA) // self.in_features)
-        step = -(-step // self.blocked) * self.blocked if self.blocked else step
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_int4.device)
-        for first in range(0, self.out_features, step):
-            part = self.weight_int4[first : first + step]
-            codes = kernels.unblocked(part, self.blocked) if self.blocked else unpack4(part)
-            zero = None if self.zero is None else self.zero[first : first + step]
-            weight[first : first + step] = _scaled(codes, self.scale[first : first + step], zero, middle=ZERO4)
-        return weight
+        return super().stored(dtype)
+
+    def whole(self, own: slice, dtype: torch.dtype) -> Tensor:
+        part = self.weight_int4[own]
+        codes = kernels.unblocked(part, self.blocked) if self.blocked else unpack4(part)
+        zero = None if self.zero is None else self.zero[own]
+        return _scaled(codes, self.scale[own], zero, middle=ZERO4).to(dtype)
 
     def product(self, rows: Tensor) -> Tensor:
         rows = self.rows_in_order(rows)
         if self.for_cuda(rows.dtype) and len(rows) <= cuda.MOST_ROWS:
             return cuda.few4(rows.contiguous(), self.weight_int4, self.scale, self.zero)
-        if rows.dtype != torch.bfloat16 or not self.prepare():
+        if self.for_cuda(rows.dtype):
             return nn.functional.linear(rows, self.stored(rows.dtype))
+        if rows.dtype != torch.bfloat16 or not self.prepare():
+            return self.product_in_parts(rows, lambda own: self.whole(own, rows.dtype))
         assert self._prepared is not None
         if kernels.is_few(rows):
             group = self.in_features // self._prepared.shape[0]
