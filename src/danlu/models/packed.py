@@ -262,7 +262,10 @@ class Int4Linear(PackedLinear):
                 rows.contiguous(), self.weight_int4, group, self._prepared
             )
             return out
-        return rows @ kernels.transposed(self.weight_int4, self.blocked, self._prepared)
+        prepared = self._prepared
+        return self.product_in_parts(
+            rows, lambda own: kernels.transposed(self.weight_int4[own], self.blocked, prepared[:, own]).T
+        )
 
     def prepare(self) -> bool:
         """Lays the bytes as the kernel wants them, at the first use; whether there is a kernel for this layer."""

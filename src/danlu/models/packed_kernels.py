@@ -19,7 +19,6 @@ FEW = 16  # rows up to which the kernels win (docs/quantization.md)
 BLOCKS = (64, 32, 16)
 GROUPS = (256, 128, 64, 32)  # what the int4 kernel knows
 TOLERANCE = 0.02  # of the largest entry: bfloat16 rounds to 8 bits
-PART = 2**21  # codes that are unpacked at once
 
 
 def is_few(rows: Tensor) -> bool:
@@ -105,24 +104,16 @@ def scale_and_zero(scale: Tensor, zero: Tensor | None, groups: int) -> Tensor:
 
 
 def transposed(packed: Tensor, block: int, prepared: Tensor) -> Tensor:
-    """The bf16 weight `[K, N]` of the int4 kernel's bytes.
+    """The bf16 weight `[K, N]` of the int4 kernel's bytes; for parts that stay in the cache.
 
     Bytes are turned while they are bytes, and long runs share an operation: half the time of unpacking block by block.
     """
-    count, width = packed.shape[0], 2 * packed.shape[1]
-    groups = prepared.shape[0]
+    width, groups = 2 * packed.shape[1], prepared.shape[0]
     scale, zero = (prepared[:, :, i].contiguous()[:, None] for i in (0, 1))
-    scale = scale / 16  # exact
-    weight = torch.empty(width, count, dtype=torch.bfloat16, device=packed.device)
     parts = packed.view(-1, width, block // 2).transpose(0, 1).view(torch.int8)
-    step = max(1, PART // (width * block))
-    for first in range(0, count // block, step):
-        # With its top bit turned a code less 8 is a signed number of four bits; in the upper half of a byte it is 16 times that.
-        signed = torch.bitwise_xor(parts[:, first : first + step], -0x78)
-        # Joined runs are copied whole; writing each half between the other's would cost an operation a run.
-        codes = torch.cat([torch.bitwise_left_shift(signed, 4), torch.bitwise_and(signed, -0x10)], dim=-1)
-        values = codes.to(torch.bfloat16).view(groups, width // groups, -1)
-        own = slice(first * block, first * block + values.shape[2])
-        target = weight.view(groups, width // groups, count)[:, :, own]
-        torch.addcmul(zero[:, :, own], values, scale[:, :, own], out=target)
-    return weight
+    # With its top bit turned a code less 8 is a signed number of four bits; in the upper half of a byte it is 16 times that.
+    signed = torch.bitwise_xor(parts, -0x78)
+    # Joined runs are copied whole; writing each half between the other's would cost an operation a run.
+    codes = torch.cat([torch.bitwise_left_shift(signed, 4), torch.bitwise_and(signed, -0x10)], dim=-1)
+    values = codes.to(torch.bfloat16).view(groups, width // groups, -1)
+    return torch.addcmul(zero, values, scale / 16).view(width, -1)  # / 16 is exact
