@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny
 import torch
@@ -96,6 +98,28 @@ def test_weights_in_several_files(tmp_path: Path, near: Any) -> None:
     for name, value in load_model(out).named_parameters():
         near(value, whole[name], 0.0)
     assert run(["merge", str(folder), "--into", str(tmp_path / "n"), "--max-shard-size", "many"]) != 0
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_of_two_tied_tables_leaves_the_other(part: str, tmp_path: Path, near: Any) -> None:
+    """A folder as PEFT writes it; merged it gives what PEFT gives beside the weights, also once it is saved and loaded."""
+    base = save_model(make("llama", tie_word_embeddings=True), None, tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, of tied weights and of an attribute that transformers renamed
+        model = peft.get_peft_model(load_model(base), peft.LoraConfig(r=3, target_modules=["q_proj", part]))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+        expected = model(torch.tensor([[5, 9, 30, 7]])).logits
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merged = load_adapted(tmp_path / "adapter")
+    again = load_model(save_model(merged, None, tmp_path / "merged"))
+    for found in (merged, again):
+        with torch.no_grad():
+            near(found(torch.tensor([[5, 9, 30, 7]])).logits, expected)
+    assert not again.config.tie_word_embeddings
 
 
 def test_what_cannot_be_merged_is_a_sentence_and_nothing_is_written(
