@@ -209,3 +209,20 @@ def test_an_adapter_that_is_cut_short_is_named(
         danlu.load(adapter)
     for verb in ("chat", "sft"):
         assert words in told(verbs(adapter, tmp_path)[verb], capfd), verb
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "LOHA"}, "PEFT's 'LOHA' adapters are not supported"),
+        ({"trainable_token_indices": [3, 9]}, "trains single tokens of the embedding"),
+    ],
+)
+def test_kinds_of_adapters_that_are_not_known_are_named(
+    change: dict[str, Any], words: str, adapter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change), "utf-8")
+    with pytest.raises(ModelError, match=words):
+        danlu.load(adapter)
+    assert words in told(verbs(adapter, tmp_path)["chat"], capfd)

@@ -319,6 +319,12 @@ def _inject(model: Any, info: AdapterInfo, shown: str) -> Any:
     names = {name for name, _ in model.named_modules()}
     saved = [m for m in config.modules_to_save or () if any(n == m or n.endswith(f".{m}") for n in names)]
     config.modules_to_save = saved or None
+    if getattr(config, "trainable_token_indices", None):
+        raise ModelError(
+            "this adapter trains single tokens of the embedding (trainable_token_indices), which is not supported",
+            file=info.folder,
+            hint="merge it with PEFT (merge_and_unload), and give the merged model",
+        )
     kinds = quantized_kinds(model)
     if kinds and (info.peft_type != "LORA" or config.use_dora):
         raise ModelError(
