@@ -4,9 +4,9 @@ Int8: `w = scale * q`, q in [-127, 127], one scale a row (the layout ChatGLM-6B 
 group of columns, `w = scale * (q - zero)`. Int4: `w = scale * (q - zero)`, q and zero in [0, 15], by groups of columns; two codes
 lie in a byte, the even column in the low half. Symmetric int4 keeps no zeros (they are 8).
 
-What computes: with few rows of bfloat16 on a CPU the kernels of `packed_kernels`; else the weights are made whole for the product
-and thrown away, also in the backward pass, so that training against them holds no copy. In float32 the whole weight is always
-used: then a row's numbers do not depend on what else is in the batch, as the engine promises for float32.
+What computes: with few rows of bfloat16 on a CPU the kernels of `packed_kernels`; else the weights are made whole for the product,
+in parts, and thrown away, also in the backward pass, so that training against them holds no copy. In float32 no kernel is used, and
+the parts follow from the layer's shape: then a row's numbers do not depend on what else is in the batch, as the engine promises.
 
 Axes: N out_features, K in_features, G groups of a row.
 """
@@ -107,7 +107,7 @@ class PackedLinear(nn.Module):
         return (slice(first, first + step) for first in range(0, self.out_features, step))
 
     def product_in_parts(self, rows: Tensor, weight: Callable[[slice], Tensor]) -> Tensor:
-        """`rows W^T` by runs of W's rows, which are not kept: what was written last is still in the cache, and no memory is new.
+        """`rows W^T` by runs of W's rows: each is still in the cache when it is used, and leaves its memory to the next.
 
         Args:
             weight: makes a run of rows.
