@@ -141,6 +141,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 STEPS = {"grpo": 560, "ppo": 270}  # 11 to 13 minutes of two cores
 QUICK_STEPS = {"grpo": 120, "ppo": 70}
+QUICK_NATURAL = {"trust": 6e-7, "momentum": 0.9}  # fewer steps, so longer ones
 EVALUATED, QUICK_EVALUATED = 600, 300
 
 
@@ -165,7 +166,7 @@ def prove(bench: Bench) -> list[Verdict]:
     sft = next(start.glob("[0-9][0-9]-sft")) / "model"
 
     seeds = bench.seeds(2, 1)
-    common = COMMON | {"model": str(sft), "data": str(file)}
+    common = COMMON | {"model": str(sft), "data": str(file)} | ({"natural": QUICK_NATURAL} if bench.quick else {})
     steps = QUICK_STEPS if bench.quick else STEPS
     found = bench.train(
         {
