@@ -140,7 +140,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 STEPS = {"grpo": 560, "ppo": 270}  # 11 to 13 minutes of two cores
-QUICK_STEPS = {"grpo": 120, "ppo": 70}
+QUICK_STEPS = {"grpo": 170, "ppo": 90}
 QUICK_NATURAL = {"trust": 6e-7, "momentum": 0.9}  # fewer steps, so longer ones
 EVALUATED, QUICK_EVALUATED = 600, 300
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -20,10 +21,34 @@ def sample(tensor: Tensor) -> bytes:
     flat = tensor.detach().flatten()
     if flat.numel() == 0 or flat.is_meta:
         return b""
-    # Evenly spread, and never with a step that a power of two of columns would make the same column of every row.
-    places = torch.arange(SAMPLED, device=flat.device) * flat.numel() // SAMPLED
-    values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
-    return f"{tuple(tensor.shape)}".encode() + bytes(values.tobytes())
+    return _bytes(tensor.shape, flat[_places(flat.numel()).to(flat.device)])
+
+
+def sample_of(shape: Sequence[int], rows: Callable[[slice], Tensor]) -> bytes:
+    """`sample` of a tensor that is not held.
+
+    Args:
+        rows: reads some of its rows.
+    """
+    count = math.prod(shape)
+    if not count:
+        return b""
+    if len(shape) < 2:
+        return sample(rows(slice(None)))
+    width = count // shape[0]
+    found = [
+        rows(slice(place // width, place // width + 1)).flatten()[place % width] for place in _places(count).tolist()
+    ]
+    return _bytes(shape, torch.stack(found))
+
+
+def _places(count: int) -> Tensor:
+    """Evenly spread, and never with a step that a power of two of columns would make the same column of every row."""
+    return torch.arange(SAMPLED) * count // SAMPLED
+
+
+def _bytes(shape: Sequence[int], values: Tensor) -> bytes:
+    return f"{tuple(shape)}".encode() + bytes(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
 
 
 def digest_of(samples: Mapping[str, bytes]) -> str:

@@ -26,6 +26,7 @@ from danlu.models import packed_kernels as kernels
 GROUPS = (256, 128, 64, 32, 16)
 ZERO4 = 8  # of symmetric int4
 AT_ONCE = 2**21  # codes that are made whole at once: they stay in a core's cache
+ROUNDED_AT_ONCE = 2**18  # weights that are rounded at once: what it takes beside them counts while loading
 AT_ONCE_CUDA = 2**26  # the same on a card, which wants few large operations
 
 
@@ -383,15 +384,18 @@ def pack(
     group = group_of(weight.shape[1], group_size)
     if bits == 4 and group:
         # Rows are independent: in parts, little is held in fp32.
-        step = max(1, 2**22 // weight.shape[1])
-        parts = [quantize_groups(part, group, symmetric=symmetric) for part in weight.split(step)]
+        parts = [quantize_groups(part, group, symmetric=symmetric) for part in weight.split(_rounded_at_once(weight))]
         codes = torch.cat([pack4(codes) for codes, _, _ in parts])
         zeros = [zero for _, _, zero in parts if zero is not None]
         return Int4Linear(codes, torch.cat([s for _, s, _ in parts]), torch.cat(zeros) if zeros else None, bias)
     if bits not in (8, 4):
         raise ModelError(f"weights of {bits} bits are not available", hint="use 8 or 4")
-    rows = [quantize_rows(part) for part in weight.split(max(1, 2**22 // weight.shape[1]))]
+    rows = [quantize_rows(part) for part in weight.split(_rounded_at_once(weight))]
     return Int8Linear(torch.cat([q for q, _ in rows]), torch.cat([s for _, s in rows]), bias)
+
+
+def _rounded_at_once(weight: Tensor) -> int:
+    return max(1, ROUNDED_AT_ONCE // weight.shape[1])
 
 
 def from_chatglm(weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> PackedLinear:

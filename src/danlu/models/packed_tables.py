@@ -6,13 +6,15 @@ Rows are rounded as `Int8Linear` has them; a head that is the embedding shares i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from danlu.models.packed import Int8Linear, pack
+from danlu.models.packed import ROUNDED_AT_ONCE, Int8Linear, quantize_rows
+
+Rows = Callable[[slice], Tensor]
 
 
 class PackedEmbedding(nn.Module):
@@ -70,21 +72,23 @@ class Tables:
         owner, _, leaf = parameter.rpartition(".")
         return bool(owner) and leaf == "weight" and owner in (self.embedding, self.head)
 
-    def put(self, parameter: str, weight: Tensor, dtype: torch.dtype) -> None:
-        """Packs the embedding or the head by its weight `[V, D]`; a tied head comes with the embedding.
+    def put(self, parameter: str, shape: Sequence[int], rows: Rows, dtype: torch.dtype) -> None:
+        """Packs the embedding or the head by its weight; a tied head comes with the embedding.
 
         Args:
+            shape: `[V, D]`.
+            rows: reads some of its rows.
             dtype: of the computation.
         """
         owner = parameter.rpartition(".")[0]
         if owner == self.embedding:
-            table = _rows(weight, None)
+            table = _packed(shape, rows, None)
             _replace(self.model, owner, PackedEmbedding(table, dtype))
             if self.tied:
                 table.bias = self._bias()
                 _replace(self.model, self.head, table)
         elif not self.tied:
-            _replace(self.model, owner, _rows(weight, self._bias()))
+            _replace(self.model, owner, _packed(shape, rows, self._bias()))
 
     def missing(self) -> list[str]:
         """The bias of a packed head that has not come."""
@@ -103,7 +107,7 @@ def pack_tables(model: Any) -> None:
     tables = Tables(model)
     for owner in filter(None, (tables.embedding, "" if tables.tied else tables.head)):
         weight = model.get_submodule(owner).weight.detach()
-        tables.put(f"{owner}.weight", weight, weight.dtype)
+        tables.put(f"{owner}.weight", weight.shape, weight.__getitem__, weight.dtype)
 
 
 def unpack_tables(model: Any, parameters: Iterable[str]) -> None:
@@ -142,10 +146,14 @@ def _ordinary(layer: Any, weight: nn.Parameter) -> nn.Module:
     return ordinary
 
 
-def _rows(weight: Tensor, bias: Tensor | None) -> Int8Linear:
-    packed = pack(weight, bias, 8)
-    assert isinstance(packed, Int8Linear)
-    return packed
+def _packed(shape: Sequence[int], rows: Rows, bias: Tensor | None) -> Int8Linear:
+    """Read and rounded in parts: the largest weight of a model is never held whole."""
+    codes, scale = torch.empty(tuple(shape), dtype=torch.int8), torch.empty(shape[0])
+    step = max(1, ROUNDED_AT_ONCE // shape[1])
+    for first in range(0, shape[0], step):
+        own = slice(first, first + step)
+        codes[own], scale[own] = quantize_rows(rows(own))
+    return Int8Linear(codes, scale, bias)
 
 
 def _replace(model: Any, name: str, module: nn.Module) -> None:

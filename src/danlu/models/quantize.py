@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from danlu import heap
 from danlu.exceptions import ModelError
 from danlu.models import nf4, packed_layouts
-from danlu.models.fingerprint import HASH, digest_of, fingerprint_of, sample
+from danlu.models.fingerprint import HASH, digest_of, fingerprint_of, sample_of
 from danlu.models.load import is_encoder_decoder, load_model, raw_config
 from danlu.models.packed import Int4Linear, Int8Linear, PackedLinear, pack, quantize_rows
 from danlu.models.packed_layouts import DANLU, KEY, Layout, layout_of
@@ -378,7 +378,7 @@ class _Filling:
             owner, _, leaf = stored.name.rpartition(".")
             module = self._module(owner)
             if module not in modules or leaf not in leaves:
-                if not self._put(stored.name, stored.shape, stored.read):
+                if not self._put(stored):
                     raise self._misfit(stored.name)
                 continue
             tensor = stored.read()
@@ -419,9 +419,9 @@ class _Filling:
             if (name := key.removeprefix(self.prefix)) in trunk and (
                 name != key or self.model.base_model is self.model
             ):
-                samples[name] = sample(stored.read())
+                samples[name] = sample_of(stored.shape, stored.rows)
             if owner not in layers or leaf not in ("weight", "bias"):
-                self._put(stored.name, stored.shape, stored.read)
+                self._put(stored)
                 continue
             if stored.shape != self.expected[key]:
                 raise self._misfit(key)
@@ -456,19 +456,19 @@ class _Filling:
         modules = {n.rpartition(".")[0] for n in self.expected}
         return next((m for m in (name, self.prefix + name, name.removeprefix(self.prefix)) if m in modules), name)
 
-    def _put(self, name: str, shape: Iterable[int], read: Any) -> bool:
+    def _put(self, stored: Stored) -> bool:
         """Fills a parameter or buffer; whether the model has one of that name."""
-        key = self._key(name)
+        key = self._key(stored.name)
         if key is None:
-            return name.endswith(MADE)
-        if tuple(shape) != self.expected[key]:
-            raise self._misfit(f"{key} {list(shape)}, expected {list(self.expected[key])}")
+            return stored.name.endswith(MADE)
+        if stored.shape != self.expected[key]:
+            raise self._misfit(f"{key} {list(stored.shape)}, expected {list(self.expected[key])}")
         if self.tables is not None and self.tables.take(key):
-            self.tables.put(key, read(), self.dtype)
+            self.tables.put(key, stored.shape, stored.rows, self.dtype)
             return True
         owner, _, leaf = key.rpartition(".")
         module = self.model.get_submodule(owner)
-        tensor = read()
+        tensor = stored.read()
         tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())

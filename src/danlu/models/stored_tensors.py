@@ -38,11 +38,15 @@ WHOLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, and how to read it."""
+    """A tensor in a file: its shape, and how to read it, or some rows of it."""
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    rows: Callable[[slice], Tensor]
+
+    def read(self) -> Tensor:
+        """All of it."""
+        return self.rows(slice(None))
 
 
 def stored_tensors(folder: Path) -> Iterator[Stored]:
@@ -88,16 +92,17 @@ def _of_safetensors(path: Path) -> Iterator[Stored]:
         yield Stored(name, shape, _reader(path, start, end, DTYPES[entry["dtype"]], shape))
 
 
-def _reader(path: Path, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        if end > start:
+def _reader(path: Path, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[slice], Tensor]:
+    def rows(own: slice) -> Tensor:
+        first, last, _ = own.indices(shape[0] if shape else 1)
+        tensor = torch.empty((last - first, *shape[1:]) if shape else shape, dtype=dtype)
+        if tensor.numel():
             with path.open("rb") as file:
-                file.seek(start)
+                file.seek(start + first * ((end - start) // (shape[0] if shape else 1)))
                 file.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         return tensor
 
-    return read
+    return rows
 
 
 def _of_pickle(path: Path) -> Iterator[Stored]:
@@ -106,7 +111,11 @@ def _of_pickle(path: Path) -> Iterator[Stored]:
     except (RuntimeError, ValueError):  # the format before torch 1.6 cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True)
     for name, tensor in state.items():
-        yield Stored(name, tuple(tensor.shape), tensor.clone)
+        yield Stored(name, tuple(tensor.shape), _copier(tensor))
+
+
+def _copier(tensor: Tensor) -> Callable[[slice], Tensor]:
+    return lambda own: tensor[own].clone() if tensor.dim() else tensor.clone()
 
 
 def parse_size(text: str) -> int:
