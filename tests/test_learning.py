@@ -199,7 +199,10 @@ def test_who_wins_is_said() -> None:
     assert [line["model"] for line in found.details["table"]] == ["dpo", "ppo", "sft"]
     assert found.details["table"][1]["seconds"] == 10.0
     assert found.details["ppo_minus"]["dpo"][0] == pytest.approx(-0.325)
-    assert not town.equal_labels({"sft": rows_of(0, 1, 0, 1), "ppo": rows_of(1, 0, 1, 0.1)}, {}, 0).holds
+    mixed = {"sft": rows_of(0, 1, 0, 1), "ppo": rows_of(1, 0, 1, 0.1)}
+    assert not town.equal_labels(mixed, {}, 0).holds and town.equal_labels(mixed, {}, 0, quick=True).holds
+    lower = {"sft": rows_of(1, 1, 1, 1), "ppo": rows_of(0, 0, 0.1, 0)}
+    assert not town.equal_labels(lower, {}, 0, quick=True).holds
 
 
 @pytest.mark.parametrize(

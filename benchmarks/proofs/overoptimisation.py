@@ -3,8 +3,8 @@
 Gold is the rubric, which the policy never trains on; the proxies are a small and a larger reward model that have learnt from
 the same few comparisons, labelled by the rubric with one in ten the wrong way round. PPO with a kl_coef of 0 follows each
 proxy for many iterations. Goals, for each: gold turns (it rises, and ends below nine tenths of its peak), and the rule
-P-REWARD-HACK fires at an evaluation before gold has lost more than that tenth, and not so early that gold still rises by more
-than it. Plotted over sqrt(KL), with gold and proxy as they were at each held-out evaluation.
+P-REWARD-HACK fires at an evaluation before gold has lost more than that tenth (quick: a fifth), and not so early that gold still
+rises by more than a tenth. Plotted over sqrt(KL), with gold and proxy as they were at each held-out evaluation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.proofs.figures import turn
 
 NAME = "3 over-optimisation"
 CODE = "P-REWARD-HACK"
-SHARE = 0.10  # of gold's peak that may be lost before the rule fires
+SHARE, QUICK_SHARE = 0.10, 0.20  # of gold's peak that may be lost before the rule fires
 PROMPTS, QUICK_PROMPTS = 1200, 800  # that are compared, two pairs each at most
 SMALL = {"hidden_size": 48, "layers": 1, "heads": 2, "kv_heads": 1, "context": 512}
 STEPS, QUICK_STEPS = 160, 60
@@ -100,7 +100,14 @@ def prove(bench: Bench) -> list[Verdict]:
             bench.images / "learning-overoptimisation.svg", curves, {n: fired(t.facts) for n, t in found.items()}
         )
     return [
-        verdict(name, curves[name], fired(trained.facts), [seed], accuracy=rewards[name].metrics["eval_accuracy"])
+        verdict(
+            name,
+            curves[name],
+            fired(trained.facts),
+            [seed],
+            accuracy=rewards[name].metrics["eval_accuracy"],
+            share=QUICK_SHARE if bench.quick else SHARE,
+        )
         for name, trained in found.items()
     ]
 
@@ -123,12 +130,18 @@ def fired(facts: Mapping[str, Any]) -> int | None:
 
 
 def verdict(
-    name: str, points: Sequence[Mapping[str, float]], step: int | None, seeds: list[int], *, accuracy: float
+    name: str,
+    points: Sequence[Mapping[str, float]],
+    step: int | None,
+    seeds: list[int],
+    *,
+    accuracy: float,
+    share: float = SHARE,
 ) -> Verdict:
     """Whether gold turned, and what share of its peak was lost when the rule fired.
 
     Args:
-        points: see `curve`; step: see `fired`; accuracy: of the proxy on held-out comparisons.
+        points: see `curve`; step: see `fired`; accuracy: of the proxy on held-out comparisons; share: that may be lost.
     """
     series = [p["gold"] for p in points]
     at = turn(series, SHARE)
@@ -152,8 +165,8 @@ def verdict(
         "proxy_accuracy": accuracy,
         "curve": [dict(p) for p in points],
     }
-    said = f"gold turns, and {CODE} fires before it has lost {SHARE:.0%} of its peak"
-    holds = turned and value is not None and value <= SHARE and not early
+    said = f"gold turns, and {CODE} fires before it has lost {share:.0%} of its peak"
+    holds = turned and value is not None and value <= share and not early
     return Verdict(f"{NAME}: {name} proxy", value, said, holds, seeds, details)
 
 
