@@ -188,3 +188,9 @@ def _chatglm_slowly(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torc
 def test_a_layer_says_what_it_is() -> None:
     layer: Any = pack(noise(64, 64), None, 4, group_size=32)
     assert isinstance(layer, PackedLinear) and "bits=4, groups=2" in repr(layer)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_is_where_its_weight_was(bits: int) -> None:
+    layer = pack(torch.empty(8, 64, device="meta"), None, bits)
+    assert {b.device.type for b in layer.buffers()} == {"meta"}

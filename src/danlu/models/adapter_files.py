@@ -379,9 +379,8 @@ def merge_into(model: Any) -> Any:
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     tied = last is not None and _inner(first).weight is _inner(last).weight
     if tied and isinstance(first, BaseTunerLayer) != isinstance(last, BaseTunerLayer):
-        _inner(last).weight = nn.Parameter(
-            _inner(last).weight.detach().clone()
-        )  # what one of them learnt is not the other's
+        # What one of them learnt is not the other's.
+        _inner(last).weight = nn.Parameter(_inner(last).weight.detach().clone())
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLora):
             packed: Any = module.get_base_layer()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
 from danlu.models.packed import Int4Linear, PackedLinear, codes4, group_of, group_scales, pack, pack4
-from danlu.models.quantize import linear_layers, replace, weight_of
+from danlu.models.quantized_layers import linear_layers, replace, weight_of
 
 BLOCK = 128  # columns whose corrections to the rest are applied at once
 SEARCH = tuple(1.0 - 0.05 * i for i in range(9))  # shares of a group's span that are tried for its scale

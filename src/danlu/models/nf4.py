@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from danlu.exceptions import ModelError
 from danlu.models.packed import PackedLinear
+from danlu.models.quantized_layers import linear_layers, replace, weight_of
 
 BLOCK: Final = 64  # numbers that share a scale, along the rows one after the other; the paper's
 
@@ -95,8 +96,6 @@ def quantize_nf4(model: Any) -> Any:
     Raises:
         ModelError: bitsandbytes cannot be used, or there is nothing to quantise.
     """
-    from danlu.models.quantize import linear_layers, replace, weight_of
-
     for name, linear in linear_layers(model).items():
         bias: Any = linear.bias
         replace(model, name, pack_nf4(weight_of(linear), None if bias is None else bias.detach()))

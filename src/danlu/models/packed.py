@@ -384,18 +384,30 @@ def pack(
     group = group_of(weight.shape[1], group_size)
     if bits == 4 and group:
         # Rows are independent: in parts, little is held in fp32.
-        parts = [quantize_groups(part, group, symmetric=symmetric) for part in weight.split(_rounded_at_once(weight))]
+        step = max(1, ROUNDED_AT_ONCE // weight.shape[1])
+        parts = [quantize_groups(part, group, symmetric=symmetric) for part in weight.split(step)]
         codes = torch.cat([pack4(codes) for codes, _, _ in parts])
         zeros = [zero for _, _, zero in parts if zero is not None]
         return Int4Linear(codes, torch.cat([s for _, s, _ in parts]), torch.cat(zeros) if zeros else None, bias)
     if bits not in (8, 4):
         raise ModelError(f"weights of {bits} bits are not available", hint="use 8 or 4")
-    rows = [quantize_rows(part) for part in weight.split(_rounded_at_once(weight))]
-    return Int8Linear(torch.cat([q for q, _ in rows]), torch.cat([s for _, s in rows]), bias)
+    return pack_rows(weight.shape, weight.__getitem__, bias)
 
 
-def _rounded_at_once(weight: Tensor) -> int:
-    return max(1, ROUNDED_AT_ONCE // weight.shape[1])
+def pack_rows(shape: Sequence[int], rows: Callable[[slice], Tensor], bias: Tensor | None) -> Int8Linear:
+    """A layer of 8 bits, rounded in parts, so that its weight need not be held.
+
+    Args:
+        shape: `[N, K]`.
+        rows: reads some rows of the weight.
+    """
+    place = rows(slice(0, 0)).device
+    codes, scale = torch.empty(tuple(shape), dtype=torch.int8, device=place), torch.empty(shape[0], device=place)
+    step = max(1, ROUNDED_AT_ONCE // shape[1])
+    for first in range(0, shape[0], step):
+        own = slice(first, first + step)
+        codes[own], scale[own] = quantize_rows(rows(own))
+    return Int8Linear(codes, scale, bias)
 
 
 def from_chatglm(weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> PackedLinear:

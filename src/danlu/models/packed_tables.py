@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danlu.models.packed import ROUNDED_AT_ONCE, Int8Linear, quantize_rows
+from danlu.models.packed import Int8Linear, pack_rows
 
 Rows = Callable[[slice], Tensor]
 
@@ -82,13 +82,13 @@ class Tables:
         """
         owner = parameter.rpartition(".")[0]
         if owner == self.embedding:
-            table = _packed(shape, rows, None)
+            table = pack_rows(shape, rows, None)
             _replace(self.model, owner, PackedEmbedding(table, dtype))
             if self.tied:
                 table.bias = self._bias()
                 _replace(self.model, self.head, table)
         elif not self.tied:
-            _replace(self.model, owner, _packed(shape, rows, self._bias()))
+            _replace(self.model, owner, pack_rows(shape, rows, self._bias()))
 
     def missing(self) -> list[str]:
         """The bias of a packed head that has not come."""
@@ -144,16 +144,6 @@ def _ordinary(layer: Any, weight: nn.Parameter) -> nn.Module:
     made.weight = weight
     ordinary: nn.Module = made
     return ordinary
-
-
-def _packed(shape: Sequence[int], rows: Rows, bias: Tensor | None) -> Int8Linear:
-    """Read and rounded in parts: the largest weight of a model is never held whole."""
-    codes, scale = torch.empty(tuple(shape), dtype=torch.int8), torch.empty(shape[0])
-    step = max(1, ROUNDED_AT_ONCE // shape[1])
-    for first in range(0, shape[0], step):
-        own = slice(first, first + step)
-        codes[own], scale[own] = quantize_rows(rows(own))
-    return Int8Linear(codes, scale, bias)
 
 
 def _replace(model: Any, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers of packed numbers (`quantize.py`), as those see them who put adapters on them. Needs no PEFT."""
+"""Linear layers that quantising replaces, and those of packed numbers as others see them, such as adapters. Needs no PEFT."""
 
 from __future__ import annotations
 
@@ -9,6 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from danlu.exceptions import ModelError
+from danlu.models.packed import PackedLinear
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """The layers that quantising replaces, by name: linear ones (GPT-2's, too), but not the output head.
+
+    Raises:
+        ModelError: there are none, or the model is quantised already.
+    """
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise ModelError("the model is quantised already", hint="quantise the model it was made from")
+    heads = [model.get_output_embeddings(), getattr(model, "score", None), getattr(model, "classifier", None)]
+    found = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and not any(m is head for head in heads)
+    }
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no linear layers that quantising knows how to replace")
+    return found
+
+
+def weight_of(linear: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weight `[out, in]` of a linear layer; GPT-2's lie the other way."""
+    given: Tensor = linear.weight.detach() if weight is None else weight  # type: ignore[operator]
+    return given.T.contiguous() if isinstance(linear, Conv1D) else given
+
+
+def replace(model: Any, name: str, layer: Any) -> None:
+    """Puts a packed layer where another one was; one of GPT-2's becomes what it was when it is made dense again."""
+    layer.danlu_transposed = isinstance(model.get_submodule(name), Conv1D)
+    setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
 
 
 def is_quantized_layer(module: nn.Module) -> bool:
